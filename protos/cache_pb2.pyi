@@ -1,0 +1,385 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TIER_UNSPECIFIED: _ClassVar[Tier]
+    TIER_MEMORY: _ClassVar[Tier]
+    TIER_NVME: _ClassVar[Tier]
+
+class LoadStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOAD_STATUS_UNSPECIFIED: _ClassVar[LoadStatus]
+    LOAD_STATUS_READY: _ClassVar[LoadStatus]
+    LOAD_STATUS_MISS: _ClassVar[LoadStatus]
+    LOAD_STATUS_CORRUPT: _ClassVar[LoadStatus]
+    LOAD_STATUS_TIMED_OUT: _ClassVar[LoadStatus]
+    LOAD_STATUS_NO_SPACE: _ClassVar[LoadStatus]
+
+class StoreStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STORE_STATUS_UNSPECIFIED: _ClassVar[StoreStatus]
+    STORE_STATUS_WANTED: _ClassVar[StoreStatus]
+    STORE_STATUS_ACCEPTED: _ClassVar[StoreStatus]
+    STORE_STATUS_PRESENT: _ClassVar[StoreStatus]
+    STORE_STATUS_NO_SPACE: _ClassVar[StoreStatus]
+    STORE_STATUS_ORPHAN: _ClassVar[StoreStatus]
+    STORE_STATUS_CORRUPT: _ClassVar[StoreStatus]
+    STORE_STATUS_REFUSED: _ClassVar[StoreStatus]
+
+class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[Dtype]
+    DTYPE_FLOAT32: _ClassVar[Dtype]
+    DTYPE_FLOAT16: _ClassVar[Dtype]
+    DTYPE_BFLOAT16: _ClassVar[Dtype]
+TIER_UNSPECIFIED: Tier
+TIER_MEMORY: Tier
+TIER_NVME: Tier
+LOAD_STATUS_UNSPECIFIED: LoadStatus
+LOAD_STATUS_READY: LoadStatus
+LOAD_STATUS_MISS: LoadStatus
+LOAD_STATUS_CORRUPT: LoadStatus
+LOAD_STATUS_TIMED_OUT: LoadStatus
+LOAD_STATUS_NO_SPACE: LoadStatus
+STORE_STATUS_UNSPECIFIED: StoreStatus
+STORE_STATUS_WANTED: StoreStatus
+STORE_STATUS_ACCEPTED: StoreStatus
+STORE_STATUS_PRESENT: StoreStatus
+STORE_STATUS_NO_SPACE: StoreStatus
+STORE_STATUS_ORPHAN: StoreStatus
+STORE_STATUS_CORRUPT: StoreStatus
+STORE_STATUS_REFUSED: StoreStatus
+DTYPE_UNSPECIFIED: Dtype
+DTYPE_FLOAT32: Dtype
+DTYPE_FLOAT16: Dtype
+DTYPE_BFLOAT16: Dtype
+
+class Layout(_message.Message):
+    __slots__ = ("num_layers", "num_kv_heads", "head_dim", "block_tokens", "dtype")
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_tokens: int
+    dtype: Dtype
+    def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_tokens: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
+
+class NamespaceSpec(_message.Message):
+    __slots__ = ("layout", "model_id", "weights_digest", "tenant", "salt", "kv_quantization", "slab_layout", "rope_kind", "rope_base", "rope_scaling", "position_offset", "attention_kind", "tp_rank", "tp_size", "pp_stage", "pp_size", "first_layer", "kv_group", "lora_id", "lora_path", "cross_layer")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
+    KV_QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    SLAB_LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    ROPE_KIND_FIELD_NUMBER: _ClassVar[int]
+    ROPE_BASE_FIELD_NUMBER: _ClassVar[int]
+    ROPE_SCALING_FIELD_NUMBER: _ClassVar[int]
+    POSITION_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_KIND_FIELD_NUMBER: _ClassVar[int]
+    TP_RANK_FIELD_NUMBER: _ClassVar[int]
+    TP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PP_STAGE_FIELD_NUMBER: _ClassVar[int]
+    PP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    KV_GROUP_FIELD_NUMBER: _ClassVar[int]
+    LORA_ID_FIELD_NUMBER: _ClassVar[int]
+    LORA_PATH_FIELD_NUMBER: _ClassVar[int]
+    CROSS_LAYER_FIELD_NUMBER: _ClassVar[int]
+    layout: Layout
+    model_id: str
+    weights_digest: str
+    tenant: str
+    salt: str
+    kv_quantization: str
+    slab_layout: str
+    rope_kind: str
+    rope_base: float
+    rope_scaling: str
+    position_offset: int
+    attention_kind: str
+    tp_rank: int
+    tp_size: int
+    pp_stage: int
+    pp_size: int
+    first_layer: int
+    kv_group: int
+    lora_id: str
+    lora_path: str
+    cross_layer: str
+    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ..., kv_quantization: _Optional[str] = ..., slab_layout: _Optional[str] = ..., rope_kind: _Optional[str] = ..., rope_base: _Optional[float] = ..., rope_scaling: _Optional[str] = ..., position_offset: _Optional[int] = ..., attention_kind: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_stage: _Optional[int] = ..., pp_size: _Optional[int] = ..., first_layer: _Optional[int] = ..., kv_group: _Optional[int] = ..., lora_id: _Optional[str] = ..., lora_path: _Optional[str] = ..., cross_layer: _Optional[str] = ...) -> None: ...
+
+class DoorRequest(_message.Message):
+    __slots__ = ("hello", "open_namespace")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    OPEN_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    open_namespace: OpenNamespace
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open_namespace: _Optional[_Union[OpenNamespace, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("protocol_version", "client")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    client: str
+    def __init__(self, protocol_version: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
+
+class OpenNamespace(_message.Message):
+    __slots__ = ("spec", "namespace")
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    spec: NamespaceSpec
+    namespace: bytes
+    def __init__(self, spec: _Optional[_Union[NamespaceSpec, _Mapping]] = ..., namespace: _Optional[bytes] = ...) -> None: ...
+
+class DoorReply(_message.Message):
+    __slots__ = ("welcome", "opened", "error")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    opened: NamespaceOpened
+    error: DoorError
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., opened: _Optional[_Union[NamespaceOpened, _Mapping]] = ..., error: _Optional[_Union[DoorError, _Mapping]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("protocol_version", "daemon_version", "token", "staging_bytes", "max_keys_per_call", "max_message_bytes")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DAEMON_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STAGING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_KEYS_PER_CALL_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    daemon_version: str
+    token: bytes
+    staging_bytes: int
+    max_keys_per_call: int
+    max_message_bytes: int
+    def __init__(self, protocol_version: _Optional[int] = ..., daemon_version: _Optional[str] = ..., token: _Optional[bytes] = ..., staging_bytes: _Optional[int] = ..., max_keys_per_call: _Optional[int] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
+
+class NamespaceOpened(_message.Message):
+    __slots__ = ("namespace", "arena_bytes")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    arena_bytes: int
+    def __init__(self, namespace: _Optional[bytes] = ..., arena_bytes: _Optional[int] = ...) -> None: ...
+
+class DoorError(_message.Message):
+    __slots__ = ("error", "message")
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    message: str
+    def __init__(self, error: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class LookupRequest(_message.Message):
+    __slots__ = ("namespace", "keys")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class LookupReply(_message.Message):
+    __slots__ = ("tiers",)
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    tiers: _containers.RepeatedScalarFieldContainer[Tier]
+    def __init__(self, tiers: _Optional[_Iterable[_Union[Tier, str]]] = ...) -> None: ...
+
+class PrefetchRequest(_message.Message):
+    __slots__ = ("namespace", "keys")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class PrefetchReply(_message.Message):
+    __slots__ = ("queued",)
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    queued: int
+    def __init__(self, queued: _Optional[int] = ...) -> None: ...
+
+class PrepareLoadRequest(_message.Message):
+    __slots__ = ("namespace", "keys", "timeout_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    timeout_s: float
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class PrepareLoadReply(_message.Message):
+    __slots__ = ("lease_id", "timeout_s", "statuses", "tiers", "offsets", "checksums")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    lease_id: bytes
+    timeout_s: float
+    statuses: _containers.RepeatedScalarFieldContainer[LoadStatus]
+    tiers: _containers.RepeatedScalarFieldContainer[Tier]
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    checksums: bytes
+    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[_Iterable[_Union[LoadStatus, str]]] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ...) -> None: ...
+
+class CompleteLoadRequest(_message.Message):
+    __slots__ = ("lease_id", "corrupt")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_FIELD_NUMBER: _ClassVar[int]
+    lease_id: bytes
+    corrupt: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, lease_id: _Optional[bytes] = ..., corrupt: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class CompleteLoadReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PrepareStoreRequest(_message.Message):
+    __slots__ = ("namespace", "parent", "keys")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    parent: bytes
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, namespace: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class PrepareStoreReply(_message.Message):
+    __slots__ = ("lease_id", "timeout_s", "statuses", "offsets")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    lease_id: bytes
+    timeout_s: float
+    statuses: _containers.RepeatedScalarFieldContainer[StoreStatus]
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[_Iterable[_Union[StoreStatus, str]]] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CompleteStoreRequest(_message.Message):
+    __slots__ = ("lease_id", "keys", "checksums")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    lease_id: bytes
+    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    checksums: bytes
+    def __init__(self, lease_id: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ..., checksums: _Optional[bytes] = ...) -> None: ...
+
+class CompleteStoreReply(_message.Message):
+    __slots__ = ("statuses",)
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    statuses: _containers.RepeatedScalarFieldContainer[StoreStatus]
+    def __init__(self, statuses: _Optional[_Iterable[_Union[StoreStatus, str]]] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("lease_ids",)
+    LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
+    lease_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, lease_ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class ReleaseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FlushRequest(_message.Message):
+    __slots__ = ("timeout_s",)
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    timeout_s: float
+    def __init__(self, timeout_s: _Optional[float] = ...) -> None: ...
+
+class FlushReply(_message.Message):
+    __slots__ = ("flushed",)
+    FLUSHED_FIELD_NUMBER: _ClassVar[int]
+    flushed: bool
+    def __init__(self, flushed: bool = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TierStatus(_message.Message):
+    __slots__ = ("tier", "capacity_bytes", "used_bytes", "num_blocks", "quarantined_slots", "writable", "message")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    WRITABLE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    capacity_bytes: int
+    used_bytes: int
+    num_blocks: int
+    quarantined_slots: int
+    writable: bool
+    message: str
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., writable: bool = ..., message: _Optional[str] = ...) -> None: ...
+
+class NamespaceStatus(_message.Message):
+    __slots__ = ("namespace", "model_id", "layout", "tiers")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    model_id: str
+    layout: Layout
+    tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
+    def __init__(self, namespace: _Optional[bytes] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ...) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("version", "pid", "uptime_s", "state", "socket_path", "store_path", "sessions", "leases", "leased_bytes", "write_queue_bytes", "tiers", "namespaces", "problems")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SOCKET_PATH_FIELD_NUMBER: _ClassVar[int]
+    STORE_PATH_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    LEASED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITE_QUEUE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    pid: int
+    uptime_s: float
+    state: str
+    socket_path: str
+    store_path: str
+    sessions: int
+    leases: int
+    leased_bytes: int
+    write_queue_bytes: int
+    tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
+    namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStatus]
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., socket_path: _Optional[str] = ..., store_path: _Optional[str] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., write_queue_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

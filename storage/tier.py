@@ -1,0 +1,144 @@
+"""The `Tier` seam: one namespace's blocks in one place.
+
+A tier is mechanism only. It stores and finds bytes by *slot*, a dense number that it hands out;
+which block is where, who may go and what moves is decided above it. All methods are thread-safe
+and block until done; callers run them in bounded pools. Results are a status for every item.
+
+    allocate -> write -> read ... -> delete          a block's life
+    allocate -> free                                  it never arrived
+
+A slot handed out by `allocate` belongs to the caller until `free` or `delete`. `delete` is as
+durable as `write`: after it returned, no reopening brings the block back.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NewType, Protocol
+
+from ucm.api import SlabChecksums
+from ucm.layout import KvLayout
+from ucm.types import BlockKey, TierKind
+
+SlotId = NewType("SlotId", int)
+"""Index of a slot in one namespace's tier, 0-based and dense."""
+
+
+class IoStatus(enum.StrEnum):
+    """What became of one item of a batch."""
+
+    OK = "ok"
+    CORRUPT = "corrupt"
+    """A checksum or a header does not match; the slot is quarantined until `fsck --repair`."""
+    IO_ERROR = "io_error"
+    """The device failed; the bytes are unknown."""
+    FULL = "full"
+    """The disk or the index has no room."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierEntry:
+    """One block found in a tier at opening."""
+
+    key: BlockKey
+    parent: BlockKey
+    slot: SlotId
+
+
+@dataclass(frozen=True, slots=True)
+class SlotWrite:
+    """One block to write."""
+
+    slot: SlotId
+    key: BlockKey
+    parent: BlockKey
+    data: memoryview
+    """`layout.block_bytes` long."""
+    checksums: SlabChecksums
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRead:
+    """One block to read."""
+
+    slot: SlotId
+    key: BlockKey
+    into: memoryview
+    """Writable, `layout.block_bytes` long."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOutcome:
+    """Status of a read, with the stored checksums when it is OK."""
+
+    status: IoStatus
+    checksums: SlabChecksums = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TierUsage:
+    """Room in one namespace's tier."""
+
+    used_slots: int
+    free_slots: int
+    """Slots that `allocate` can hand out without anything being evicted."""
+    quarantined_slots: int
+    slot_bytes: int
+    """Bytes that one slot occupies, header included."""
+
+    @property
+    def total_slots(self) -> int:
+        """Used and free together; quarantined ones are neither."""
+        return self.used_slots + self.free_slots
+
+
+class Tier(Protocol):
+    """One namespace's slots in one tier."""
+
+    @property
+    def kind(self) -> TierKind:
+        """Which tier this is."""
+
+    @property
+    def layout(self) -> KvLayout:
+        """Shape of every block in it."""
+
+    def entries(self) -> Iterator[TierEntry]:
+        """The blocks found at opening, a parent before its children, oldest first.
+
+        Orphans (whose parent is not in the tier) were removed at opening.
+        """
+
+    def allocate(self, count: int) -> list[SlotId]:
+        """Hand out up to `count` free slots; fewer when there are not as many."""
+
+    def free(self, slots: Sequence[SlotId]) -> None:
+        """Take back slots that were never successfully written."""
+
+    def write(self, items: Sequence[SlotWrite]) -> list[IoStatus]:
+        """Store blocks in allocated slots; durable, where the tier is, once it returns.
+
+        Verifies each block against its checksums on the bytes that were taken, not on the
+        caller's. An item that is not OK is invisible and its slot is the caller's to `free`.
+        """
+
+    def read(self, items: Sequence[SlotRead]) -> list[ReadOutcome]:
+        """Fetch blocks; OK only if key and every slab checksum match what `into` now holds."""
+
+    def delete(self, items: Sequence[tuple[SlotId, BlockKey]]) -> None:
+        """Forget blocks durably, then free their slots.
+
+        Raises:
+            TierUnavailableError: the removal could not be made durable; nothing was freed.
+        """
+
+    def usage(self) -> TierUsage:
+        """How full it is."""
+
+    def check_integrity(self) -> list[str]:
+        """Every violated invariant, in words; empty when sound. Cheap: reads no block data."""
+
+    def close(self) -> None:
+        """Flush, mark a clean end, release everything. Idempotent."""

@@ -1,0 +1,176 @@
+"""`CacheApi`: the one seam between an engine's connector and the cache.
+
+Two implementations pass one conformance suite: `ucm.embedded` (in process) and `ucm.client` (the
+daemon, over gRPC for names and shared memory for bytes). Both are thread-safe.
+
+A call moves names and leases; bytes move through the `memoryview`s that a lease carries:
+
+    load   prepare_load  -> [copy out of lease.blocks[i].data, verify] -> complete_load
+    store  prepare_store -> [copy into lease.slots[i].data, checksum]  -> complete_store
+                         or release(lease_id), at any time, in any state
+
+Who guarantees what: between prepare and complete the cache keeps the leased bytes in place and
+unchanged; after the lease's deadline, or once it was completed or released, it does not, and a
+reader finds out by the checksums that it verifies *after* its copy. A block is readable by others
+only when its store completed with a matching checksum (`accepted`), and survives a crash only once
+it is `flushed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .hashing import NamespaceSpec
+from .layout import KvLayout
+from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus, TierKind
+
+SlabChecksums = tuple[int, ...]
+"""xxh3_64 (seed 0) of each slab of a block, layer 0 first, padding excluded."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceHandle:
+    """An open namespace of one session."""
+
+    id: NamespaceId
+    layout: KvLayout
+
+
+@dataclass(frozen=True, slots=True)
+class LookupResult:
+    """How much of a chain is cached."""
+
+    tiers: tuple[TierKind, ...]
+    """Fastest tier of each block of the longest usable prefix; its length is the hit in blocks."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Length of the longest usable prefix, in blocks."""
+        return len(self.tiers)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBlock:
+    """One key of a load lease."""
+
+    key: BlockKey
+    status: LoadStatus
+    tier: TierKind | None = None
+    """Where it was found when the load was prepared; None unless READY."""
+    data: memoryview | None = None
+    """Read-only, `layout.block_bytes` long; None unless READY."""
+    checksums: SlabChecksums = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadLease:
+    """Blocks pinned for reading, one entry for every key asked for, in order."""
+
+    id: LeaseId
+    blocks: tuple[LoadedBlock, ...]
+    timeout_s: float
+    """The cache may take the bytes back this long after `prepare_load` was answered."""
+
+    @property
+    def num_ready(self) -> int:
+        """Length of the leading run of READY blocks."""
+        for index, block in enumerate(self.blocks):
+            if block.status is not LoadStatus.READY:
+                return index
+        return len(self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSlot:
+    """One key of a store lease."""
+
+    key: BlockKey
+    status: StoreStatus
+    data: memoryview | None = None
+    """Writable, `layout.block_bytes` long; None unless WANTED."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLease:
+    """Staging slots to fill, one entry for every key offered, in order."""
+
+    id: LeaseId
+    slots: tuple[StoreSlot, ...]
+    timeout_s: float
+
+
+class CacheApi(Protocol):
+    """A tiered block cache as a client sees it. All sizes in bytes, all times in seconds."""
+
+    def open_namespace(self, spec: NamespaceSpec) -> NamespaceHandle:
+        """Make a namespace usable in this session; create it if it is new.
+
+        Raises:
+            LayoutMismatchError: the namespace exists with another layout.
+            CapacityError: the limit on open namespaces is reached.
+            TierUnavailableError: the daemon does not answer.
+        """
+
+    def lookup(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> LookupResult:
+        """Longest prefix of the chain `keys` of which every block is in some tier.
+
+        Pins nothing: a later load may find less. Does not touch block data.
+        """
+
+    def prefetch(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> int:
+        """Start promoting the cached prefix of `keys` to host memory; returns at once.
+
+        Returns:
+            Number of blocks whose promotion was queued (not those already there).
+        """
+
+    def prepare_load(
+        self, namespace: NamespaceId, keys: Sequence[BlockKey], *, timeout_s: float
+    ) -> LoadLease:
+        """Pin the blocks of `keys` and bring them to host memory, for at most `timeout_s`.
+
+        Blocks until all are ready or failed, or `timeout_s` passed; what is not ready by then has
+        a status that says why. Never raises for a block: a failure is a status.
+        """
+
+    def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
+        """Give the lease back; `corrupt` names blocks whose checksum failed *after* the copy.
+
+        The cache re-verifies what is reported and quarantines what is really bad. Completing a
+        lease that has expired is not an error.
+        """
+
+    def prepare_store(
+        self, namespace: NamespaceId, parent: BlockKey, keys: Sequence[BlockKey]
+    ) -> StoreLease:
+        """Ask which blocks of the chain `parent -> keys[0] -> keys[1] ...` are wanted.
+
+        Returns at once. `parent` is `ROOT_KEY` or the key of the block before `keys[0]`.
+        """
+
+    def complete_store(
+        self, lease_id: LeaseId, checksums: Mapping[BlockKey, SlabChecksums]
+    ) -> tuple[StoreStatus, ...]:
+        """Hand over the filled slots; the cache copies and verifies them before it accepts.
+
+        Args:
+            lease_id: from `prepare_store`.
+            checksums: for each WANTED key that was filled; a WANTED key left out is dropped.
+
+        Returns:
+            A status for every key of the lease, in the lease's order.
+
+        Raises:
+            LeaseExpiredError: too late; nothing of the lease was stored.
+        """
+
+    def release(self, lease_id: LeaseId) -> None:
+        """Drop a lease of either kind, in any state. Unknown or expired ones are ignored."""
+
+    def flush(self, *, timeout_s: float) -> bool:
+        """Wait until all that was accepted before this call is flushed; False on time-out."""
+
+    def close(self) -> None:
+        """End the session: all its leases and its staging memory go back. Idempotent."""

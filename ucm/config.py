@@ -1,0 +1,118 @@
+"""Configuration: one frozen dataclass a component, a docstring under each field.
+
+A component receives *its* section and never reads the environment. `ucm.config_loader` fills these
+from the command line, the environment, a TOML file and the defaults, in that order of precedence.
+Sizes are bytes; a file or flag may say `4GiB`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceConfig:
+    """The daemon's sockets, sessions and limits on calls."""
+
+    socket_path: Path = Path("/tmp/ucm/ucm.sock")  # noqa: S108  replaced by the loader
+    """gRPC socket for engines, mode 0660. `<socket>.door` passes descriptors and `<socket>.admin`
+    takes administration calls. The loader's default is in the user's runtime folder."""
+    allowed_uids: tuple[int, ...] = ()
+    """Users who may connect besides the daemon's own; the door checks them by SO_PEERCRED."""
+    max_sessions: int = 64
+    """Connections at once; each holds a staging arena."""
+    max_namespaces: int = 16
+    """Open namespaces; each holds an arena and an index."""
+    staging_bytes: int = 256 * MIB
+    """Staging arena of one session: what it may have in flight towards the store. Sparse: costs
+    memory only where it is written."""
+    max_keys_per_call: int = 16384
+    """Longest list of keys in one call: half a million tokens of 32-token blocks."""
+    max_message_bytes: int = 8 * MIB
+    """Largest gRPC message; names and checksums only, so small."""
+    rpc_threads: int = 16
+    """Threads that answer calls; a load waits on one of them."""
+    drain_timeout_s: float = 10.0
+    """On SIGTERM: how long leases may run out and accepted blocks be flushed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig:
+    """The host-memory tier."""
+
+    capacity_bytes: int = 4 * GIB
+    """Sum over all namespaces' arenas. Sparse until used."""
+    high_watermark: float = 0.95
+    """Eviction starts above this share of the capacity..."""
+    low_watermark: float = 0.90
+    """... and goes on down to this one, so that it runs in batches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NvmeConfig:
+    """The NVMe tier."""
+
+    path: Path | None = None
+    """Data folder; None switches the tier off. Must belong to the daemon's user."""
+    capacity_bytes: int = 16 * GIB
+    """Sum of all segments."""
+    segment_bytes: int = 1 * GIB
+    """Size of one preallocated segment file."""
+    high_watermark: float = 0.95
+    """As for memory."""
+    low_watermark: float = 0.90
+    """As for memory."""
+    io_threads: int = 8
+    """Threads of preadv/pwritev; 8 to 16 reach the ceiling of one device."""
+    write_queue_bytes: int = 1 * GIB
+    """Accepted blocks that wait for the disk; above it new ones stay in memory only."""
+    commit_blocks: int = 256
+    """Blocks that share one fdatasync and one index transaction, at most."""
+    commit_interval_s: float = 0.005
+    """How long a commit waits for company."""
+    index_map_bytes: int = 1 * GIB
+    """Address space of one namespace's LMDB index; sparse."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferConfig:
+    """Limits on work in flight and on leases."""
+
+    max_queued_transfers: int = 4096
+    """Promotions that may wait; one more is refused."""
+    max_leases_per_session: int = 256
+    """Leases a session may hold at once."""
+    lease_timeout_s: float = 30.0
+    """A lease that nobody completes ends after this long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """The Prometheus endpoint."""
+
+    port: int = 0
+    """TCP port on loopback; 0 switches it off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """Logging."""
+
+    level: str = "INFO"
+    """DEBUG, INFO, WARNING or ERROR."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The daemon's whole configuration, one section a component."""
+
+    service: ServiceConfig = field(default_factory=ServiceConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    nvme: NvmeConfig = field(default_factory=NvmeConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    log: LogConfig = field(default_factory=LogConfig)

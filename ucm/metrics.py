@@ -1,0 +1,105 @@
+"""Every metric of the daemon, declared in one table; `docs/metrics.md` is checked against it.
+
+`Metrics` wraps one private Prometheus registry, so that two daemons in one process (tests) do not
+share counters. Nothing here opens a port. Never a label that a client can choose freely.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One row of the table."""
+
+    name: str
+    kind: Kind
+    unit: str
+    labels: tuple[str, ...]
+    help: str
+
+
+METRICS: Final[tuple[MetricSpec, ...]] = (
+    MetricSpec("ucm_lookups_total", "counter", "calls", (), "Lookups answered."),
+    MetricSpec("ucm_lookup_blocks_total", "counter", "blocks", (), "Blocks asked for in lookups."),
+    MetricSpec(
+        "ucm_hit_blocks_total", "counter", "blocks", ("tier",), "Blocks found by lookups, by tier."
+    ),
+    MetricSpec(
+        "ucm_loaded_blocks_total", "counter", "blocks", ("tier",), "Blocks leased for reading."
+    ),
+    MetricSpec(
+        "ucm_load_failures_total", "counter", "blocks", ("reason",), "Blocks a load did not get."
+    ),
+    MetricSpec(
+        "ucm_stored_blocks_total", "counter", "blocks", ("status",), "Outcome of offered blocks."
+    ),
+    MetricSpec("ucm_flushed_blocks_total", "counter", "blocks", (), "Blocks made durable."),
+    MetricSpec(
+        "ucm_dropped_writes_total", "counter", "blocks", ("reason",), "Accepted, but not flushed."
+    ),
+    MetricSpec(
+        "ucm_corrupt_blocks_total", "counter", "blocks", ("tier",), "Checksum failures: misses."
+    ),
+    MetricSpec(
+        "ucm_evicted_blocks_total", "counter", "blocks", ("tier",), "Blocks evicted for room."
+    ),
+    MetricSpec("ucm_io_bytes_total", "counter", "bytes", ("tier", "op"), "Block bytes moved."),
+    MetricSpec(
+        "ucm_io_duration_seconds", "histogram", "seconds", ("tier", "op"), "Time of one batch."
+    ),
+    MetricSpec("ucm_tier_used_bytes", "gauge", "bytes", ("tier",), "Slots in use."),
+    MetricSpec("ucm_tier_capacity_bytes", "gauge", "bytes", ("tier",), "Configured capacity."),
+    MetricSpec("ucm_leases", "gauge", "leases", (), "Leases held now."),
+    MetricSpec("ucm_leased_bytes", "gauge", "bytes", (), "Bytes that leases pin now."),
+    MetricSpec("ucm_expired_leases_total", "counter", "leases", (), "Leases ended by deadline."),
+    MetricSpec("ucm_sessions", "gauge", "sessions", (), "Clients connected."),
+    MetricSpec("ucm_write_queue_bytes", "gauge", "bytes", (), "Accepted blocks not yet flushed."),
+    MetricSpec("ucm_nvme_writable", "gauge", "bool", (), "0 when the disk refuses writes."),
+    MetricSpec("ucm_build_info", "gauge", "info", ("version",), "Always 1."),
+)
+
+
+class Metrics:
+    """The daemon's counters, gauges and histograms, by name."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._by_name: dict[str, Counter | Gauge | Histogram] = {
+            spec.name: self._create(spec) for spec in METRICS
+        }
+
+    def _create(self, spec: MetricSpec) -> Counter | Gauge | Histogram:
+        if spec.kind == "counter":
+            return Counter(spec.name, spec.help, spec.labels, registry=self.registry)
+        if spec.kind == "gauge":
+            return Gauge(spec.name, spec.help, spec.labels, registry=self.registry)
+        return Histogram(spec.name, spec.help, spec.labels, registry=self.registry)
+
+    def add(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Add to a counter (a negative amount is an error there) or a gauge."""
+        metric = self._by_name[name]
+        assert not isinstance(metric, Histogram), name
+        (metric.labels(**labels) if labels else metric).inc(amount)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        metric = self._by_name[name]
+        assert isinstance(metric, Gauge), name
+        (metric.labels(**labels) if labels else metric).set(value)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Record one observation of a histogram, in the metric's unit."""
+        metric = self._by_name[name]
+        assert isinstance(metric, Histogram), name
+        (metric.labels(**labels) if labels else metric).observe(value)
+
+    def value(self, name: str, **labels: str) -> float:
+        """Current value of a counter or gauge; 0.0 when it was never touched."""
+        return self.registry.get_sample_value(name, labels) or 0.0

@@ -1,0 +1,1 @@
+"""What tests share: conformance suites, oracles, fault injection, tiny models. Not for production."""

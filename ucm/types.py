@@ -1,0 +1,70 @@
+"""Words shared by all layers: ids, tiers, statuses."""
+
+from __future__ import annotations
+
+import enum
+from typing import NewType
+
+KEY_BYTES = 32
+"""Length of a block key and of a namespace id: one SHA-256 digest."""
+
+BlockKey = NewType("BlockKey", bytes)
+"""32 bytes that name one block's content; see `ucm.hashing`."""
+
+NamespaceId = NewType("NamespaceId", bytes)
+"""32 bytes: the fingerprint of everything but the tokens that changes a block's bytes."""
+
+LeaseId = NewType("LeaseId", bytes)
+"""16 random bytes; valid only inside the session that got it."""
+
+SessionId = NewType("SessionId", int)
+"""A client's connection, as the daemon counts them."""
+
+ROOT_KEY = BlockKey(bytes(KEY_BYTES))
+"""The parent of a chain's first block."""
+
+
+class TierKind(enum.StrEnum):
+    """Where bytes are, fastest first."""
+
+    MEMORY = "memory"
+    NVME = "nvme"
+
+
+class LoadStatus(enum.StrEnum):
+    """What became of one key of a load."""
+
+    READY = "ready"
+    MISS = "miss"
+    CORRUPT = "corrupt"
+    """The stored bytes failed their checksum; the block is quarantined and counts as a miss."""
+    TIMED_OUT = "timed_out"
+    NO_SPACE = "no_space"
+    """The host tier has no slot free of leases to promote into."""
+
+
+class StoreStatus(enum.StrEnum):
+    """What became of one key of a store."""
+
+    WANTED = "wanted"
+    """A staging slot was granted: fill it and complete the store."""
+    ACCEPTED = "accepted"
+    """Checked and readable by every session of the namespace."""
+    PRESENT = "present"
+    """The block was there already; nothing to do."""
+    NO_SPACE = "no_space"
+    """No staging slot, or no slot in the host tier that could be evicted; try later or drop."""
+    ORPHAN = "orphan"
+    """Its parent is in no tier, so nobody could ever reach it."""
+    CORRUPT = "corrupt"
+    """The staged bytes do not match the checksum that came with them."""
+    REFUSED = "refused"
+    """The daemon drains or its disk is full; loads go on."""
+
+
+class BlockState(enum.StrEnum):
+    """How durable a block is."""
+
+    ABSENT = "absent"
+    ACCEPTED = "accepted"
+    FLUSHED = "flushed"
