@@ -78,7 +78,11 @@ class KvHook(Protocol):
         """Fill the blocks; returns how many *leading* ones are complete and verified."""
 
     def store(self, request: StoreRequest) -> None:
-        """Take new full blocks; returns at once, dropping them rather than waiting."""
+        """Take new full blocks; returns at once, dropping them rather than waiting.
+
+        Blocks that the hook has seen before may be offered again. Should it raise all the same, it
+        must not have kept `release`: the engine then calls it.
+        """
 
     def finish(self, request_id: str) -> None:
         """The request is done, cancelled or preempted."""

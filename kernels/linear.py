@@ -1,0 +1,66 @@
+"""A linear layer without bias, its weight laid out once for the way it will be read.
+
+Envelope: one row of input reads the whole weight, so decode is bound by how well that read
+streams. Milliseconds for all 121 products of SmolLM2-135M with one row, one thread, same run:
+
+    layout                          fp32    bf16
+    F.linear on (out, in)           71      87
+    transposed where out >= in      56      -
+    oneDNN's own blocked layout     85      57
+
+so fp32 is kept (in, out) where the output is at least as wide as the input, and bf16 blocked by
+oneDNN where PyTorch has these (private) operators. Many rows cost the same in every layout.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _onednn_operators() -> bool:
+    """Whether PyTorch has the operators that its own compiler uses for packed weights."""
+    available = torch.backends.mkldnn.is_available()
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    return bool(available and all(hasattr(torch.ops.mkldnn, name) for name in names))
+
+
+_ONEDNN = _onednn_operators()
+
+
+class Linear:
+    """x -> x W^T. Owns a copy of the weight in its own layout."""
+
+    def __init__(self, weight: Tensor, *, packed: bool | None = None) -> None:
+        """Lay out a weight.
+
+        Args:
+            weight: [out, in]; not kept unless its layout is already the right one.
+            packed: use oneDNN's blocked layout; None decides by dtype and device.
+        """
+        self.out_features, self.in_features = weight.shape
+        if packed is None:
+            packed = _ONEDNN and weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
+        self.packed = packed
+        if packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)  # noqa: SLF001
+        elif weight.dtype is torch.float32 and self.out_features >= self.in_features:
+            self._weight = weight.t().contiguous().t()
+        else:
+            self._weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Product for [T, in]; [T, out]."""
+        if self.packed:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
+                x, self._weight, None, "none", [], ""
+            )
+            return out
+        return F.linear(x, self._weight)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Sum residual + x W^T for [T, in] and [T, out]; a new tensor."""
+        if self.packed:
+            return self(x).add_(residual)
+        return torch.addmm(residual, x, self._weight.t())

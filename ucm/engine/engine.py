@@ -1,0 +1,332 @@
+"""The reference engine's front: requests in, tokens and text out.
+
+    add_request -> step, step, ... -> TokenEvent ... -> the last one carries the RequestResult
+
+The engine and everything in it belong to one thread. What a request produces does not depend on
+what else runs: see `sampling`. It knows no cache beyond its own pool; a `KvHook` may know one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+from ucm.clock import Clock, SystemClock
+from ucm.errors import InvalidArgumentError
+
+from .guarded_hook import HookStats
+from .hook import KvHook
+from .interfaces import DecoderModel, TextCodec
+from .pool import KvPool
+from .request import FinishReason, RequestResult, RequestState, SampleState, TokenEvent
+from .runner import BatchRunner, EngineOptions, EngineStats
+from .sampling import SamplingParams
+from .sequence import TokenSequence
+
+__all__ = ["Engine", "EngineOptions", "EngineStats"]
+
+
+class Engine:
+    """Continuous batching over one model; see the module."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        tokenizer: TextCodec | None,
+        options: EngineOptions | None = None,
+        hook: KvHook | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """Build the pool and attach the hook.
+
+        Args:
+            model: the decoder.
+            tokenizer: None to serve token ids only.
+            options: sizes and limits.
+            hook: fills and drains the pool; a hook that cannot attach is left out.
+            clock: for the timings.
+        """
+        self.options = options or EngineOptions()
+        self._model = model
+        self._tokenizer = tokenizer
+        self._eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
+        self._clock = clock or SystemClock()
+        self._runner = BatchRunner(model, self.options, hook, self._clock)
+        self._requests: dict[str, RequestState] = {}
+        self._mailboxes: dict[str, deque[TokenEvent]] = {}
+        self._num_added = 0
+
+    @property
+    def pool(self) -> KvPool:
+        """The KV pool."""
+        return self._runner.pool
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters over the engine's life."""
+        return self._runner.stats
+
+    @property
+    def hook_stats(self) -> HookStats:
+        """What the hook was asked for and gave."""
+        return self._runner.hook.stats
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would have something to do."""
+        return bool(self._requests)
+
+    # Requests
+
+    def add_request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> str:
+        """Queue a request; it starts with the next `step`.
+
+        Args:
+            prompt: text, or token ids (then nothing is added to them).
+            params: greedy by default.
+            request_id: unique among unfinished requests; one is made up when None.
+
+        Returns:
+            The request's id.
+
+        Raises:
+            InvalidArgumentError: an empty prompt, one that does not fit the model or the pool, a
+                token outside the vocabulary, more samples than the batch holds, an id in use.
+        """
+        params = params or SamplingParams()
+        tokens = self._tokenize(prompt)
+        max_length = self._check_fits(tokens, params)
+        request_id = request_id if request_id is not None else f"request-{self._num_added}"
+        if request_id in self._requests:
+            raise InvalidArgumentError(f"request id {request_id!r} is in use")
+        sequence = TokenSequence(
+            request_id=request_id,
+            index=0,
+            arrival=(self._num_added, 0),
+            params=params,
+            tokens=tokens,
+            num_prompt=len(tokens),
+            max_length=max_length,
+            block_tokens=self.options.block_tokens,
+            num_forks=params.n - 1,
+        )
+        if params.repetition_penalty != 1.0:
+            sequence.track_seen(self._model.config.vocab_size)
+        request = RequestState(
+            id=request_id, params=params, prompt=tuple(tokens), added_us=self._clock.now_us()
+        )
+        request.samples.append(self._new_sample(sequence))
+        self._num_added += 1
+        self._requests[request_id] = request
+        self._runner.submit(sequence)
+        return request_id
+
+    def abort(self, request_id: str) -> RequestResult | None:
+        """End a request now; its blocks go back.
+
+        Returns:
+            What it had produced, or None when there is no such unfinished request.
+        """
+        request = self._requests.pop(request_id, None)
+        self._mailboxes.pop(request_id, None)
+        if request is None:
+            return None
+        for item in request.samples:
+            if item.finish_reason is None:
+                item.finish_reason = FinishReason.ABORTED
+                self._runner.retire(item.sequence)
+        return request.result()
+
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> Iterator[TokenEvent]:
+        """Stream one request's events; other requests advance with it.
+
+        Closing the iterator early aborts the request.
+
+        Raises:
+            InvalidArgumentError: see `add_request`; raised here, not at the first event.
+        """
+        request_id = self.add_request(prompt, params)
+        self._mailboxes[request_id] = deque()
+        return self._stream(request_id)
+
+    def _stream(self, request_id: str) -> Iterator[TokenEvent]:
+        mailbox = self._mailboxes[request_id]
+        try:
+            while mailbox or request_id in self._requests:
+                if not mailbox:
+                    self.step()
+                while mailbox:
+                    yield mailbox.popleft()
+        finally:
+            self._mailboxes.pop(request_id, None)
+            self.abort(request_id)
+
+    def generate_all(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestResult]:
+        """Run requests together and return their results, in order.
+
+        Args:
+            prompts: texts or token ids.
+            params: for all, or one for each.
+
+        Raises:
+            InvalidArgumentError: see `add_request`; then none of them runs.
+        """
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise InvalidArgumentError(f"{len(prompts)} prompts, {len(params)} parameters")
+        request_ids: list[str] = []
+        results: dict[str, RequestResult] = {}
+        try:
+            for prompt, one in zip(prompts, params, strict=True):
+                request_ids.append(self.add_request(prompt, one))
+            while any(request_id in self._requests for request_id in request_ids):
+                done = (event.result for event in self.step())
+                results.update({result.request_id: result for result in done if result})
+        finally:
+            for request_id in request_ids:
+                self.abort(request_id)
+        return [results[request_id] for request_id in request_ids]
+
+    def reset_cache(self) -> int:
+        """Empty the pool's prefix cache; running requests keep their blocks.
+
+        Returns:
+            Number of blocks that can no longer be found.
+        """
+        return self.pool.reset()
+
+    def close(self) -> None:
+        """Abort everything. Idempotent."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        self.pool.drain()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def check_integrity(self) -> list[str]:
+        """Every violated invariant of pool and sequences, in words; empty when sound."""
+        runner = self._runner
+        faults = runner.pool.check_integrity([item.block_ids for item in runner.running])
+        faults += [f"waiting {item.id} holds blocks" for item in runner.waiting if item.block_ids]
+        return faults
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one batch; blocks for one forward pass (and the hook's loads).
+
+        Returns:
+            The new tokens, oldest request first; empty when no prompt was finished, nothing is
+            left to do, or the hook holds the blocks that are needed.
+
+        Raises:
+            CapacityError: the hook did not give its blocks back for `stall_timeout_s`.
+            CorruptionError: the model produced no finite logits.
+        """
+        events = [self._emit(sequence, token_id) for sequence, token_id in self._runner.step()]
+        for event in events:
+            mailbox = self._mailboxes.get(event.request_id)
+            if mailbox is not None:
+                mailbox.append(event)
+        return events
+
+    def _emit(self, sequence: TokenSequence, token_id: int) -> TokenEvent:
+        request = self._requests[sequence.request_id]
+        if sequence.index == len(request.samples):
+            request.samples.append(self._new_sample(sequence))
+        state = request.samples[sequence.index]
+        sequence.append(token_id)
+        state.last_us = self._clock.now_us()
+        if state.first_us is None:
+            state.first_us = state.last_us
+        state.finish_reason = self._finish_reason(sequence, token_id)
+        text = _new_text(state, token_id)
+        if state.finish_reason is not None:
+            self._runner.retire(sequence)
+        if request.is_finished:
+            del self._requests[request.id]
+        return TokenEvent(
+            request_id=request.id,
+            index=sequence.index,
+            token_id=token_id,
+            text=text,
+            finish_reason=state.finish_reason,
+            result=request.result() if request.is_finished else None,
+        )
+
+    def _finish_reason(self, sequence: TokenSequence, token_id: int) -> FinishReason | None:
+        params = sequence.params
+        is_eos = token_id in self._eos_ids and not params.ignore_eos
+        if is_eos or token_id in params.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if sequence.num_tokens >= sequence.max_length else None
+
+    # Checks and small parts
+
+    def _tokenize(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self._tokenizer is None:
+            raise InvalidArgumentError("this engine has no tokenizer: give the prompt as token ids")
+        return self._tokenizer.encode(prompt)
+
+    def _check_fits(self, tokens: Sequence[int], params: SamplingParams) -> int:
+        """Raise for a prompt that cannot be served; returns the sequence's greatest length."""
+        config, options = self._model.config, self.options
+        if not tokens:
+            raise InvalidArgumentError("the prompt is empty")
+        if min(tokens) < 0 or max(tokens) >= config.vocab_size:
+            raise InvalidArgumentError(f"token ids must be 0 to {config.vocab_size - 1}")
+        if len(tokens) >= config.max_context_tokens:
+            raise InvalidArgumentError(
+                f"the prompt has {len(tokens)} tokens, the model takes "
+                f"{config.max_context_tokens}, the answer included; shorten it"
+            )
+        max_length = min(len(tokens) + params.max_tokens, config.max_context_tokens)
+        num_blocks = -(-(max_length - 1) // options.block_tokens)
+        if num_blocks > options.num_blocks:
+            raise InvalidArgumentError(
+                f"{len(tokens)} prompt tokens and up to {params.max_tokens} new ones need "
+                f"{num_blocks} KV blocks, the pool has {options.num_blocks}; shorten the prompt, "
+                "lower max_tokens or raise num_blocks"
+            )
+        if params.n > options.scheduler.max_sequences:
+            raise InvalidArgumentError(
+                f"n is {params.n}, the batch holds {options.scheduler.max_sequences} sequences"
+            )
+        return max_length
+
+    def _new_sample(self, sequence: TokenSequence) -> SampleState:
+        stream = self._tokenizer.stream() if self._tokenizer else None
+        return SampleState(sequence=sequence, stream=stream)
+
+
+def _new_text(state: SampleState, token_id: int) -> str:
+    if state.stream is None:
+        return ""
+    text = "" if state.finish_reason is FinishReason.STOP else state.stream.push(token_id)
+    if state.finish_reason is not None:
+        text += state.stream.flush()
+    state.text.append(text)
+    return text

@@ -1,0 +1,145 @@
+"""A request's public face: what comes out of the engine, and how long it took."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .interfaces import TokenStream
+    from .sampling import SamplingParams
+    from .sequence import TokenSequence
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sample ended."""
+
+    STOP = "stop"
+    """An end-of-sequence or stop token; it is the last token, without text."""
+    LENGTH = "length"
+    """`max_tokens`, or the model's last position."""
+    ABORTED = "aborted"
+    """`Engine.abort`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOutput:
+    """One finished sample."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTimings:
+    """Where one request's time and tokens went."""
+
+    ttft_s: float
+    """From `add_request` to the first token of the first sample."""
+    tpot_s: float
+    """Mean time between two tokens of the first sample; 0 when there is one."""
+    total_s: float
+    """From `add_request` to the last token of the last sample."""
+    num_prompt_tokens: int
+    num_local_tokens: int
+    """Prompt tokens that the pool held at the first admission."""
+    num_hook_tokens: int
+    """Prompt tokens that the hook loaded at the first admission."""
+    num_computed_tokens: int
+    """The rest of the prompt, which the model computed."""
+    num_preemptions: int
+    """How often one of its samples had to give its blocks up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestResult:
+    """A finished request."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[SampleOutput, ...]
+    """One a sample, in the order of their indexes."""
+    timings: RequestTimings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """One new token."""
+
+    request_id: str
+    index: int
+    """Which sample."""
+    token_id: int
+    text: str
+    """Text that became certain with it; may be empty, or cover earlier tokens."""
+    finish_reason: FinishReason | None = None
+    """Set on a sample's last token."""
+    result: RequestResult | None = None
+    """Set on a request's last token."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SampleState:
+    """A sample inside the engine."""
+
+    sequence: TokenSequence
+    stream: TokenStream | None
+    text: list[str] = field(default_factory=list)
+    first_us: int | None = None
+    last_us: int = 0
+    finish_reason: FinishReason | None = None
+
+    def output(self) -> SampleOutput:
+        """What the caller gets of it."""
+        sequence = self.sequence
+        return SampleOutput(
+            token_ids=tuple(sequence.tokens[sequence.num_prompt :]),
+            text="".join(self.text),
+            finish_reason=self.finish_reason or FinishReason.ABORTED,
+        )
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class RequestState:
+    """A request inside the engine."""
+
+    id: str
+    params: SamplingParams
+    prompt: tuple[int, ...]
+    added_us: int
+    samples: list[SampleState] = field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every sample ended."""
+        return len(self.samples) == self.params.n and all(
+            sample.finish_reason is not None for sample in self.samples
+        )
+
+    def result(self) -> RequestResult:
+        """What the caller gets of it."""
+        return RequestResult(
+            request_id=self.id,
+            prompt_token_ids=self.prompt,
+            outputs=tuple(sample.output() for sample in self.samples),
+            timings=self._timings(),
+        )
+
+    def _timings(self) -> RequestTimings:
+        first = self.samples[0]
+        root = first.sequence
+        first_us = self.added_us if first.first_us is None else first.first_us
+        num_intervals = root.num_tokens - root.num_prompt - 1
+        last_us = max(sample.last_us for sample in self.samples)
+        return RequestTimings(
+            ttft_s=(first_us - self.added_us) / 1e6,
+            tpot_s=(first.last_us - first_us) / 1e6 / num_intervals if num_intervals > 0 else 0.0,
+            total_s=(last_us - self.added_us) / 1e6,
+            num_prompt_tokens=len(self.prompt),
+            num_local_tokens=root.num_local_tokens,
+            num_hook_tokens=root.num_hook_tokens,
+            num_computed_tokens=root.num_prompt - root.num_local_tokens - root.num_hook_tokens,
+            num_preemptions=sum(sample.sequence.num_preemptions for sample in self.samples),
+        )

@@ -1,0 +1,150 @@
+"""One chain of tokens on its way through the engine, and the blocks that hold its KV.
+
+    tokens       | prompt ............................ | output ....... |
+    positions    0            num_computed                          num_tokens
+                 | KV is in the pool | still to compute               |
+    block_ids    | block 0 | block 1 | ...                            (covers num_computed at least)
+
+A sequence that decodes has exactly one token to compute. `chain` names the full blocks; it grows
+with the tokens and costs one SHA-256 a block (about 10 us).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ucm.hashing import block_key
+from ucm.types import KEY_BYTES, ROOT_KEY, NamespaceId
+
+from .allocator import ChainLink
+from .sampling import SamplingParams
+
+POOL_NAMESPACE = NamespaceId(bytes(KEY_BYTES))
+"""The engine's own prefix cache: one model, one process, so one name is enough."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class TokenSequence:
+    """One sample of one request. Owned by the engine's thread."""
+
+    request_id: str
+    index: int
+    """0 to n - 1: which of the request's samples."""
+    arrival: tuple[int, int]
+    """(number of the request, index): first come, first served."""
+    params: SamplingParams
+    tokens: list[int]
+    num_prompt: int
+    max_length: int
+    """Tokens, prompt included, at which the sample ends."""
+    block_tokens: int
+    num_forks: int = 0
+    """Samples that are split off when the prompt is computed; each needs a place in the batch."""
+    num_computed: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    chain: list[ChainLink] = field(default_factory=list)
+    num_registered: int = 0
+    """Leading blocks that were offered to the prefix cache, or came from it."""
+    num_offered: int = 0
+    """Leading blocks that need not be offered to the hook (any more)."""
+    num_local_tokens: int = 0
+    """Tokens that the pool held at the first admission."""
+    num_hook_tokens: int = 0
+    """Tokens that the hook loaded at the first admission."""
+    num_preemptions: int = 0
+    seen: npt.NDArray[np.bool_] | None = None
+    """[vocab] for the repetition penalty; None when there is none."""
+
+    def __post_init__(self) -> None:
+        self._extend_chain()
+
+    @property
+    def id(self) -> str:
+        """Name towards the hook: the request's own for sample 0."""
+        return self.request_id if self.index == 0 else f"{self.request_id}#{self.index}"
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output."""
+        return len(self.tokens)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose KV is not in the pool; 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_slots(self) -> int:
+        """Places in the batch that it takes, its future forks included."""
+        return 1 + self.num_forks
+
+    @property
+    def num_full_blocks(self) -> int:
+        """Blocks whose every row is computed."""
+        return self.num_computed // self.block_tokens
+
+    @property
+    def reusable_chain(self) -> list[ChainLink]:
+        """What may be shared or loaded: full blocks, but never the last token's.
+
+        The last token has to be computed in any case, because the next one comes from its logits.
+        """
+        return self.chain[: (len(self.tokens) - 1) // self.block_tokens]
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` positions."""
+        return -(-num_tokens // self.block_tokens)
+
+    def append(self, token_id: int) -> None:
+        """Add a sampled token; O(1), and one hash when it fills a block."""
+        self.tokens.append(token_id)
+        if self.seen is not None:
+            self.seen[token_id] = True
+        if len(self.tokens) % self.block_tokens == 0:
+            self._extend_chain()
+
+    def track_seen(self, vocab_size: int) -> None:
+        """Start to record which tokens occur, for the repetition penalty."""
+        self.seen = np.zeros(vocab_size, dtype=np.bool_)
+        self.seen[self.tokens] = True
+
+    def fork(self, index: int) -> TokenSequence:
+        """Another sample with the same tokens, KV and blocks; the caller adds the references."""
+        return TokenSequence(
+            request_id=self.request_id,
+            index=index,
+            arrival=(self.arrival[0], index),
+            params=self.params,
+            tokens=list(self.tokens),
+            num_prompt=self.num_prompt,
+            max_length=self.max_length,
+            block_tokens=self.block_tokens,
+            num_computed=self.num_computed,
+            block_ids=list(self.block_ids),
+            chain=list(self.chain),
+            num_registered=self.num_registered,
+            num_offered=self.num_offered,
+            seen=None if self.seen is None else self.seen.copy(),
+        )
+
+    def rewind(self) -> list[int]:
+        """Forget the KV (preemption): all tokens stay and are computed again.
+
+        Returns:
+            The blocks that it held; the caller releases them.
+        """
+        block_ids, self.block_ids = self.block_ids, []
+        self.num_computed = self.num_registered = self.num_offered = 0
+        return block_ids
+
+    def _extend_chain(self) -> None:
+        size = self.block_tokens
+        for start in range(len(self.chain) * size, len(self.tokens) - size + 1, size):
+            parent = self.chain[-1].key if self.chain else ROOT_KEY
+            token_ids: Sequence[int] = self.tokens[start : start + size]
+            key = block_key(POOL_NAMESPACE, parent, token_ids)
+            self.chain.append(ChainLink(key, parent, tuple(token_ids)))
