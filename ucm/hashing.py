@@ -157,14 +157,7 @@ def block_key(
     Raises:
         InvalidArgumentError: a token id out of range, or a key of the wrong length.
     """
-    check_key(parent)
-    try:
-        tokens = struct.pack(f"<{len(token_ids)}i", *token_ids)
-    except struct.error as error:
-        raise InvalidArgumentError(f"token ids must be 0 to {MAX_TOKEN_ID}: {error}") from error
-    parts: list[Encodable] = ["ucm.block", FORMAT_VERSION, namespace, parent, tokens]
-    parts.append(list(extra_keys))
-    return BlockKey(hashlib.sha256(encode(parts)).digest())
+    return chain_keys(namespace, token_ids, len(token_ids), parent=parent, extra_keys=extra_keys)[0]
 
 
 def chain_keys(
@@ -177,11 +170,27 @@ def chain_keys(
 ) -> list[BlockKey]:
     """Keys of all *full* blocks of `token_ids`, each chained to the one before.
 
-    A partial last block has no key: its bytes are not final.
+    A partial last block has no key: its bytes are not final. Arguments and errors as `block_key`.
     """
+    if block_tokens < 1:
+        raise InvalidArgumentError(f"a block has at least one token, not {block_tokens}")
+    check_key(parent)
+    num_tokens = len(token_ids) // block_tokens * block_tokens
+    used = token_ids[:num_tokens]
+    if used and not 0 <= min(used) <= max(used) <= MAX_TOKEN_ID:
+        raise InvalidArgumentError(
+            f"token ids must be 0 to {MAX_TOKEN_ID}, these go from {min(used)} to {max(used)}"
+        )
+    tokens = struct.pack(f"<{num_tokens}i", *used)
+    # `encode` of the five parts, with what is the same for every block done once.
+    head = encode("ucm.block") + encode(FORMAT_VERSION) + encode(namespace)
+    tail = encode(list(extra_keys))
+    step = block_tokens * 4
     keys: list[BlockKey] = []
-    for start in range(0, len(token_ids) - block_tokens + 1, block_tokens):
-        parent = block_key(namespace, parent, token_ids[start : start + block_tokens], extra_keys)
+    for start in range(0, len(tokens), step):
+        payload = head + encode(parent) + encode(tokens[start : start + step]) + tail
+        list_head = b"l" + struct.pack("<Q", len(payload))
+        parent = BlockKey(hashlib.sha256(list_head + payload).digest())
         keys.append(parent)
     return keys
 

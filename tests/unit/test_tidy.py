@@ -38,7 +38,18 @@ LAYERS = {
     "ucm.embedded": 4,
     "ucm.sd_notify": 4,
     "ucm.config_loader": 4,
+    "ucm.config_values": 4,
+    "ucm.door_client": 4,
+    "ucm.sockets": 4,
+    "ucm.wire": 4,
     "ucm.manager": 3,
+    "ucm.manager_state": 3,
+    "ucm.namespaces": 3,
+    "ucm.grants": 3,
+    "ucm.loads": 3,
+    "ucm.stores": 3,
+    "ucm.staging": 3,
+    "ucm.write_behind": 3,
     "ucm.transfer": 3,
     "ucm.placement": 3,
     "ucm.eviction": 3,
@@ -113,19 +124,21 @@ def imports_of(path: Path) -> Iterator[tuple[int, str, int]]:
     """(line, absolute module imported, relative level) for every import in the file."""
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name, 0
+            yield from ((node.lineno, alias.name, 0) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                package = package_of(path).split(".")
-                package = package[: len(package) - node.level + 1]
-                base = ".".join([*package, base] if base else package)
-            if node.module is None or base == "ucm":
-                for alias in node.names:
-                    yield node.lineno, f"{base}.{alias.name}", node.level
-            else:
-                yield node.lineno, base, node.level
+            base = absolute_base(node, path)
+            names_modules = node.module is None or base == "ucm"
+            targets = [f"{base}.{alias.name}" for alias in node.names] if names_modules else [base]
+            yield from ((node.lineno, target, node.level) for target in targets)
+
+
+def absolute_base(node: ast.ImportFrom, path: Path) -> str:
+    """What `from X import` names, with the dots resolved."""
+    if not node.level:
+        return node.module or ""
+    package = package_of(path).split(".")
+    package = package[: len(package) - node.level + 1]
+    return ".".join([*package, node.module] if node.module else package)
 
 
 def lookup(table: dict[str, int], name: str) -> int | None:
