@@ -1,0 +1,135 @@
+"""Host memory that is handed to other processes: one memfd, cut into slots of one block.
+
+    kind       | the daemon        | a client that gets the descriptor
+    READ_ONLY  | mapped read-write | may map it read-only; cannot write, map it writable, resize it
+    STAGING    | mapped read-write | may map it read-write; cannot resize it
+
+Seals make this the kernel's promise (`memfd_create(2)`, `F_SEAL_FUTURE_WRITE`): the daemon's own
+mapping is made before the seal and stays writable. A size that cannot shrink means that nobody can
+make the daemon die by SIGBUS. The file is sparse, so an arena costs only what was ever written;
+a sealed one cannot give pages back. It has no name, so nothing is left behind by a crash.
+
+Slots are page-aligned and 4 KiB multiples: O_DIRECT reads go straight into `view(slot)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fcntl
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ucm.errors import CapacityError, ConfigError, InvalidArgumentError
+
+from .slots import SlotTable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ucm.layout import KvLayout
+
+    from .tier import SlotId
+
+F_SEAL_FUTURE_WRITE = 0x0010
+"""From linux/fcntl.h (Linux 5.1); Python names it from 3.13 on."""
+
+_FIXED_SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class ArenaKind(enum.Enum):
+    """What a client may do with the descriptor."""
+
+    READ_ONLY = "read_only"
+    STAGING = "staging"
+
+    @property
+    def seals(self) -> int:
+        """The seals that enforce it."""
+        read_only = self is ArenaKind.READ_ONLY
+        return _FIXED_SIZE_SEALS | (F_SEAL_FUTURE_WRITE if read_only else 0)
+
+
+class Arena:
+    """`num_slots` slots of one block each in one sealed memfd.
+
+    `slots` says which are in use; `checksums` [num_slots, num_layers] uint64 holds each slot's
+    slab checksums, in this process only. Allocation and views are thread-safe.
+    """
+
+    def __init__(self, layout: KvLayout, num_slots: int, kind: ArenaKind) -> None:
+        """Create and seal the memory.
+
+        Raises:
+            ConfigError: no slot would fit.
+            CapacityError: the kernel refuses so large a mapping.
+        """
+        if num_slots < 1:
+            raise ConfigError(
+                f"an arena needs room for one block of {layout.block_bytes} bytes: "
+                "raise the memory tier's (or the staging) size"
+            )
+        self.kind = kind
+        self.num_slots = num_slots
+        self.slot_bytes = layout.block_bytes
+        self.slots = SlotTable(num_slots)
+        self.checksums: NDArray[np.uint64] = np.zeros((num_slots, layout.num_layers), np.uint64)
+        self._fd, self._map = _create_memfd(self.size_bytes, kind)
+        self._view = memoryview(self._map)
+
+    def __repr__(self) -> str:
+        return f"Arena({self.kind.value}, {self.num_slots} x {self.slot_bytes} B, {self.slots!r})"
+
+    @property
+    def fd(self) -> int:
+        """The memfd; valid until `close`. Duplicate it (SCM_RIGHTS does) to keep it longer."""
+        return self._fd
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the memfd."""
+        return self.num_slots * self.slot_bytes
+
+    def offset(self, slot: SlotId) -> int:
+        """Where the slot begins in the memfd, in bytes.
+
+        Raises:
+            InvalidArgumentError: there is no such slot.
+        """
+        if not 0 <= slot < self.num_slots:
+            raise InvalidArgumentError(f"slot {slot} is outside 0..{self.num_slots - 1}")
+        return slot * self.slot_bytes
+
+    def view(self, slot: SlotId) -> memoryview:
+        """The slot's bytes, writable, `slot_bytes` long; no copy.
+
+        Raises:
+            InvalidArgumentError: there is no such slot.
+        """
+        start = self.offset(slot)
+        return self._view[start : start + self.slot_bytes]
+
+    def close(self) -> None:
+        """Give the memory back. Idempotent. Views that are still held keep their pages alive."""
+        if self._fd < 0:
+            return
+        os.close(self._fd)
+        self._fd = -1
+        with contextlib.suppress(BufferError):  # a view is still held: its end ends the mapping
+            self._view.release()
+            self._map.close()
+
+
+def _create_memfd(size_bytes: int, kind: ArenaKind) -> tuple[int, mmap.mmap]:
+    fd = os.memfd_create(f"ucm-{kind.value}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size_bytes)
+        mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, kind.seals)
+    except OSError as error:
+        os.close(fd)
+        raise CapacityError(f"cannot map an arena of {size_bytes} bytes: {error}") from error
+    return fd, mapping

@@ -1,0 +1,162 @@
+"""The data folder: who may use it, and that only one daemon does.
+
+PATH/            0700, owned by the daemon's user
+    lock         flock, held for as long as the store is open; holds the pid
+    ns/<hex>/    one namespace each; see `format.py`
+    quarantine/  namespaces that `ucm fsck --repair` moved aside
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import stat
+from typing import TYPE_CHECKING
+
+from ucm.errors import CapacityError, ConfigError, CorruptionError, TierUnavailableError
+from ucm.types import NamespaceId
+
+from .format import SUPERBLOCK_BYTES, decode_superblock, encode_superblock
+from .segments import NO_SPACE_ERRNOS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from ucm.errors import UcmError
+
+    from .file_io import FileIo
+    from .format import Superblock
+
+_NAME = re.compile(r"[0-9a-f]{64}")
+
+
+def current_uid() -> int:
+    """The user this process acts as."""
+    return os.geteuid()
+
+
+def check_folder(path: Path) -> None:
+    """Create the data folder if it is not there; refuse one that others control.
+
+    Raises:
+        ConfigError: a link, no folder, another owner, or writable by everyone.
+        CapacityError, TierUnavailableError: it cannot be created.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.lstat()
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(f"nvme.path {path} cannot be used: {error}") from error
+    except OSError as error:
+        raise translate_os_error(error, f"cannot create {path}") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise ConfigError(f"nvme.path {path} is a link or a file: give a folder's own path")
+    if status.st_uid != current_uid():
+        raise ConfigError(
+            f"nvme.path {path} belongs to user {status.st_uid}, this process runs as user "
+            f"{current_uid()}: use a folder of your own, or change its owner"
+        )
+    if status.st_mode & stat.S_IWOTH:
+        raise ConfigError(
+            f"nvme.path {path} can be written by every user: run `chmod o-w` on it first"
+        )
+
+
+def lock_folder(path: Path) -> int:
+    """Take the folder's lock.
+
+    Returns:
+        A descriptor; closing it, or the end of the process, frees the lock.
+
+    Raises:
+        ConfigError: another process holds it.
+        CapacityError, TierUnavailableError: the lock file cannot be opened.
+    """
+    try:
+        fd = os.open(
+            path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode=0o600
+        )
+    except OSError as error:
+        raise translate_os_error(error, f"cannot open {path / 'lock'}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except BlockingIOError as error:
+        holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(fd)
+        raise ConfigError(
+            f"the data folder {path} is in use by process {holder}: stop it, or use another folder"
+        ) from error
+    except OSError as error:
+        os.close(fd)
+        raise translate_os_error(error, f"cannot lock {path}") from error
+    return fd
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Check an existing data folder and hold its lock.
+
+    Raises:
+        ConfigError, CapacityError, TierUnavailableError: as `check_folder` and `lock_folder`.
+    """
+    check_folder(path)
+    fd = lock_folder(path)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def translate_os_error(error: OSError, what: str) -> UcmError:
+    """The error of ours that says the same."""
+    kind = CapacityError if error.errno in NO_SPACE_ERRNOS else TierUnavailableError
+    return kind(f"{what}: {error}")
+
+
+def list_namespaces(root: Path) -> list[NamespaceId]:
+    """Ids of the namespaces whose folders are in `root`, sorted; other names are ignored."""
+    names = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
+    return [NamespaceId(bytes.fromhex(name)) for name in names if _NAME.fullmatch(name)]
+
+
+def read_superblock(folder: Path) -> Superblock:
+    """The superblock of a namespace's folder.
+
+    Raises:
+        ConfigError: it is of another format version.
+        CorruptionError: it is missing or damaged.
+        TierUnavailableError: the disk does not answer.
+    """
+    path = folder / "superblock"
+    try:
+        with path.open("rb") as file:
+            data = file.read(SUPERBLOCK_BYTES + 1)
+    except FileNotFoundError as error:
+        raise CorruptionError(f"{path} is missing: run `ucm fsck --repair`") from error
+    except OSError as error:
+        raise translate_os_error(error, f"cannot read {path}") from error
+    return decode_superblock(data, str(path))
+
+
+def create_namespace(folder: Path, superblock: Superblock, io: FileIo) -> None:
+    """Make a namespace's folder appear whole and durably, or not at all.
+
+    Raises:
+        CapacityError, TierUnavailableError: the disk is full or failing; nothing is there.
+    """
+    unfinished = folder.with_name(folder.name + ".tmp")
+    try:
+        for made in (unfinished, unfinished / "segments"):
+            made.mkdir(mode=0o700)
+        io.replace_file(unfinished / "superblock", encode_superblock(superblock))
+        unfinished.rename(folder)
+        io.sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise translate_os_error(error, f"cannot create {folder}") from error

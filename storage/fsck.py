@@ -1,0 +1,383 @@
+"""Check a data folder offline, byte by byte, and repair what can be: `ucm fsck`.
+
+    superblock   readable, of our version, the folder's own    repair: move the namespace aside
+    index        sound LMDB (walked, not mapped)               repair: rebuild from slot headers
+    segments     all there, whole, in use                     repair: complete, or delete a retired
+    records      each has its slot, header and parent         repair: drop the record
+    slabs        each matches its checksum                    repair: drop the record, free the slot
+    slots        nothing but what the index knows             repair: blank the header (harmless)
+
+Repair never invents a block: it ends with fewer of them, and all that are left are right. Nothing
+is changed without `repair`. Takes the folder's lock, so no daemon may run on it. Reads everything:
+expect the disk's sequential rate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import shutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ucm.errors import ConfigError, CorruptionError, UcmError
+
+from . import index as index_file
+from .file_io import PosixFileIo, aligned_buffer
+from .folder import list_namespaces, locked_folder, read_superblock
+from .format import HEADER_BYTES
+from .index import BlockIndex, IndexRecord
+from .recovery import (
+    Dropped,
+    NamespaceFiles,
+    order_by_chain,
+    rebuild_index,
+    reconcile,
+    scan_headers,
+)
+from .segments import SegmentBudget, Segments, segment_numbers
+from .slot_io import SlotIo
+from .tier import IoStatus, SlotId, SlotRead
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from ucm.types import NamespaceId
+
+    from .file_io import FileIo
+    from .format import Superblock
+
+log = logging.getLogger(__name__)
+
+IO_THREADS = 8
+BATCH_BYTES = 64 << 20
+"""Blocks in memory at once."""
+MIN_MAP_BYTES = 1 << 30
+
+
+class FindingKind(enum.StrEnum):
+    """What is wrong."""
+
+    VERSION = "version"
+    """The namespace was written by a program with another disk format."""
+    SUPERBLOCK = "superblock"
+    INDEX = "index"
+    """LMDB's file is damaged, or the index is missing."""
+    RECORD = "record"
+    """An index record that cannot be right, or whose slot holds something else."""
+    CHECKSUM = "checksum"
+    """A block's bytes are not what was written, or cannot be read."""
+    SEGMENT = "segment"
+    """A segment file is missing, too short or retired."""
+    QUARANTINED = "quarantined"
+    """A slot that a read found bad before."""
+    UNINDEXED = "unindexed"
+    """A slot with a header that no record knows: a write that a crash cut short. Harmless."""
+
+
+@dataclass(slots=True)
+class FsckFinding:
+    """One thing that is not as it should be."""
+
+    kind: FindingKind
+    namespace: str
+    """The namespace id's first 8 hex digits."""
+    what: str
+    """In words."""
+    segment: int | None = None
+    slot: int | None = None
+    key: str = ""
+    """The block key's first 8 hex digits; empty where it is about no block."""
+    fixed: bool = False
+
+    @property
+    def is_damage(self) -> bool:
+        """Whether it means lost blocks, and not just a leftover."""
+        return self.kind is not FindingKind.UNINDEXED
+
+
+@dataclass(slots=True)
+class FsckReport:
+    """The outcome of one check."""
+
+    num_namespaces: int = 0
+    num_blocks: int = 0
+    """Blocks found whole."""
+    num_bytes: int = 0
+    """Slot bytes that were read and verified."""
+    findings: list[FsckFinding] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no damage is left."""
+        return all(finding.fixed or not finding.is_damage for finding in self.findings)
+
+
+def check_store(path: Path, repair: bool, io: FileIo | None = None) -> FsckReport:
+    """Check the data folder `path`, and with `repair` mend it.
+
+    Blocks for as long as reading all of it takes.
+
+    Raises:
+        ConfigError: no data folder there, a daemon runs on it, or it is another user's.
+        CapacityError, TierUnavailableError: the lock cannot be taken.
+    """
+    if not (path / "ns").is_dir():
+        raise ConfigError(f"{path} is not a data folder: it has no `ns` in it")
+    own_io = PosixFileIo(IO_THREADS) if io is None else io
+    report = FsckReport()
+    try:
+        with locked_folder(path):
+            for namespace in list_namespaces(path / "ns"):
+                report.num_namespaces += 1
+                _NamespaceCheck(path, namespace, own_io, report, repair=repair).run()
+    finally:
+        if io is None:
+            own_io.close()
+    return report
+
+
+class _NamespaceCheck:
+    """One namespace's check; findings go to `report`."""
+
+    def __init__(
+        self, path: Path, namespace: NamespaceId, io: FileIo, report: FsckReport, *, repair: bool
+    ) -> None:
+        self._path = path
+        self._folder = path / "ns" / namespace.hex()
+        self._namespace = namespace
+        self._io = io
+        self._report = report
+        self._repair = repair
+
+    def run(self) -> None:
+        """Check everything; whatever stops it is a finding."""
+        superblock = self._check_superblock()
+        if superblock is None:
+            return
+        try:
+            self._check_segment_files(superblock)
+            with self._opened(superblock) as files:
+                index = self._open_index(files)
+                if index is not None:
+                    self._check_contents(files, index)
+        except (UcmError, OSError) as error:
+            self._find(FindingKind.INDEX, f"the check cannot go on: {error}")
+
+    def _find(self, kind: FindingKind, what: str) -> FsckFinding:
+        finding = FsckFinding(kind, self._namespace.hex()[:8], what)
+        self._report.findings.append(finding)
+        return finding
+
+    def _check_superblock(self) -> Superblock | None:
+        try:
+            superblock = read_superblock(self._folder)
+            if superblock.namespace == self._namespace:
+                return superblock
+            finding = self._find(FindingKind.SUPERBLOCK, "it is another namespace's")
+        except ConfigError as error:
+            self._find(FindingKind.VERSION, str(error))
+            return None
+        except CorruptionError as error:
+            finding = self._find(FindingKind.SUPERBLOCK, str(error))
+        except UcmError as error:
+            self._find(FindingKind.SUPERBLOCK, str(error))
+            return None
+        if self._repair:
+            finding.fixed = self._move_aside()
+        return None
+
+    def _move_aside(self) -> bool:
+        """Keep the namespace once in `quarantine/`; it starts empty when it is next opened."""
+        target = self._path / "quarantine" / self._folder.name
+        try:
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            self._folder.rename(target)
+        except OSError as error:
+            log.warning("cannot move %s aside: %s", self._folder, error)
+            return False
+        return True
+
+    def _check_segment_files(self, superblock: Superblock) -> None:
+        """Missing or short files; opening for repair completes them."""
+        numbers = segment_numbers(self._folder / "segments")
+        for number in range(numbers[-1] + 1 if numbers else 0):
+            path = self._folder / "segments" / f"{number:04d}.seg"
+            size = path.lstat().st_size if number in numbers else 0
+            if size < superblock.segment_bytes:
+                what = f"it has {size} bytes of {superblock.segment_bytes}"
+                finding = self._find(FindingKind.SEGMENT, what)
+                finding.segment, finding.fixed = number, self._repair
+
+    @contextlib.contextmanager
+    def _opened(self, superblock: Superblock) -> Iterator[NamespaceFiles]:
+        budget = SegmentBudget(0)  # a check creates no segment
+        folder, read_only = self._folder / "segments", not self._repair
+        segments = Segments(folder, superblock, self._io, budget, read_only=read_only)
+        data = self._folder / "index" / "data.mdb"
+        size = data.stat().st_size if data.exists() else 0
+        try:
+            yield NamespaceFiles(
+                folder=self._folder,
+                superblock=superblock,
+                segments=segments,
+                io=self._io,
+                index_map_bytes=max(MIN_MAP_BYTES, 2 * size),
+            )
+        finally:
+            segments.close()
+
+    def _open_index(self, files: NamespaceFiles) -> BlockIndex | None:
+        """The index, rebuilt if need be and allowed; None if there is none to go on with."""
+        if files.segments.num_segments == 0 and not files.index_folder.exists():
+            return None
+        problems = index_file.verify(files.index_folder)
+        if not problems:
+            try:
+                return self._new_index(files)
+            except UcmError as error:
+                problems = [str(error)]
+        finding = self._find(FindingKind.INDEX, "; ".join(problems[:3]))
+        if not self._repair:
+            return None
+        rebuild_index(files)
+        finding.fixed = True
+        return self._new_index(files)
+
+    def _new_index(self, files: NamespaceFiles) -> BlockIndex:
+        return BlockIndex(files.index_folder, files.index_map_bytes, read_only=not self._repair)
+
+    def _check_contents(self, files: NamespaceFiles, index: BlockIndex) -> None:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(index.close, clean=False)
+            self._check_barred(files, index)
+            result = reconcile(files, index, check_headers=True)
+            bad = self._check_slabs(files, result.kept)
+            gone = {dropped.key for dropped in bad}
+            left, orphans = order_by_chain(r for r in result.kept if r.key not in gone)
+            bad += [Dropped(r.key, r.slot, "its parent is damaged") for r in orphans]
+            self._report.num_blocks += len(left)
+            found = [(FindingKind.RECORD, dropped) for dropped in result.dropped]
+            found += [(FindingKind.CHECKSUM, dropped) for dropped in bad]
+            in_use = {record.slot for record in left}
+            self._settle_dropped(files, index, found, in_use)
+            reported = {item.slot for _, item in found} | set(index.quarantined())
+            self._check_other_slots(files, reported | in_use)
+            on_failure.pop_all()
+        index.close(clean=True)
+
+    def _check_barred(self, files: NamespaceFiles, index: BlockIndex) -> None:
+        """Report quarantined slots and retired segments; repair lets them be used again."""
+        slots, segments = index.quarantined(), index.retired()
+        findings = []
+        for slot in slots:
+            finding = self._find(FindingKind.QUARANTINED, "a read found it bad")
+            finding.slot, finding.segment = slot, files.segments.segment_of(slot)
+            findings.append(finding)
+        for segment in segments:
+            finding = self._find(FindingKind.SEGMENT, "it was retired: its fdatasync failed")
+            finding.segment = segment
+            findings.append(finding)
+        if not self._repair or not findings:
+            return
+        for segment in segments:
+            files.segments.retire(segment)
+        self._blank(files, slots)
+        for segment in segments:
+            (self._folder / "segments" / f"{segment:04d}.seg").unlink(missing_ok=True)
+        index.drop(
+            record.key
+            for record in list(index.records())
+            if isinstance(record, IndexRecord)
+            and (record.slot in set(slots) or files.segments.segment_of(record.slot) in segments)
+        )
+        index.lift(slots, segments)
+        for finding in findings:
+            finding.fixed = True
+
+    def _check_slabs(self, files: NamespaceFiles, records: Sequence[IndexRecord]) -> list[Dropped]:
+        """Read every block and compare it with its checksums."""
+        block_bytes = files.superblock.layout.block_bytes
+        per_batch = max(1, BATCH_BYTES // block_bytes)
+        buffer = aligned_buffer(min(per_batch, max(1, len(records))) * block_bytes)
+        slot_io = SlotIo(files.superblock, files.segments, files.io)
+        bad: list[Dropped] = []
+        in_place = sorted(records, key=lambda record: record.slot)
+        for start in range(0, len(in_place), per_batch):
+            part = in_place[start : start + per_batch]
+            items = [
+                SlotRead(r.slot, r.key, buffer[i * block_bytes : (i + 1) * block_bytes])
+                for i, r in enumerate(part)
+            ]
+            outcomes = slot_io.read(items, [record.generation for record in part])
+            self._report.num_bytes += len(part) * files.superblock.slot_bytes
+            for record, outcome in zip(part, outcomes, strict=True):
+                if outcome.status is not IoStatus.OK:
+                    reason = _SLAB_REASONS[outcome.status]
+                    bad.append(Dropped(record.key, record.slot, reason))
+        return bad
+
+    def _settle_dropped(
+        self,
+        files: NamespaceFiles,
+        index: BlockIndex,
+        found: Sequence[tuple[FindingKind, Dropped]],
+        in_use: set[SlotId],
+    ) -> None:
+        """Report what must go; for repair, forget it and free its slots."""
+        findings = []
+        for kind, dropped in found:
+            finding = self._find(kind, dropped.reason)
+            finding.key, finding.slot = dropped.key.hex()[:8], dropped.slot
+            if dropped.slot is not None:
+                finding.segment = files.segments.segment_of(dropped.slot)
+            findings.append(finding)
+        if not self._repair or not findings:
+            return
+        index.drop(dropped.key for _, dropped in found)
+        slots = {dropped.slot for _, dropped in found if dropped.slot is not None} - in_use
+        self._punch(files, sorted(slots))
+        self._blank(files, sorted(slots))
+        for finding in findings:
+            finding.fixed = True
+
+    def _check_other_slots(self, files: NamespaceFiles, known: set[SlotId | None]) -> None:
+        """Headers in slots that the index does not use."""
+        others = [SlotId(n) for n in range(files.segments.num_slots) if n not in known]
+        leftovers = []
+        for scanned in scan_headers(files, others):
+            if scanned.is_blank or not scanned.is_readable:
+                continue
+            finding = self._find(FindingKind.UNINDEXED, "a header that no record knows")
+            finding.slot = scanned.slot
+            finding.segment = files.segments.segment_of(scanned.slot)
+            finding.key = scanned.header.key.hex()[:8] if scanned.header else ""
+            finding.fixed = self._repair
+            leftovers.append(scanned.slot)
+        if self._repair:
+            self._blank(files, leftovers)
+
+    def _blank(self, files: NamespaceFiles, slots: Sequence[SlotId]) -> None:
+        valid = [slot for slot in slots if slot < files.segments.num_slots]
+        SlotIo(files.superblock, files.segments, files.io).blank(valid)
+        files.segments.sync({files.segments.segment_of(slot) for slot in valid})
+
+    def _punch(self, files: NamespaceFiles, slots: Sequence[SlotId]) -> None:
+        """Let the file system give the slots other sectors when they are next written."""
+        for slot in slots:
+            place = files.segments.locate(slot)
+            if place is not None:
+                with contextlib.suppress(OSError):  # not every file system can; blanking suffices
+                    length = files.superblock.slot_bytes
+                    files.io.punch_hole(place[0], place[1] + HEADER_BYTES, length - HEADER_BYTES)
+
+
+_SLAB_REASONS = {
+    IoStatus.CORRUPT: "its bytes do not match their checksums",
+    IoStatus.IO_ERROR: "the device cannot read it",
+    IoStatus.FULL: "the device cannot read it",
+}

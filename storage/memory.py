@@ -1,0 +1,194 @@
+"""The host-memory tier: one namespace's blocks in one sealed arena.
+
+Envelope: a write moves each byte once (copy, 10 GB/s or more) and reads it once (checksum,
+30 GB/s); a load that maps the arena moves nothing here. 32 + 9 + 8 x layers bytes a slot of book
+keeping, all in columns.
+
+The daemon never trusts memory that a client can still write: `write` copies first and verifies the
+copy. A block read in by another tier skips that copy: it is read straight into `view(slot)`,
+verified there by the tier that read it, and taken over by `adopt`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ucm import checksum
+from ucm.errors import InvalidArgumentError
+from ucm.types import KEY_BYTES, BlockKey, TierKind
+
+from .arena import Arena, ArenaKind
+from .slots import SlotState
+from .tier import IoStatus, ReadOutcome, TierUsage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ucm.api import SlabChecksums
+    from ucm.layout import KvLayout
+
+    from .tier import SlotId, SlotRead, SlotWrite, TierEntry
+
+
+class MemoryTier:
+    """`Tier` over host memory. Volatile: `entries` is empty at every opening."""
+
+    def __init__(self, layout: KvLayout, num_slots: int) -> None:
+        """Create the arena.
+
+        Raises:
+            ConfigError: `num_slots` is below 1.
+            CapacityError: the kernel refuses so large a mapping.
+        """
+        self._layout = layout
+        self._arena = Arena(layout, num_slots, ArenaKind.READ_ONLY)
+        self._keys = np.zeros((num_slots, KEY_BYTES), np.uint8)
+
+    def __repr__(self) -> str:
+        return f"MemoryTier({self._arena!r})"
+
+    @property
+    def kind(self) -> TierKind:
+        """See `Tier.kind`."""
+        return TierKind.MEMORY
+
+    @property
+    def layout(self) -> KvLayout:
+        """See `Tier.layout`."""
+        return self._layout
+
+    @property
+    def arena(self) -> Arena:
+        """The memory itself, for the door to pass on."""
+        return self._arena
+
+    def view(self, slot: SlotId) -> memoryview:
+        """The slot's bytes, writable, `layout.block_bytes` long; no copy.
+
+        The caller owns the slot (allocated, not yet written) or only reads.
+        """
+        return self._arena.view(slot)
+
+    def checksums(self, slot: SlotId) -> SlabChecksums:
+        """The slab checksums of the block in `slot`."""
+        return tuple(self._arena.checksums[slot].tolist())
+
+    def generation(self, slot: SlotId) -> int:
+        """How often the slot was handed out; a reader that outlives its lease sees it change."""
+        return self._arena.slots.generation(slot)
+
+    def entries(self) -> Iterator[TierEntry]:
+        """Nothing: memory does not survive its process."""
+        return iter(())
+
+    def allocate(self, count: int) -> list[SlotId]:
+        """See `Tier.allocate`."""
+        slots = self._arena.slots.allocate(count)
+        for slot in slots:
+            self._arena.slots.set_generation(slot, self._arena.slots.generation(slot) + 1)
+        return slots
+
+    def free(self, slots: Sequence[SlotId]) -> None:
+        """See `Tier.free`."""
+        self._arena.slots.change(slots, SlotState.ALLOCATED, SlotState.FREE)
+
+    def write(self, items: Sequence[SlotWrite]) -> list[IoStatus]:
+        """See `Tier.write`. Copies on the calling thread; volatile."""
+        return [self._write_one(item) for item in items]
+
+    def adopt(self, slot: SlotId, key: BlockKey, checksums: SlabChecksums) -> None:
+        """Make the block that is already in `view(slot)` readable; no copy, no verification.
+
+        The caller guarantees that the bytes were verified there and that it allocated the slot.
+
+        Raises:
+            InvalidArgumentError: the slot is not allocated, or the number of checksums is wrong.
+        """
+        if len(checksums) != self._layout.num_layers:
+            raise InvalidArgumentError(
+                f"{len(checksums)} checksums for a block of {self._layout.num_layers} slabs"
+            )
+        self._require_allocated(slot)
+        self._arena.checksums[slot] = checksums
+        self._keys[slot] = np.frombuffer(key, np.uint8)
+        self._arena.slots.change([slot], SlotState.ALLOCATED, SlotState.USED)
+
+    def read(self, items: Sequence[SlotRead]) -> list[ReadOutcome]:
+        """See `Tier.read`. Copies on the calling thread."""
+        return [self._read_one(item) for item in items]
+
+    def verify(self, slot: SlotId, key: BlockKey) -> bool:
+        """Whether the block is there and its bytes still have their checksums; reads it once.
+
+        A block that fails is quarantined.
+        """
+        if not self._holds(slot, key):
+            return False
+        if checksum.verify(self._layout, self._arena.view(slot), self.checksums(slot)):
+            return True
+        self._arena.slots.change([slot], SlotState.USED, SlotState.QUARANTINED)
+        return False
+
+    def delete(self, items: Sequence[tuple[SlotId, BlockKey]]) -> None:
+        """See `Tier.delete`. Items that are not in the tier are ignored."""
+        held = [slot for slot, key in items if self._holds(slot, key)]
+        self._keys[held] = 0
+        self._arena.slots.change(held, SlotState.USED, SlotState.FREE)
+
+    def usage(self) -> TierUsage:
+        """See `Tier.usage`."""
+        slots = self._arena.slots
+        return TierUsage(
+            used_slots=slots.count(SlotState.USED) + slots.count(SlotState.ALLOCATED),
+            free_slots=slots.count(SlotState.FREE),
+            quarantined_slots=slots.count(SlotState.QUARANTINED),
+            slot_bytes=self._arena.slot_bytes,
+        )
+
+    def check_integrity(self) -> list[str]:
+        """See `Tier.check_integrity`."""
+        problems = self._arena.slots.check_integrity()
+        named = int(np.count_nonzero(self._keys.any(axis=1)))
+        used = self._arena.slots.count(SlotState.USED)
+        quarantined = self._arena.slots.count(SlotState.QUARANTINED)
+        if not used <= named <= used + quarantined:
+            problems.append(f"{used} used slots, but {named} of them have a key")
+        return problems
+
+    def close(self) -> None:
+        """See `Tier.close`. Views that are still held keep their pages alive."""
+        self._arena.close()
+
+    def _write_one(self, item: SlotWrite) -> IoStatus:
+        checksum.check_block_length(self._layout, item.data)
+        self._require_allocated(item.slot)
+        view = self._arena.view(item.slot)
+        # numpy copies without the interpreter lock, a memoryview assignment with it
+        np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(item.data, np.uint8))
+        if not checksum.verify(self._layout, view, item.checksums):
+            return IoStatus.CORRUPT
+        self.adopt(item.slot, item.key, item.checksums)
+        return IoStatus.OK
+
+    def _read_one(self, item: SlotRead) -> ReadOutcome:
+        checksum.check_block_length(self._layout, item.into)
+        if not self._holds(item.slot, item.key):
+            return ReadOutcome(IoStatus.CORRUPT)
+        generation, checksums = self.generation(item.slot), self.checksums(item.slot)
+        view = self._arena.view(item.slot)
+        np.copyto(np.frombuffer(item.into, np.uint8), np.frombuffer(view, np.uint8))
+        if checksum.verify(self._layout, item.into, checksums):
+            return ReadOutcome(IoStatus.OK, checksums)
+        if self.generation(item.slot) == generation:  # not a slot that was reused meanwhile
+            self._arena.slots.change([item.slot], SlotState.USED, SlotState.QUARANTINED)
+        return ReadOutcome(IoStatus.CORRUPT)
+
+    def _holds(self, slot: SlotId, key: BlockKey) -> bool:
+        used = self._arena.slots.state(slot) is SlotState.USED
+        return used and self._keys[slot].tobytes() == key
+
+    def _require_allocated(self, slot: SlotId) -> None:
+        if self._arena.slots.state(slot) is not SlotState.ALLOCATED:
+            raise InvalidArgumentError(f"slot {slot} was not allocated to be written")

@@ -1,0 +1,464 @@
+"""The NVMe tier: one namespace's blocks in slots of preallocated files.
+
+Envelope: a read is one preadv a slot (4 KiB header and the block, contiguous) straight into the
+caller's memory; a write is one pwritev a slot, then once a batch an fdatasync for each segment
+touched and one index commit (two flushes). Bytes move once; the checksum reads them once more at
+30 GB/s. The device is the limit.
+
+    write    slabs and header -> fdatasync -> index commit -> readable        (a crash: not there)
+    delete   index commit -> header blanked, fdatasync -> slot free           (a crash: not there)
+    rewrite  only of a free slot, so its old record is durably gone before
+
+Nothing is locked while bytes move but a segment during its own sync. A block's place is checked
+against its header (key, generation, namespace, slot) and every slab against its checksum on each
+read; what does not match is a miss, and the slot is quarantined.
+
+The caller keeps `data` unchanged until `write` returned: it goes to the device without a copy.
+If it did change after it was verified, reads find out by the checksums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+from typing import TYPE_CHECKING
+
+from ucm import checksum
+from ucm.errors import (
+    CapacityError,
+    ConfigError,
+    CorruptionError,
+    InvalidArgumentError,
+    LayoutMismatchError,
+    TierUnavailableError,
+    UcmError,
+)
+from ucm.types import BlockKey, NamespaceId, TierKind
+
+from .file_io import PosixFileIo
+from .folder import check_folder, create_namespace, list_namespaces, lock_folder, read_superblock
+from .format import Superblock
+from .index import IndexRecord
+from .recovery import NamespaceFiles, order_by_chain, recover
+from .segments import SegmentBudget, Segments, segment_numbers
+from .slot_io import SlotIo
+from .slots import SlotState
+from .tier import IoStatus, ReadOutcome, SlotId, TierEntry, TierUsage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from ucm.config import NvmeConfig
+    from ucm.layout import KvLayout
+
+    from .file_io import FileIo
+    from .recovery import Recovered
+    from .tier import SlotRead, SlotWrite
+
+log = logging.getLogger(__name__)
+
+
+class NvmeTier:
+    """`Tier` over a namespace's segment files and index. Made by `NvmeStore`."""
+
+    def __init__(self, files: NamespaceFiles, recovered: Recovered) -> None:
+        self._files = files
+        self._superblock = files.superblock
+        self._layout = files.superblock.layout
+        self._segments = files.segments
+        self._slot_io = SlotIo(files.superblock, files.segments, files.io)
+        self._index = recovered.index
+        self._slots = recovered.slots
+        self._was_rebuilt = recovered.was_rebuilt
+        self._last_generation = recovered.last_generation
+        self._has_epoch = False
+        self._is_closed = False
+        self._generation_lock = threading.Lock()
+        self._grow_lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"NvmeTier({self._files.folder.name[:8]}, {self._slots!r})"
+
+    @property
+    def kind(self) -> TierKind:
+        """See `Tier.kind`."""
+        return TierKind.NVME
+
+    @property
+    def layout(self) -> KvLayout:
+        """See `Tier.layout`."""
+        return self._layout
+
+    @property
+    def was_rebuilt(self) -> bool:
+        """Whether this opening had to make a new index from the slot headers."""
+        return self._was_rebuilt
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` or `abort` was called."""
+        return self._is_closed
+
+    def entries(self) -> Iterator[TierEntry]:
+        """See `Tier.entries`. Reads the index again at each call; nothing of it stays in memory.
+
+        Raises:
+            TierUnavailableError: the index cannot be read.
+        """
+        records = [item for item in self._index.records() if isinstance(item, IndexRecord)]
+        readable = [item for item in records if self._slots.state(item.slot) is SlotState.USED]
+        for record in order_by_chain(readable)[0]:
+            yield TierEntry(record.key, record.parent, record.slot)
+
+    def allocate(self, count: int) -> list[SlotId]:
+        """See `Tier.allocate`. May create a segment, which blocks on the disk."""
+        slots = self._slots.allocate(count)
+        while len(slots) < count and self._grow():
+            slots += self._slots.allocate(count - len(slots))
+        return slots
+
+    def free(self, slots: Sequence[SlotId]) -> None:
+        """See `Tier.free`."""
+        self._slots.change(slots, SlotState.ALLOCATED, SlotState.FREE)
+
+    def write(self, items: Sequence[SlotWrite]) -> list[IoStatus]:
+        """See `Tier.write`. Durable; FULL and IO_ERROR leave nothing visible."""
+        for item in items:
+            checksum.check_block_length(self._layout, item.data)
+            if self._slots.state(item.slot) in (SlotState.FREE, SlotState.USED):
+                raise InvalidArgumentError(f"slot {item.slot} was not allocated to be written")
+        if not items:
+            return []
+        try:
+            first_generation = self._take_generations(len(items))
+        except UcmError as error:
+            return [_status_of(error)] * len(items)
+        generations = range(first_generation, first_generation + len(items))
+        statuses = self._slot_io.write(items, generations)
+        self._sync(items, statuses)
+        self._commit(items, generations, statuses)
+        return statuses
+
+    def read(self, items: Sequence[SlotRead]) -> list[ReadOutcome]:
+        """See `Tier.read`. `into` holds garbage where the outcome is not OK."""
+        for item in items:
+            checksum.check_block_length(self._layout, item.into)
+        outcomes = [ReadOutcome(self._status_of_unreadable(item.slot)) for item in items]
+        readable = [i for i, outcome in enumerate(outcomes) if outcome.status is IoStatus.OK]
+        generations = [self._slots.generation(items[i].slot) for i in readable]
+        results = self._slot_io.read([items[i] for i in readable], generations)
+        for i, generation, outcome in zip(readable, generations, results, strict=True):
+            outcomes[i] = outcome
+            if outcome.status is IoStatus.CORRUPT:
+                self._quarantine(items[i].slot, items[i].key, generation)
+        return outcomes
+
+    def delete(self, items: Sequence[tuple[SlotId, BlockKey]]) -> None:
+        """See `Tier.delete`. Items that are not in the tier are ignored."""
+        used = [item for item in items if self._slots.state(item[0]) is SlotState.USED]
+        if not used:
+            return
+        try:
+            gone = self._index.delete(used)
+        except UcmError as error:
+            raise TierUnavailableError(
+                f"{len(used)} blocks cannot be deleted durably: {error}"
+            ) from error
+        self._release(gone)
+
+    def usage(self) -> TierUsage:
+        """See `Tier.usage`. Free slots include those that the budget of segments still allows."""
+        slots = self._slots
+        return TierUsage(
+            used_slots=slots.count(SlotState.USED) + slots.count(SlotState.ALLOCATED),
+            free_slots=slots.count(SlotState.FREE) + self._segments.growable_slots(),
+            quarantined_slots=slots.count(SlotState.QUARANTINED),
+            slot_bytes=self._superblock.slot_bytes,
+        )
+
+    def check_integrity(self) -> list[str]:
+        """See `Tier.check_integrity`. Compares every record with the slot table; call it idle."""
+        problems = self._slots.check_integrity()
+        if len(self._slots) != self._segments.num_slots:
+            problems.append(f"{len(self._slots)} slots known, {self._segments.num_slots} in files")
+        try:
+            records = list(self._index.records())
+        except UcmError as error:
+            return [*problems, str(error)]
+        taken: set[SlotId] = set()
+        for record in records:
+            if not isinstance(record, IndexRecord):
+                problems.append(f"the record of {record.hex()[:8]} is damaged")
+            elif self._segments.locate(record.slot) is not None:
+                problems += self._record_problems(record, taken)
+        if len(taken) != self._slots.count(SlotState.USED):
+            used = self._slots.count(SlotState.USED)
+            problems.append(f"{used} slots used, {len(taken)} of them in the index")
+        return problems
+
+    def close(self) -> None:
+        """See `Tier.close`."""
+        self._is_closed = True
+        try:
+            self._index.close(clean=True)
+        except UcmError as error:
+            log.warning("%r: no clean end, the next opening verifies: %s", self, error)
+        self._segments.close()
+
+    def abort(self) -> None:
+        """Release everything without a clean end, as a crash would. Idempotent."""
+        self._is_closed = True
+        self._index.close(clean=False)
+        self._segments.close()
+
+    def _grow(self) -> bool:
+        """Make sure that there may be free slots: of several callers, one adds a segment."""
+        with self._grow_lock:
+            if self._slots.count(SlotState.FREE) == 0:
+                self._slots.grow(self._segments.grow())
+            return self._slots.count(SlotState.FREE) > 0
+
+    def _status_of_unreadable(self, slot: SlotId) -> IoStatus:
+        """Why a slot cannot be read; OK if it can."""
+        if self._slots.state(slot) is SlotState.USED:
+            return IoStatus.OK
+        is_lost = slot < len(self._slots) and self._segments.locate(slot) is None
+        return IoStatus.IO_ERROR if is_lost else IoStatus.CORRUPT
+
+    def _take_generations(self, count: int) -> int:
+        """The first of `count` fresh generations; durably begins an epoch before the first."""
+        with self._generation_lock:
+            if not self._has_epoch:
+                self._last_generation = self._index.begin_epoch(self._last_generation)
+                self._has_epoch = True
+            first = self._last_generation + 1
+            self._last_generation += count
+            return first
+
+    def _sync(self, items: Sequence[SlotWrite], statuses: list[IoStatus]) -> None:
+        """Make the transferred items durable; those in a segment that fails are IO_ERROR."""
+        written = {
+            self._segments.segment_of(item.slot)
+            for item, status in zip(items, statuses, strict=True)
+            if status is IoStatus.OK
+        }
+        failed = self._segments.sync(written)
+        for segment in failed:
+            self._retire(segment)
+        for position, item in enumerate(items):
+            if self._segments.segment_of(item.slot) in failed:
+                statuses[position] = IoStatus.IO_ERROR
+
+    def _commit(
+        self,
+        items: Sequence[SlotWrite],
+        generations: Sequence[int],
+        statuses: list[IoStatus],
+    ) -> None:
+        """Make the durable items visible: in the index, all or none, then in the slot table."""
+        good = [position for position, status in enumerate(statuses) if status is IoStatus.OK]
+        if not good:
+            return
+        records = [
+            IndexRecord(items[i].key, items[i].parent, items[i].slot, generations[i]) for i in good
+        ]
+        try:
+            replaced = self._index.put(records)
+        except UcmError as error:
+            log.warning("%r: %d blocks could not be committed: %s", self, len(good), error)
+            for position in good:
+                statuses[position] = _status_of(error)
+            return
+        for record in records:
+            self._slots.set_generation(record.slot, record.generation)
+        used = self._slots.change(
+            [record.slot for record in records], SlotState.ALLOCATED, SlotState.USED
+        )
+        for position in good:
+            if items[position].slot not in used:  # its segment was retired meanwhile
+                statuses[position] = IoStatus.IO_ERROR
+        self._release([record.slot for record in replaced])
+
+    def _release(self, slots: Sequence[SlotId]) -> None:
+        """Blank the headers of slots without a record, durably, then let them be reused.
+
+        Without the blank header a rebuild of the index would bring the block back.
+        """
+        held = self._slots.change(slots, SlotState.USED, SlotState.ALLOCATED)
+        self._slot_io.blank(held)
+        for segment in self._segments.sync({self._segments.segment_of(slot) for slot in held}):
+            self._retire(segment)
+        self.free(held)
+
+    def _retire(self, segment: int) -> None:
+        """A sync failed: the segment's blocks are missing from now on."""
+        self._slots.quarantine([SlotId(slot) for slot in self._segments.slots_of(segment)])
+        try:
+            self._index.retire(segment, "fdatasync failed")
+        except UcmError as error:
+            log.warning("%r: segment %04d is retired in memory only: %s", self, segment, error)
+
+    def _quarantine(self, slot: SlotId, key: BlockKey, generation: int) -> None:
+        """Bar a slot that does not hold what the index says; not one that was asked wrongly."""
+        try:
+            record = self._index.find(key)
+            if record is None or (record.slot, record.generation) != (slot, generation):
+                return  # deleted or rewritten meanwhile, or another block's slot
+            if not self._slots.change([slot], SlotState.USED, SlotState.QUARANTINED):
+                return
+            log.warning("%r: slot %d is damaged: quarantined", self, slot)
+            self._index.quarantine(slot, key, "bad checksum or header")
+        except UcmError as error:
+            log.warning("%r: slot %d is not quarantined for good: %s", self, slot, error)
+
+    def _record_problems(self, record: IndexRecord, taken: set[SlotId]) -> list[str]:
+        slot, state = record.slot, self._slots.state(record.slot)
+        if state is SlotState.QUARANTINED:
+            return []
+        if slot in taken:
+            return [f"two records for slot {slot}"]
+        taken.add(slot)
+        if state is not SlotState.USED:
+            return [f"slot {slot} has a record and is {state.name}"]
+        if self._slots.generation(slot) != record.generation:
+            return [f"slot {slot} has another generation than its record"]
+        return []
+
+
+def _status_of(error: UcmError) -> IoStatus:
+    return IoStatus.FULL if isinstance(error, CapacityError) else IoStatus.IO_ERROR
+
+
+class NvmeStore:
+    """A data folder: its lock, its namespaces, the budget of segments that they share.
+
+    Thread-safe. Opening blocks on the disk.
+    """
+
+    def __init__(self, config: NvmeConfig, io: FileIo | None = None) -> None:
+        """Take the folder.
+
+        Args:
+            config: limits and the path.
+            io: how block data is read and written; `PosixFileIo` when None. The store closes it.
+
+        Raises:
+            ConfigError: no path; the folder is another user's, world-writable, of another format
+                version, or in use by another process; or the capacity is below one segment.
+            CapacityError, TierUnavailableError: the folder cannot be made or read.
+        """
+        if config.path is None:
+            raise ConfigError("nvme.path is not set: give the NVMe tier a data folder")
+        if config.capacity_bytes < config.segment_bytes:
+            raise ConfigError(
+                f"nvme.capacity_bytes {config.capacity_bytes} is below nvme.segment_bytes "
+                f"{config.segment_bytes}: raise the first or lower the second"
+            )
+        self._config = config
+        self._root = config.path / "ns"
+        self._lock = threading.Lock()
+        self._tiers: dict[NamespaceId, NvmeTier] = {}
+        check_folder(config.path)
+        self._lock_fd = lock_folder(config.path)
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(os.close, self._lock_fd)
+            self._budget = self._survey()
+            on_failure.pop_all()
+        self._io = PosixFileIo(config.io_threads) if io is None else io
+
+    def __repr__(self) -> str:
+        return f"NvmeStore({self._config.path}, {len(self._tiers)} open)"
+
+    def namespaces(self) -> list[NamespaceId]:
+        """Ids of all namespaces on the disk, open or not."""
+        return list_namespaces(self._root)
+
+    def open_namespace(self, namespace: NamespaceId, layout: KvLayout) -> NvmeTier:
+        """Open a namespace, recovering it if need be, or create it.
+
+        Opened twice it is the same tier, unless that was closed meanwhile.
+
+        Raises:
+            LayoutMismatchError: it exists with another layout.
+            ConfigError: a block does not fit a segment.
+            CorruptionError: its superblock is damaged; `ucm fsck --repair` moves it aside.
+            CapacityError, TierUnavailableError: the disk is full or failing.
+        """
+        with self._lock:
+            tier = self._tiers.get(namespace)
+            if tier is None or tier.is_closed:
+                tier = self._tiers[namespace] = self._open(namespace, layout)
+        if tier.layout != layout:
+            raise LayoutMismatchError(
+                f"namespace {namespace.hex()[:8]} holds blocks of {tier.layout}, not of {layout}"
+            )
+        return tier
+
+    def close(self) -> None:
+        """Close every namespace cleanly and free the folder. Idempotent."""
+        self._end(NvmeTier.close)
+
+    def abort(self) -> None:
+        """Free the folder without a clean end, as a crash would. Idempotent."""
+        self._end(NvmeTier.abort)
+
+    def _end(self, end_tier: Callable[[NvmeTier], None]) -> None:
+        with self._lock:
+            for tier in self._tiers.values():
+                end_tier(tier)
+            self._tiers.clear()
+            self._io.close()
+            if self._lock_fd >= 0:
+                os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _survey(self) -> SegmentBudget:
+        """Refuse other format versions, remove half-made namespaces, count what is there."""
+        budget = SegmentBudget(self._config.capacity_bytes)
+        self._root.mkdir(mode=0o700, exist_ok=True)
+        for leftover in self._root.glob("*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for namespace in self.namespaces():
+            folder = self._root / namespace.hex()
+            try:
+                superblock = read_superblock(folder)
+            except (CorruptionError, TierUnavailableError) as error:
+                log.warning("%s", error)
+                continue
+            for _ in segment_numbers(folder / "segments"):
+                budget.count_existing(superblock.segment_bytes)
+        return budget
+
+    def _open(self, namespace: NamespaceId, layout: KvLayout) -> NvmeTier:
+        folder = self._root / namespace.hex()
+        if not folder.exists():
+            create_namespace(folder, self._new_superblock(namespace, layout), self._io)
+        superblock = read_superblock(folder)
+        if superblock.namespace != namespace:
+            raise CorruptionError(f"{folder} has another namespace's superblock: run `ucm fsck`")
+        if superblock.layout != layout:
+            raise LayoutMismatchError(
+                f"namespace {namespace.hex()[:8]} holds blocks of {superblock.layout}, "
+                f"not of {layout}"
+            )
+        with contextlib.ExitStack() as on_failure:
+            segments = Segments(folder / "segments", superblock, self._io, self._budget)
+            on_failure.callback(segments.close)
+            files = NamespaceFiles(
+                folder=folder,
+                superblock=superblock,
+                segments=segments,
+                io=self._io,
+                index_map_bytes=self._config.index_map_bytes,
+            )
+            tier = NvmeTier(files, recover(files))
+            on_failure.pop_all()
+        return tier
+
+    def _new_superblock(self, namespace: NamespaceId, layout: KvLayout) -> Superblock:
+        return Superblock(
+            namespace=namespace, layout=layout, segment_bytes=self._config.segment_bytes
+        )

@@ -1,0 +1,44 @@
+"""Small NVMe stores for tests, on memory-backed disk where there is one."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ucm.config import NvmeConfig
+from ucm.storage.format import HEADER_BYTES
+from ucm.types import NamespaceId
+
+from .tier_conformance import LAYOUT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NAMESPACE = NamespaceId(b"conformance tests' namespace, id")
+SLOT_BYTES = HEADER_BYTES + LAYOUT.block_bytes
+
+
+def nvme_config(path: Path, num_slots: int, *, slots_per_segment: int = 4) -> NvmeConfig:
+    """A store of `num_slots` slots of the test layout, a multiple of `slots_per_segment`."""
+    assert num_slots % slots_per_segment == 0, (num_slots, slots_per_segment)
+    return NvmeConfig(
+        path=path,
+        capacity_bytes=num_slots * SLOT_BYTES,
+        segment_bytes=slots_per_segment * SLOT_BYTES,
+        io_threads=2,
+        index_map_bytes=16 << 20,
+    )
+
+
+@contextlib.contextmanager
+def quick_folder() -> Iterator[Path]:
+    """A temporary folder whose fsync costs nothing, where the machine has one."""
+    memory = Path("/dev/shm")  # noqa: S108  named by the kernel
+    folder = Path(tempfile.mkdtemp(prefix="ucm", dir=memory if memory.is_dir() else None))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
