@@ -1,0 +1,152 @@
+"""Embedded mode: the whole store in this process, behind the same `CacheApi` as the daemon.
+
+One manager, one session; grants become views of memory that is already mapped here. Made for
+tools, tests and single-process use; a store folder takes one process at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from ucm.storage.arena import Arena
+from ucm.storage.tier import SlotId
+
+from .api import (
+    LoadedBlock,
+    LoadLease,
+    LookupResult,
+    NamespaceHandle,
+    SlabChecksums,
+    StoreLease,
+    StoreSlot,
+)
+from .config import Config
+from .errors import TierUnavailableError
+from .grants import LoadGrant, StoreGrant
+from .hashing import NamespaceSpec
+from .manager import Manager
+from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus
+
+
+class EmbeddedCache:
+    """`CacheApi` over a manager in this process. Thread-safe."""
+
+    def __init__(self, manager: Manager, *, owns_manager: bool = True) -> None:
+        """Start a session on `manager`.
+
+        Args:
+            manager: the store.
+            owns_manager: whether `close` closes it too.
+        """
+        self.manager = manager
+        self._owns_manager = owns_manager
+        self._session = manager.open_session("embedded")
+        self._staging = manager.staging(self._session)
+        self._arenas: dict[NamespaceId, Arena] = {}
+        self._closing = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> EmbeddedCache:
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def open_namespace(self, spec: NamespaceSpec) -> NamespaceHandle:
+        """See `CacheApi.open_namespace`."""
+        handle = self.manager.open_namespace(self._session, spec)
+        self._arenas[handle.id] = self.manager.arena(self._session, handle.id)
+        return handle
+
+    def lookup(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> LookupResult:
+        """See `CacheApi.lookup`."""
+        return self.manager.lookup(self._session, namespace, keys)
+
+    def prefetch(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> int:
+        """See `CacheApi.prefetch`."""
+        return self.manager.prefetch(self._session, namespace, keys)
+
+    def prepare_load(
+        self, namespace: NamespaceId, keys: Sequence[BlockKey], *, timeout_s: float
+    ) -> LoadLease:
+        """See `CacheApi.prepare_load`."""
+        grants = self.manager.prepare_load(self._session, namespace, keys, timeout_s=timeout_s)
+        arena = self._arenas[namespace]
+        blocks = tuple(_loaded_block(arena, grant) for grant in grants.blocks)
+        return LoadLease(grants.lease_id, blocks, grants.timeout_s)
+
+    def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
+        """See `CacheApi.complete_load`."""
+        self.manager.complete_load(self._session, lease_id, corrupt)
+
+    def prepare_store(
+        self, namespace: NamespaceId, parent: BlockKey, keys: Sequence[BlockKey]
+    ) -> StoreLease:
+        """See `CacheApi.prepare_store`."""
+        grants = self.manager.prepare_store(self._session, namespace, parent, keys)
+        num_bytes = self._arenas[namespace].slot_bytes
+        slots = tuple(self._store_slot(grant, num_bytes) for grant in grants.slots)
+        return StoreLease(grants.lease_id, slots, grants.timeout_s)
+
+    def _store_slot(self, grant: StoreGrant, num_bytes: int) -> StoreSlot:
+        if grant.status is not StoreStatus.WANTED:
+            return StoreSlot(grant.key, grant.status)
+        return StoreSlot(grant.key, grant.status, self._staging.view(grant.offset, num_bytes))
+
+    def complete_store(
+        self, lease_id: LeaseId, checksums: Mapping[BlockKey, SlabChecksums]
+    ) -> tuple[StoreStatus, ...]:
+        """See `CacheApi.complete_store`."""
+        return self.manager.complete_store(self._session, lease_id, checksums)
+
+    def release(self, lease_id: LeaseId) -> None:
+        """See `CacheApi.release`."""
+        self.manager.release(self._session, lease_id)
+
+    def flush(self, *, timeout_s: float) -> bool:
+        """See `CacheApi.flush`."""
+        if self._closed:
+            raise TierUnavailableError("the store is closed")
+        return self.manager.flush(timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """End the session and, if it is this object's, the store. Idempotent."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        self.manager.close_session(self._session)
+        if self._owns_manager:
+            self.manager.close()
+
+
+def _loaded_block(arena: Arena, grant: LoadGrant) -> LoadedBlock:
+    if grant.status is not LoadStatus.READY:
+        return LoadedBlock(grant.key, grant.status)
+    data = arena.view(SlotId(grant.offset // arena.slot_bytes)).toreadonly()
+    return LoadedBlock(grant.key, grant.status, grant.tier, data, grant.checksums)
+
+
+def open_embedded(path: Path | str | None, config: Config | None = None) -> EmbeddedCache:
+    """Open a store in this process.
+
+    Args:
+        path: data folder, created if need be; None for host memory only.
+        config: limits and sizes; the defaults when None. Its `nvme.path` is replaced by `path`.
+
+    Raises:
+        ConfigError: the folder belongs to another user, format version or running daemon.
+    """
+    config = config or Config()
+    folder = None if path is None else Path(path)
+    config = dataclasses.replace(config, nvme=dataclasses.replace(config.nvme, path=folder))
+    return EmbeddedCache(Manager(config))

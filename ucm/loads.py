@@ -1,0 +1,257 @@
+"""The load path: longest usable prefix, pins, promotion from NVMe straight into arena slots.
+
+    prepare   lock: plan, pin, take slots, queue reads | wait | lock: answer
+    a read    tier.read into the slot, no lock | lock: place the block, or lose it and say so
+
+Loads of one block share one promotion. A block that cannot be read is lost, counted, and a miss;
+what follows it in the chain is then unusable and answered alike. Nothing raises for a block.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from ucm.storage.tier import IoStatus, ReadOutcome, SlotRead
+
+from .block_index import PROMOTING
+from .errors import CapacityError, TierUnavailableError, UcmError
+from .grants import LoadGrant, LoadGrants
+from .leases import Lease, LeaseKind
+from .manager_state import US_PER_S, ManagerState
+from .namespaces import LoadWait, Namespace, Promotion
+from .placement import LoadPlan, Victim, plan_load
+from .transfer import Priority, TransferPool
+from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, SessionId, TierKind
+
+_log = logging.getLogger(__name__)
+
+BLOCKS_PER_READ = 16
+"""Blocks in one job: enough to keep a device's queue full, few enough to interleave loads."""
+
+
+class LoadPath:
+    """Lookups, loads and prefetches of one manager. Thread-safe."""
+
+    def __init__(self, state: ManagerState, pool: TransferPool) -> None:
+        self._state = state
+        self._pool = pool
+
+    def lookup(
+        self, session: SessionId, namespace: NamespaceId, keys: Sequence[BlockKey]
+    ) -> tuple[TierKind, ...]:
+        """See `CacheApi.lookup`."""
+        state = self._state
+        keys = state.checked_keys(keys)
+        with state.lock:
+            found, _ = state.begin_locked(session, namespace)
+            tiers = tuple(found.index.fastest(row) for row in found.index.usable_prefix(keys))
+        state.metrics.add("ucm_lookups_total")
+        state.metrics.add("ucm_lookup_blocks_total", len(keys))
+        self._count_by_tier("ucm_hit_blocks_total", tiers)
+        return tiers
+
+    def prefetch(self, session: SessionId, namespace: NamespaceId, keys: Sequence[BlockKey]) -> int:
+        """See `CacheApi.prefetch`."""
+        state = self._state
+        keys = state.checked_keys(keys)
+        with state.lock:
+            found, now_us = state.begin_locked(session, namespace)
+            plan = plan_load(found.index, keys)
+            for row in plan.rows:
+                found.index.pin(row)
+                found.index.touch(row, now_us)
+            promoted = self._promote_locked(found, plan.promote, Priority.PREFETCH)
+            for row in plan.rows:
+                found.index.unpin(row)
+            return promoted
+
+    def prepare_load(
+        self,
+        session: SessionId,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        timeout_s: float,
+    ) -> LoadGrants:
+        """See `CacheApi.prepare_load`. Blocks up to `timeout_s` of real time."""
+        state = self._state
+        keys = state.checked_keys(keys)
+        wait_us = int(max(0.0, timeout_s) * US_PER_S)
+        with state.lock:
+            found, _ = state.begin_locked(session, namespace)
+        state.namespaces.relieve(found, len(keys))
+        with state.lock:
+            found, now_us = state.begin_locked(session, namespace)
+            plan = plan_load(found.index, keys)
+            hold_us = int(state.config.transfer.lease_timeout_s * US_PER_S)
+            deadline_us = now_us + wait_us + hold_us
+            lease = state.grant_locked(session, found, LeaseKind.LOAD, deadline_us)
+            tiers = [found.index.fastest(row) for row in plan.rows]
+            wait = self._start_locked(found, lease, plan, now_us)
+        if wait.pending:
+            wait.done.wait(max(0.0, timeout_s))
+        with state.lock:
+            statuses = self._statuses_locked(found, lease, plan, wait, len(keys))
+            state.leases.set_deadline(lease, state.clock.now_us() + hold_us)
+            blocks = tuple(
+                _grant(found, key, plan.rows[number], tiers[number])
+                if status is LoadStatus.READY
+                else LoadGrant(key, status)
+                for number, (key, status) in enumerate(zip(keys, statuses, strict=True))
+            )
+        self._count(blocks)
+        return LoadGrants(lease.id, blocks, state.config.transfer.lease_timeout_s)
+
+    def _start_locked(
+        self, found: Namespace, lease: Lease, plan: LoadPlan, now_us: int
+    ) -> LoadWait:
+        """Pin the prefix, queue what must be read, and join what is being read."""
+        self._state.hold_locked(lease, found, plan.rows)
+        lease.num_bytes = len(plan.rows) * found.layout.block_bytes
+        for row in plan.rows:
+            found.index.touch(row, now_us)
+        self._promote_locked(found, plan.promote, Priority.LOAD)
+        wait = LoadWait()
+        for row in plan.rows:
+            promotion = found.promotions.get(row)
+            if promotion is not None:
+                promotion.waits.append(wait)
+                wait.pending.add(row)
+            elif not found.index.has(row, TierKind.MEMORY):
+                wait.failed[row] = LoadStatus.NO_SPACE
+        return wait
+
+    def _promote_locked(self, found: Namespace, rows: Sequence[int], priority: Priority) -> int:
+        """Give rows memory slots and queue their reads; those that find no room stay behind."""
+        slots = self._state.namespaces.take_slots_locked(found, len(rows))
+        promotions = [
+            Promotion(row, found.index.key(row), found.index.slot(row, TierKind.NVME), slot)
+            for row, slot in zip(rows, slots, strict=False)
+        ]
+        queued = 0
+        for start in range(0, len(promotions), BLOCKS_PER_READ):
+            batch = promotions[start : start + BLOCKS_PER_READ]
+            if not self._submit(found, batch, priority):
+                found.memory.free([promotion.target for promotion in promotions[start:]])
+                break
+            for promotion in batch:
+                found.index.begin_flight(promotion.row, PROMOTING)
+                found.promotions[promotion.row] = promotion
+            queued += len(batch)
+        return queued
+
+    def _submit(self, found: Namespace, batch: list[Promotion], priority: Priority) -> bool:
+        try:
+            self._pool.submit(priority, lambda: self._read(found, batch), weight=len(batch))
+        except (CapacityError, TierUnavailableError):
+            return False
+        return True
+
+    def _read(self, found: Namespace, batch: list[Promotion]) -> None:
+        """One job of the pool: read blocks into their slots and settle them."""
+        nvme = found.nvme
+        assert nvme is not None, "only NVMe blocks are promoted"
+        items = [SlotRead(item.source, item.key, found.memory.view(item.target)) for item in batch]
+        start = time.perf_counter()
+        try:
+            outcomes = nvme.read(items)
+        except (UcmError, OSError) as error:
+            _log.warning("reading %d blocks: %s", len(batch), error)
+            outcomes = [ReadOutcome(IoStatus.IO_ERROR)] * len(batch)
+        metrics = self._state.metrics
+        metrics.observe(
+            "ucm_io_duration_seconds", time.perf_counter() - start, tier="nvme", op="read"
+        )
+        num_bytes = len(batch) * found.layout.block_bytes
+        metrics.add("ucm_io_bytes_total", num_bytes, tier="nvme", op="read")
+        with self._state.lock:
+            for promotion, outcome in zip(batch, outcomes, strict=True):
+                self._settle_locked(found, promotion, outcome)
+
+    def _settle_locked(self, found: Namespace, promotion: Promotion, outcome: ReadOutcome) -> None:
+        row, index = promotion.row, found.index
+        del found.promotions[row]
+        failure: LoadStatus | None = None
+        if outcome.status is IoStatus.OK:
+            found.memory.adopt(promotion.target, promotion.key, outcome.checksums)
+            index.place(row, TierKind.MEMORY, promotion.target)
+        else:
+            found.memory.free([promotion.target])
+            corrupt = outcome.status is IoStatus.CORRUPT
+            failure = LoadStatus.CORRUPT if corrupt else LoadStatus.MISS
+            slot = index.lose(row, TierKind.NVME)
+            if corrupt:
+                self._state.metrics.add("ucm_corrupt_blocks_total", tier="nvme")
+            else:
+                found.undeleted.append(Victim(promotion.key, slot))
+        index.end_flight(row, PROMOTING)
+        for wait in promotion.waits:
+            wait.settle(row, failure)
+
+    def _statuses_locked(
+        self, found: Namespace, lease: Lease, plan: LoadPlan, wait: LoadWait, num_keys: int
+    ) -> list[LoadStatus]:
+        """A status for every key; rows behind the first that failed are let go."""
+        for row in wait.pending:
+            found.promotions[row].waits.remove(wait)
+        statuses: list[LoadStatus] = []
+        failure: LoadStatus | None = None
+        for row in () if lease.ended else plan.rows:
+            if failure is None:
+                failure = LoadStatus.TIMED_OUT if row in wait.pending else wait.failed.get(row)
+            elif failure is LoadStatus.CORRUPT:
+                failure = LoadStatus.MISS
+            if failure is None and not found.index.has(row, TierKind.MEMORY):
+                failure = LoadStatus.MISS
+            statuses.append(failure or LoadStatus.READY)
+        num_ready = statuses.count(LoadStatus.READY)
+        for row in lease.rows[num_ready:]:
+            found.index.unpin(row)
+        del lease.rows[num_ready:]
+        lease.num_bytes = len(lease.rows) * found.layout.block_bytes
+        return statuses + [LoadStatus.MISS] * (num_keys - len(statuses))
+
+    def complete_load(
+        self, session: SessionId, lease_id: LeaseId, corrupt: Sequence[BlockKey]
+    ) -> None:
+        """See `CacheApi.complete_load`. Reads the blocks that are reported corrupt."""
+        state = self._state
+        corrupt = state.checked_keys(corrupt)
+        with state.lock:
+            state.expire_locked(state.clock.now_us())
+            state.session_locked(session)
+            lease = state.leases.take(session, lease_id)
+            if lease is None:
+                return
+            found = state.namespaces.get_locked(lease.namespace)
+            assert found is not None, "a namespace with leases is not closed"
+            suspects = set(corrupt) & {found.index.key(row) for row in lease.rows}
+            if not suspects or lease.kind is not LeaseKind.LOAD:
+                state.undo_locked(lease)
+                return
+        for key in suspects:  # the lease is out of the table but still pins them
+            state.recheck(found, key)
+        with state.lock:
+            state.undo_locked(lease)
+
+    def _count(self, blocks: Sequence[LoadGrant]) -> None:
+        ready = [block.tier for block in blocks if block.tier is not None]
+        self._count_by_tier("ucm_loaded_blocks_total", ready)
+        reasons = [block.status for block in blocks if block.tier is None]
+        for reason in set(reasons):
+            count = reasons.count(reason)
+            self._state.metrics.add("ucm_load_failures_total", count, reason=reason.value)
+
+    def _count_by_tier(self, name: str, tiers: Sequence[TierKind]) -> None:
+        for tier in TierKind:
+            count = sum(each is tier for each in tiers)
+            if count:
+                self._state.metrics.add(name, count, tier=tier.value)
+
+
+def _grant(found: Namespace, key: BlockKey, row: int, tier: TierKind) -> LoadGrant:
+    slot = found.index.slot(row, TierKind.MEMORY)
+    offset = slot * found.memory.arena.slot_bytes
+    return LoadGrant(key, LoadStatus.READY, tier, offset, found.memory.checksums(slot))

@@ -1,0 +1,383 @@
+"""The facade of the store, shared by the daemon and embedded mode.
+
+    loads.py  stores.py  write_behind.py      the three paths; effects
+    placement  eviction  leases  block_index  what they decide with; pure
+    namespaces.py  manager_state.py           tiers under one budget; sessions under one lock
+
+*Decide under the lock, do I/O outside.* The cache fails open: an I/O or corruption error is a
+counted miss here and an exception nowhere above. Calls raise only for a caller's mistakes, limits
+and the end of the store.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+from ucm.storage.arena import Arena
+
+from . import __version__
+from .api import LookupResult, NamespaceHandle, SlabChecksums
+from .clock import Clock, SystemClock
+from .config import Config
+from .errors import CapacityError, TierUnavailableError
+from .grants import LoadGrants, ManagerStatus, NamespaceStatus, StoreGrants, TierStatus
+from .hashing import NamespaceSpec
+from .loads import LoadPath
+from .manager_state import ManagerState, Session
+from .metrics import Metrics
+from .namespaces import Namespace, NamespaceTable, TierFactory, tiers_of
+from .staging import Staging
+from .stores import StorePath
+from .transfer import TransferPool
+from .types import BlockKey, LeaseId, NamespaceId, SessionId, StoreStatus, TierKind
+from .write_behind import WriteBehind
+
+_log = logging.getLogger(__name__)
+
+TRANSFER_THREADS = 4
+"""Batches in flight; each is spread over the NVMe tier's own I/O threads."""
+
+
+class Manager:
+    """One store: sessions, namespaces, and every operation of `CacheApi` in terms of grants.
+
+    Thread-safe. Every operation names its session; ids of one mean nothing in another.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        clock: Clock | None = None,
+        metrics: Metrics | None = None,
+        tiers: TierFactory | None = None,
+    ) -> None:
+        """Open the store.
+
+        Args:
+            config: sizes and limits; `nvme.path` None switches the NVMe tier off.
+            clock: for deadlines; the machine's when None.
+            metrics: where counters go; private ones when None.
+            tiers: how tiers are made; those that `config` describes when None.
+
+        Raises:
+            ConfigError: the folder belongs to another user, format version or running daemon.
+        """
+        self.config = config
+        self.metrics = metrics or Metrics()
+        clock = clock or SystemClock()
+        tiers = tiers or tiers_of(config.nvme)
+        self._has_nvme = tiers.nvme is not None
+        namespaces = NamespaceTable(
+            config.memory, config.service.max_namespaces, tiers, clock, self.metrics
+        )
+        self._state = ManagerState(config, namespaces, clock, self.metrics)
+        self._pool = TransferPool(TRANSFER_THREADS, config.transfer.max_queued_transfers)
+        self._write_behind = (
+            WriteBehind(self._state, config.nvme, self._pool) if self._has_nvme else None
+        )
+        self._loads = LoadPath(self._state, self._pool)
+        self._stores = StorePath(self._state, self._write_behind)
+        self._session_numbers = itertools.count(1)
+        self.metrics.set("ucm_build_info", 1, version=__version__)
+
+    # -------------------------------------------------------------- sessions
+
+    def open_session(self, client: str = "") -> SessionId:
+        """Start a session with its own staging memory.
+
+        Args:
+            client: who it is, for the log and for people.
+
+        Raises:
+            CapacityError: as many sessions as allowed, or no memory for its staging.
+            TierUnavailableError: the store drains or is closed.
+        """
+        state, service = self._state, self.config.service
+        with state.lock:
+            if state.draining:
+                raise TierUnavailableError("the store is shutting down")
+            if len(state.sessions) >= service.max_sessions:
+                raise CapacityError(
+                    f"{service.max_sessions} sessions are open, the limit: "
+                    "raise service.max_sessions"
+                )
+            session = SessionId(next(self._session_numbers))
+            staging = Staging(service.staging_bytes)
+            state.sessions[session] = Session(session, client, staging)
+        return session
+
+    def close_session(self, session: SessionId) -> None:
+        """End a session: its leases, pins and staging memory go back. Idempotent."""
+        with self._state.lock:
+            ended = self._state.end_session_locked(session)
+        if ended is not None:
+            ended.staging.close()
+
+    def staging_arena(self, session: SessionId) -> Arena:
+        """The session's staging memory; its descriptor is for this client only.
+
+        Raises:
+            BlockNotFoundError: the session has ended.
+        """
+        return self.staging(session).arena
+
+    def staging(self, session: SessionId) -> Staging:
+        """The session's staging memory with its views, for a client in this process."""
+        with self._state.lock:
+            return self._state.session_locked(session).staging
+
+    # ------------------------------------------------------------ namespaces
+
+    def open_namespace(self, session: SessionId, spec: NamespaceSpec) -> NamespaceHandle:
+        """See `CacheApi.open_namespace`. Blocks for the recovery of what is on disk."""
+        with self._state.lock:
+            self._state.session_locked(session)
+
+        def use(found: Namespace) -> None:
+            owner = self._state.session_locked(session)
+            if found.id not in owner.namespaces:
+                owner.namespaces.add(found.id)
+                found.num_sessions += 1
+
+        found = self._state.namespaces.open(spec, use)
+        return NamespaceHandle(found.id, found.layout)
+
+    def arena(self, session: SessionId, namespace: NamespaceId) -> Arena:
+        """The arena that the offsets of load grants point into; read-only for clients.
+
+        Raises:
+            BlockNotFoundError: the session has not opened the namespace.
+        """
+        with self._state.lock:
+            return self._state.namespace_locked(session, namespace).memory.arena
+
+    # ------------------------------------------------------------ operations
+
+    def lookup(
+        self, session: SessionId, namespace: NamespaceId, keys: Sequence[BlockKey]
+    ) -> LookupResult:
+        """See `CacheApi.lookup`."""
+        return LookupResult(self._loads.lookup(session, namespace, keys))
+
+    def prefetch(self, session: SessionId, namespace: NamespaceId, keys: Sequence[BlockKey]) -> int:
+        """See `CacheApi.prefetch`."""
+        return self._loads.prefetch(session, namespace, keys)
+
+    def prepare_load(
+        self,
+        session: SessionId,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        timeout_s: float,
+    ) -> LoadGrants:
+        """See `CacheApi.prepare_load`."""
+        return self._loads.prepare_load(session, namespace, keys, timeout_s=timeout_s)
+
+    def complete_load(
+        self, session: SessionId, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()
+    ) -> None:
+        """See `CacheApi.complete_load`."""
+        self._loads.complete_load(session, lease_id, corrupt)
+
+    def prepare_store(
+        self,
+        session: SessionId,
+        namespace: NamespaceId,
+        parent: BlockKey,
+        keys: Sequence[BlockKey],
+    ) -> StoreGrants:
+        """See `CacheApi.prepare_store`.
+
+        Raises:
+            InvalidArgumentError: the keys are no chain: one twice, or known under another parent.
+        """
+        return self._stores.prepare_store(session, namespace, parent, keys)
+
+    def complete_store(
+        self,
+        session: SessionId,
+        lease_id: LeaseId,
+        checksums: Mapping[BlockKey, SlabChecksums],
+    ) -> tuple[StoreStatus, ...]:
+        """See `CacheApi.complete_store`.
+
+        Raises:
+            LeaseExpiredError: the lease has ended.
+            InvalidArgumentError: checksums for a key that was not WANTED.
+        """
+        return self._stores.complete_store(session, lease_id, checksums)
+
+    def release(self, session: SessionId, lease_id: LeaseId) -> None:
+        """See `CacheApi.release`."""
+        state = self._state
+        with state.lock:
+            state.session_locked(session)
+            lease = state.leases.take(session, lease_id)
+            if lease is not None:
+                state.undo_locked(lease)
+
+    def flush(self, *, timeout_s: float) -> bool:
+        """See `CacheApi.flush`. Also False when a block that was waiting could not be written.
+
+        Without an NVMe tier there is nothing to wait for.
+        """
+        if self._write_behind is None:
+            return True
+        return self._write_behind.flush(timeout_s=timeout_s)
+
+    # ------------------------------------------------------------- lifecycle
+
+    def tick(self) -> None:
+        """End leases whose deadline has passed. Calls do so too; an idle daemon calls this."""
+        with self._state.lock:
+            self._state.expire_locked(self._state.clock.now_us())
+
+    def drain(self, *, timeout_s: float = 0.0) -> bool:
+        """Refuse new stores and sessions and write out what was accepted; loads go on.
+
+        Returns:
+            Whether all of it is durable.
+        """
+        with self._state.lock:
+            self._state.draining = True
+        return self.flush(timeout_s=timeout_s)
+
+    def close(self, *, timeout_s: float | None = None) -> bool:
+        """Drain, end every session, close the tiers. Idempotent.
+
+        Args:
+            timeout_s: how long the drain may take; `service.drain_timeout_s` when None.
+
+        Returns:
+            Whether all that was accepted is durable.
+        """
+        state = self._state
+        timeout_s = self.config.service.drain_timeout_s if timeout_s is None else timeout_s
+        with state.lock:
+            if state.closed:
+                return True
+            state.draining = True
+            state.closed = True
+            sessions = list(state.sessions)
+        deadline = time.monotonic() + timeout_s
+        durable = self.flush(timeout_s=timeout_s)
+        for session in sessions:
+            self.close_session(session)
+        left_s = max(1.0, deadline - time.monotonic())
+        with state.lock:
+            copied = state.copied.wait_for(
+                lambda: not any(found.num_copying for found in state.namespaces), left_s
+            )
+        if self._write_behind is not None:
+            durable = self._write_behind.close(timeout_s=left_s) and durable
+        if not self._pool.close(timeout_s=left_s) or not copied:
+            _log.warning("transfers still run: the tiers stay open until the process ends")
+            return False
+        state.namespaces.close()
+        return durable
+
+    # ---------------------------------------------------------------- status
+
+    def status(self) -> ManagerStatus:
+        """A snapshot; also refreshes the gauges. O(namespaces + leases)."""
+        state, queue = self._state, self._write_behind
+        with state.lock:
+            namespaces = tuple(_namespace_status(found) for found in state.namespaces)
+            tiers = self._tier_statuses_locked()
+            word = "closed" if state.closed else "draining" if state.draining else "serving"
+            problems = [each.problem for each in namespaces if each.problem]
+            problems += [
+                f"{tier.kind}: stores stop, loads go on: {tier.reason}"
+                for tier in tiers
+                if not tier.writable
+            ]
+            snapshot = ManagerStatus(
+                state=word,
+                num_sessions=len(state.sessions),
+                num_leases=len(state.leases),
+                leased_bytes=state.leases.num_bytes(),
+                write_queue_blocks=queue.num_queued if queue else 0,
+                write_queue_bytes=queue.queued_bytes if queue else 0,
+                tiers=tiers,
+                namespaces=namespaces,
+                problems=tuple(problems),
+            )
+        self._set_gauges(snapshot)
+        return snapshot
+
+    def _tier_statuses_locked(self) -> tuple[TierStatus, ...]:
+        found = list(self._state.namespaces)
+        memory = _tier_status(found, TierKind.MEMORY, self.config.memory.capacity_bytes, "")
+        if self._write_behind is None:
+            return (memory,)
+        reason = self._write_behind.health.reason
+        return (memory, _tier_status(found, TierKind.NVME, self.config.nvme.capacity_bytes, reason))
+
+    def _set_gauges(self, snapshot: ManagerStatus) -> None:
+        metrics = self.metrics
+        metrics.set("ucm_sessions", snapshot.num_sessions)
+        metrics.set("ucm_leases", snapshot.num_leases)
+        metrics.set("ucm_leased_bytes", snapshot.leased_bytes)
+        metrics.set("ucm_write_queue_bytes", snapshot.write_queue_bytes)
+        for tier in snapshot.tiers:
+            kind = tier.kind.value
+            metrics.set("ucm_tier_used_bytes", tier.used_bytes, tier=kind)
+            metrics.set("ucm_tier_capacity_bytes", tier.capacity_bytes, tier=kind)
+
+    def check_integrity(self) -> list[str]:
+        """Every violated invariant of every part, in words. O(blocks): for tests and idle times."""
+        state = self._state
+        with state.lock:
+            problems = state.leases.check_integrity()
+            for session in state.sessions.values():
+                problems += session.staging.runs.check_integrity()
+            for found in state.namespaces:
+                problems += _check_namespace(found)
+        return problems
+
+
+def _namespace_status(found: Namespace) -> NamespaceStatus:
+    return NamespaceStatus(
+        id=found.id,
+        num_blocks=len(found.index),
+        memory_blocks=found.index.num_copies(TierKind.MEMORY),
+        nvme_blocks=found.index.num_copies(TierKind.NVME),
+        block_bytes=found.layout.block_bytes,
+        num_sessions=found.num_sessions,
+        problem=found.problem,
+    )
+
+
+def _tier_status(
+    namespaces: list[Namespace], kind: TierKind, capacity_bytes: int, reason: str
+) -> TierStatus:
+    usages = [
+        tier.usage()
+        for found in namespaces
+        if (tier := found.memory if kind is TierKind.MEMORY else found.nvme) is not None
+    ]
+    return TierStatus(
+        kind=kind,
+        used_bytes=sum(usage.used_slots * usage.slot_bytes for usage in usages),
+        capacity_bytes=capacity_bytes,
+        num_blocks=sum(found.index.num_copies(kind) for found in namespaces),
+        quarantined_slots=sum(usage.quarantined_slots for usage in usages),
+        writable=not reason,
+        reason=reason,
+    )
+
+
+def _check_namespace(found: Namespace) -> list[str]:
+    problems = found.index.check_integrity() + found.memory.check_integrity()
+    if found.nvme is not None:
+        problems += found.nvme.check_integrity()
+    held = found.promotions or found.num_copying
+    used, copies = found.memory.usage().used_slots, found.index.num_copies(TierKind.MEMORY)
+    if not held and used != copies:
+        problems.append(f"memory: {used} slots in use for {copies} blocks")
+    return [f"namespace {found.id.hex()[:8]}: {problem}" for problem in problems]

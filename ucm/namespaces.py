@@ -1,0 +1,279 @@
+"""Open namespaces: an index and two tiers each, under one budget of host memory.
+
+An arena is sealed and cannot give pages back, so what counts against the budget is the part of it
+that was ever touched. When a namespace needs room that others hold, one that nobody has open and
+nothing uses is closed whole; what it has on NVMe stays and is found again at its next opening.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ucm.storage.memory import MemoryTier
+from ucm.storage.tier import SlotId, Tier
+
+from .block_index import BlockIndex
+from .clock import Clock
+from .config import MemoryConfig, NvmeConfig
+from .errors import CapacityError, LayoutMismatchError, UcmError
+from .eviction import Watermarks
+from .hashing import NamespaceSpec
+from .layout import KvLayout
+from .metrics import Metrics
+from .placement import Victim, evict
+from .types import BlockKey, LoadStatus, NamespaceId, TierKind
+
+_log = logging.getLogger(__name__)
+
+
+class LoadWait:
+    """A caller that waits for promotions. Changed under the manager's lock only."""
+
+    def __init__(self) -> None:
+        self.pending: set[int] = set()
+        self.failed: dict[int, LoadStatus] = {}
+        self.done = threading.Event()
+
+    def settle(self, row: int, failure: LoadStatus | None) -> None:
+        """One promotion ended, well (None) or badly."""
+        self.pending.discard(row)
+        if failure is not None:
+            self.failed[row] = failure
+        if not self.pending:
+            self.done.set()
+
+
+@dataclass(slots=True, eq=False)
+class Promotion:
+    """One block on its way from NVMe to memory; loads of the same block share it."""
+
+    row: int
+    key: BlockKey
+    source: SlotId
+    target: SlotId
+    waits: list[LoadWait] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Namespace:
+    """One open namespace. All but the tiers is changed under the manager's lock only."""
+
+    id: NamespaceId
+    layout: KvLayout
+    index: BlockIndex
+    memory: MemoryTier
+    nvme: Tier | None
+    problem: str = ""
+    """What is wrong with its NVMe tier, for an operator; empty when all is well."""
+    full_at_slots: int = -1
+    """Slots that its NVMe tier had when the disk was found full; -1 when it was not."""
+    promotions: dict[int, Promotion] = field(default_factory=dict)
+    undeleted: list[Victim] = field(default_factory=list)
+    """Copies that left the index and are still on NVMe; the next commit deletes them."""
+    touched_slots: int = 0
+    """Arena slots that were ever handed out, so cost memory."""
+    num_sessions: int = 0
+    num_leases: int = 0
+    num_writing: int = 0
+    """Blocks queued for NVMe."""
+    num_copying: int = 0
+    """Stores that copy from staging now."""
+    last_use_us: int = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody has it open and nothing is in flight, so that it may be closed."""
+        held = self.num_sessions or self.num_leases or self.num_writing or self.num_copying
+        return not held and not self.promotions
+
+    @property
+    def touched_bytes(self) -> int:
+        """Host memory that its arena costs."""
+        return self.touched_slots * self.layout.block_bytes
+
+
+class NvmeStoreLike(Protocol):
+    """What opens NVMe tiers; `ucm.storage.nvme.NvmeStore` is one."""
+
+    def open_namespace(self, namespace: NamespaceId, layout: KvLayout) -> Tier:
+        """Open or create the namespace's tier."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierFactory:
+    """How tiers are made; tests put faulty ones here."""
+
+    memory: Callable[[KvLayout, int], MemoryTier] = MemoryTier
+    nvme: NvmeStoreLike | None = None
+
+
+def tiers_of(config: NvmeConfig) -> TierFactory:
+    """The real tiers: an arena, and the NVMe store of `config` if it has a path.
+
+    Raises:
+        ConfigError: the folder belongs to another user, format version or running daemon.
+    """
+    if config.path is None:
+        return TierFactory()
+    from ucm.storage.nvme import NvmeStore  # needs LMDB, which memory alone does not
+
+    return TierFactory(nvme=NvmeStore(config))
+
+
+class NamespaceTable:
+    """All open namespaces.
+
+    `lock` is the manager's; methods named `_locked` need it held, the others must be called
+    without it. Opening and closing do I/O under a lock of their own, taken before `lock`.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        max_namespaces: int,
+        tiers: TierFactory,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self.lock = threading.Lock()
+        self._config = config
+        self._watermarks = Watermarks(config.high_watermark, config.low_watermark)
+        self._max_namespaces = max_namespaces
+        self._tiers = tiers
+        self._clock = clock
+        self._metrics = metrics
+        self._opening = threading.Lock()
+        self._by_id: dict[NamespaceId, Namespace] = {}
+
+    def __iter__(self) -> Iterator[Namespace]:
+        return iter(self._by_id.values())
+
+    def get_locked(self, namespace: NamespaceId) -> Namespace | None:
+        """The open namespace of that id."""
+        return self._by_id.get(namespace)
+
+    def open(self, spec: NamespaceSpec, use: Callable[[Namespace], None]) -> Namespace:
+        """Open the namespace, or find it open, and call `use` on it under the manager's lock.
+
+        Blocks for as long as the recovery of its NVMe tier takes.
+
+        Raises:
+            LayoutMismatchError: it exists with another layout.
+            CapacityError: too many are open and none is idle, or no memory for its arena.
+        """
+        namespace = spec.fingerprint()
+        with self._opening:
+            with self.lock:
+                found = self._by_id.get(namespace)
+                if found is not None:
+                    _check_layout(found, spec.layout)
+                    use(found)
+                    return found
+                surplus = len(self._by_id) + 1 - self._max_namespaces
+                idle = self._detach_idle_locked(surplus) if surplus > 0 else []
+            _close(idle)
+            if len(idle) < surplus:
+                raise CapacityError(
+                    f"{self._max_namespaces} namespaces are in use, the limit: "
+                    "raise service.max_namespaces"
+                )
+            opened = self._open_tiers(namespace, spec.layout)
+            with self.lock:
+                self._by_id[namespace] = opened
+                use(opened)
+            return opened
+
+    def _open_tiers(self, namespace: NamespaceId, layout: KvLayout) -> Namespace:
+        memory = self._tiers.memory(layout, self._config.capacity_bytes // layout.block_bytes)
+        opened = Namespace(namespace, layout, BlockIndex(), memory, None)
+        opened.last_use_us = self._clock.now_us()
+        if self._tiers.nvme is None:
+            return opened
+        try:
+            opened.nvme = self._tiers.nvme.open_namespace(namespace, layout)
+            opened.index.load(opened.nvme.entries(), TierKind.NVME)
+        except LayoutMismatchError:
+            memory.close()
+            raise
+        except (UcmError, OSError) as error:
+            opened.problem = f"namespace {namespace.hex()[:8]} runs without NVMe: {error}"
+            _log.warning("%s", opened.problem)
+        return opened
+
+    def relieve(self, namespace: Namespace, needed_slots: int) -> None:
+        """Before a load or store: close idle namespaces if the budget lacks `needed_slots`."""
+        with self.lock:
+            short = self._growable_locked(namespace) < needed_slots
+            short = short and any(other.idle for other in self if other is not namespace)
+        if not short:
+            return
+        with self._opening:
+            while True:
+                with self.lock:
+                    short = self._growable_locked(namespace) < needed_slots
+                    idle = self._detach_idle_locked(1, keep=namespace) if short else []
+                if not idle:
+                    return
+                _close(idle)
+
+    def _detach_idle_locked(self, count: int, keep: Namespace | None = None) -> list[Namespace]:
+        idle = [other for other in self if other.idle and other is not keep]
+        idle = sorted(idle, key=lambda other: other.last_use_us)[:count]
+        for namespace in idle:
+            del self._by_id[namespace.id]
+        return idle
+
+    def _growable_locked(self, namespace: Namespace) -> int:
+        """Fresh slots that the budget still allows this namespace."""
+        touched = sum(other.touched_bytes for other in self)
+        return max(0, self._config.capacity_bytes - touched) // namespace.layout.block_bytes
+
+    def take_slots_locked(self, namespace: Namespace, count: int) -> list[SlotId]:
+        """Allocate up to `count` memory slots, evicting by the watermarks; fewer when held."""
+        usage = namespace.memory.usage()
+        dead = usage.quarantined_slots
+        total = namespace.touched_slots + self._growable_locked(namespace) - dead
+        excess = self._watermarks.excess_slots(used=usage.used_slots, total=total, needed=count)
+        victims = evict(namespace.index, TierKind.MEMORY, excess)
+        if victims:
+            namespace.memory.delete([(victim.slot, victim.key) for victim in victims])
+            self._metrics.add("ucm_evicted_blocks_total", len(victims), tier="memory")
+        free = total - (usage.used_slots - len(victims))
+        slots = namespace.memory.allocate(max(0, min(count, free)))
+        if slots:
+            namespace.touched_slots = max(namespace.touched_slots, max(slots) + 1)
+        return slots
+
+    def close(self) -> None:
+        """Close every tier, and the NVMe store. Nothing may be in flight."""
+        with self._opening:
+            with self.lock:
+                namespaces = list(self._by_id.values())
+                self._by_id.clear()
+            _close(namespaces)
+            if self._tiers.nvme is not None:
+                self._tiers.nvme.close()
+
+
+def _check_layout(namespace: Namespace, layout: KvLayout) -> None:
+    if namespace.layout != layout:
+        raise LayoutMismatchError(
+            f"namespace {namespace.id.hex()[:8]} has {namespace.layout}, not {layout}"
+        )
+
+
+def _close(namespaces: list[Namespace]) -> None:
+    for namespace in namespaces:
+        namespace.memory.close()
+        try:
+            if namespace.nvme is not None:
+                namespace.nvme.close()
+        except (UcmError, OSError) as error:
+            _log.warning("closing namespace %s: %s", namespace.id.hex()[:8], error)

@@ -1,0 +1,296 @@
+"""Write-behind: accepted blocks go to NVMe in batches, parents never after their children.
+
+    queue    lock: the block and every ancestor that is not durable, if the queue has room
+    commit   lock: who may be written, who makes room | delete, allocate, write | lock: settle
+
+One batch at a time writes and deletes on NVMe, so a key's deletion and its next write cannot
+overtake each other. A block in the queue is in flight: it keeps its memory slot. A block that is
+dropped from the queue stays in memory and is counted; a later child takes it along again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from ucm.storage.tier import IoStatus, SlotId, SlotWrite
+
+from .block_index import NO_ROW, NO_SLOT, WRITING
+from .config import NvmeConfig
+from .errors import CapacityError, TierUnavailableError, UcmError
+from .eviction import Watermarks
+from .manager_state import US_PER_S, ManagerState
+from .namespaces import Namespace
+from .placement import Victim, evict, plan_commit, plan_flush
+from .transfer import CommitLimits, GroupCommit, TransferPool
+from .types import BlockKey, TierKind
+
+_log = logging.getLogger(__name__)
+
+PROBE_INTERVAL_S = 5.0
+"""How often a store is let through to a disk that refused writes."""
+
+_REFUSALS = {
+    IoStatus.FULL: "the disk is full",
+    IoStatus.IO_ERROR: "the disk fails writes",
+}
+
+
+class DiskHealth:
+    """Whether the disk takes writes. Pure; guarded by the manager's lock."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._retry_at_us = 0
+
+    @property
+    def writable(self) -> bool:
+        """Whether the last write succeeded (or none was tried)."""
+        return not self.reason
+
+    def refuse(self, reason: str, now_us: int) -> None:
+        """A write failed: stores stop until the next probe."""
+        self.reason = reason
+        self._retry_at_us = now_us + int(PROBE_INTERVAL_S * US_PER_S)
+
+    def recover(self) -> None:
+        """A write succeeded."""
+        self.reason = ""
+
+    def admits_store(self, now_us: int) -> bool:
+        """Whether a store may come in; on a disk that refused, one in each interval as a probe."""
+        if not self.reason:
+            return True
+        if now_us < self._retry_at_us:
+            return False
+        self._retry_at_us = now_us + int(PROBE_INTERVAL_S * US_PER_S)
+        return True
+
+
+class WriteBehind:
+    """The queue to NVMe of one manager. Thread-safe where not named `_locked`."""
+
+    def __init__(self, state: ManagerState, config: NvmeConfig, pool: TransferPool) -> None:
+        self._state = state
+        self._watermarks = Watermarks(config.high_watermark, config.low_watermark)
+        self._max_queued_bytes = config.write_queue_bytes
+        self._num_dropped = 0
+        self.health = DiskHealth()
+        limits = CommitLimits(
+            max_items=config.commit_blocks,
+            max_queued_bytes=config.write_queue_bytes,
+            interval_s=config.commit_interval_s,
+        )
+        self._commits: GroupCommit[tuple[Namespace, int]] = GroupCommit(self._commit, limits, pool)
+        state.metrics.set("ucm_nvme_writable", 1)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of accepted blocks that wait for the disk."""
+        return self._commits.queued_bytes
+
+    @property
+    def num_queued(self) -> int:
+        """Accepted blocks that wait for the disk."""
+        return self._commits.num_queued
+
+    def enqueue_locked(self, found: Namespace, row: int) -> None:
+        """Queue a block that memory holds, with the ancestors that NVMe lacks; or drop it."""
+        chain = plan_flush(found.index, row)
+        if chain is None:
+            self._drop_locked(1, "orphan")
+            return
+        for member in chain:
+            try:
+                self._commits.offer((found, member), found.layout.block_bytes)
+            except CapacityError:
+                self._drop_locked(1, "queue_full")
+                return
+            except TierUnavailableError:
+                self._drop_locked(1, "closing")
+                return
+            found.index.begin_flight(member, WRITING)
+            found.num_writing += 1
+
+    def _drop_locked(self, count: int, reason: str) -> None:
+        if count:
+            self._num_dropped += count
+            self._state.metrics.add("ucm_dropped_writes_total", count, reason=reason)
+
+    def flush(self, *, timeout_s: float) -> bool:
+        """Wait until all that is queued now is durable; False on time-out, or if some failed."""
+        with self._state.lock:
+            dropped = self._num_dropped
+        settled = self._commits.wait_settled(timeout_s=timeout_s)
+        with self._state.lock:
+            return settled and dropped == self._num_dropped
+
+    def close(self, *, timeout_s: float) -> bool:
+        """Write what is queued and end; False on time-out."""
+        return self._commits.close(timeout_s=timeout_s)
+
+    # ------------------------------------------------- below: on a thread of the transfer pool
+
+    def _commit(self, batch: list[tuple[Namespace, int]]) -> None:
+        by_namespace: dict[int, tuple[Namespace, list[int]]] = {}
+        for found, row in batch:
+            by_namespace.setdefault(id(found), (found, []))[1].append(row)
+        for found, rows in by_namespace.values():
+            self._commit_namespace(found, rows)
+
+    def _commit_namespace(self, found: Namespace, rows: list[int]) -> None:
+        nvme = found.nvme
+        assert nvme is not None, "only namespaces with NVMe queue writes"
+        with self._state.lock:
+            writable, victims = self._plan_locked(found, rows)
+        undeleted = {victim.key for victim in self._delete(found, victims)}
+        slots = self._allocate(found, len(writable))
+        items = self._items(found, writable, slots, undeleted)
+        statuses = self._write(found, items)
+        failed = [status for status in _REFUSALS if status in statuses]
+        for status in failed:
+            count = statuses.count(status)
+            self._refuse(f"{_REFUSALS[status]} ({count} blocks of {len(items)} not written)")
+        if IoStatus.OK in statuses and not failed and len(slots) == len(writable):
+            self._recover()
+        for item, status in zip(items, statuses, strict=True):
+            if status is IoStatus.CORRUPT:
+                self._state.recheck(found, item.key)
+        with self._state.lock:
+            self._drop_locked(len(writable) - len(items), "no_space")
+            orphans = self._settle_locked(found, items, statuses)
+            for row in rows:
+                found.index.end_flight(row, WRITING)
+                found.num_writing -= 1
+        good = [status is IoStatus.OK for status in statuses]
+        written = {item.slot for item, is_good in zip(items, good, strict=True) if is_good}
+        nvme.free([slot for slot in slots if slot not in written])
+        self._delete(found, orphans)
+
+    def _plan_locked(self, found: Namespace, rows: list[int]) -> tuple[list[int], list[Victim]]:
+        """Rows to write, in order, and copies to delete before."""
+        held = [row for row in rows if found.index.has(row, TierKind.MEMORY)]
+        writable, refused = plan_commit(found.index, held)
+        self._drop_locked(len(rows) - len(held), "lost")
+        self._drop_locked(len(refused), "orphan")
+        assert found.nvme is not None
+        usage = found.nvme.usage()
+        if 0 <= found.full_at_slots < usage.total_slots:  # the disk has room again
+            found.full_at_slots, found.problem = -1, ""
+        excess = self._watermarks.excess_slots(
+            used=usage.used_slots, total=usage.total_slots, needed=len(writable)
+        )
+        if not self.health.writable:  # a probe: the room it needs may be what was lacking
+            excess = max(excess, len(writable))
+        parents = [found.index.parent(row) for row in writable]
+        parents = [parent for parent in parents if parent != NO_ROW]
+        for parent in parents:  # they must still be there when their children arrive
+            found.index.pin(parent)
+        victims = evict(found.index, TierKind.NVME, excess)
+        for parent in parents:
+            found.index.unpin(parent)
+        if victims:
+            self._state.metrics.add("ucm_evicted_blocks_total", len(victims), tier="nvme")
+        return writable, victims
+
+    def _delete(self, found: Namespace, victims: list[Victim]) -> list[Victim]:
+        """Delete copies that have left the index; returns those that are still there."""
+        with self._state.lock:
+            pending, found.undeleted = found.undeleted + victims, []
+        if not pending:
+            return []
+        assert found.nvme is not None
+        try:
+            found.nvme.delete([(victim.slot, victim.key) for victim in pending])
+        except (UcmError, OSError) as error:
+            self._refuse(f"deleting evicted blocks failed: {error}")
+            with self._state.lock:
+                found.undeleted = pending + found.undeleted
+            return pending
+        return []
+
+    def _allocate(self, found: Namespace, count: int) -> list[SlotId]:
+        """Slots to write to; fewer than the tier promised means that the disk is full."""
+        assert found.nvme is not None
+        promised = min(count, found.nvme.usage().free_slots)
+        try:
+            slots = found.nvme.allocate(count)
+        except (UcmError, OSError) as error:
+            self._refuse(f"no room on the disk: {error}")
+            return []
+        if len(slots) < promised:
+            with self._state.lock:
+                found.full_at_slots = found.nvme.usage().total_slots
+                found.problem = (
+                    f"namespace {found.id.hex()[:8]}: the disk is full: room for "
+                    f"{found.full_at_slots} blocks, old ones make way for new ones"
+                )
+            self._refuse(f"the disk is full: room for {len(slots)} blocks of {count}")
+        return slots
+
+    def _items(
+        self, found: Namespace, rows: list[int], slots: list[SlotId], skip: set[BlockKey]
+    ) -> list[SlotWrite]:
+        """What to write where; rows that lost their memory copy meanwhile are left out."""
+        index, memory = found.index, found.memory
+        items: list[SlotWrite] = []
+        with self._state.lock:
+            for row, slot in zip(rows, slots, strict=False):
+                source, key = index.slot(row, TierKind.MEMORY), index.key(row)
+                if source != NO_SLOT and key not in skip:
+                    data, checksums = memory.view(source), memory.checksums(source)
+                    items.append(SlotWrite(slot, key, index.parent_key(row), data, checksums))
+        return items
+
+    def _write(self, found: Namespace, items: list[SlotWrite]) -> list[IoStatus]:
+        if not items:
+            return []
+        assert found.nvme is not None
+        start = time.perf_counter()
+        try:
+            statuses = found.nvme.write(items)
+        except (UcmError, OSError) as error:
+            _log.warning("writing %d blocks: %s", len(items), error)
+            statuses = [IoStatus.IO_ERROR] * len(items)
+        metrics = self._state.metrics
+        took_s = time.perf_counter() - start
+        metrics.observe("ucm_io_duration_seconds", took_s, tier="nvme", op="write")
+        num_bytes = len(items) * found.layout.block_bytes
+        metrics.add("ucm_io_bytes_total", num_bytes, tier="nvme", op="write")
+        return statuses
+
+    def _settle_locked(
+        self, found: Namespace, items: list[SlotWrite], statuses: Sequence[IoStatus]
+    ) -> list[Victim]:
+        """Record what is durable now; returns what was written without its parent."""
+        index = found.index
+        orphans: list[Victim] = []
+        flushed = 0
+        for item, status in zip(items, statuses, strict=True):
+            row = index.find(item.key)
+            parent = index.parent(row)
+            if status is not IoStatus.OK:
+                self._drop_locked(1, status.value)
+            elif parent == NO_ROW or index.has(parent, TierKind.NVME):
+                index.place(row, TierKind.NVME, item.slot)
+                flushed += 1
+            else:
+                orphans.append(Victim(item.key, item.slot))
+        self._drop_locked(len(orphans), "orphan")
+        self._state.metrics.add("ucm_flushed_blocks_total", flushed)
+        return orphans
+
+    def _refuse(self, reason: str) -> None:
+        with self._state.lock:
+            self.health.refuse(reason, self._state.clock.now_us())
+        self._state.metrics.set("ucm_nvme_writable", 0)
+        _log.warning("stores stop, loads go on: %s", reason)
+
+    def _recover(self) -> None:
+        with self._state.lock:
+            recovered = not self.health.writable
+            self.health.recover()
+        if recovered:
+            self._state.metrics.set("ucm_nvme_writable", 1)
+            _log.info("the disk takes writes again")
