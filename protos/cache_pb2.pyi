@@ -317,46 +317,53 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("tier", "capacity_bytes", "used_bytes", "num_blocks", "quarantined_slots", "writable", "message")
+    __slots__ = ("tier", "used_bytes", "capacity_bytes", "num_blocks", "quarantined_slots", "writable", "reason")
     TIER_FIELD_NUMBER: _ClassVar[int]
-    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     QUARANTINED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     WRITABLE_FIELD_NUMBER: _ClassVar[int]
-    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
-    capacity_bytes: int
     used_bytes: int
+    capacity_bytes: int
     num_blocks: int
     quarantined_slots: int
     writable: bool
-    message: str
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., writable: bool = ..., message: _Optional[str] = ...) -> None: ...
+    reason: str
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., writable: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class NamespaceStatus(_message.Message):
-    __slots__ = ("namespace", "model_id", "layout", "tiers")
+    __slots__ = ("namespace", "num_blocks", "memory_blocks", "nvme_blocks", "block_bytes", "num_sessions", "problem")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
-    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
-    LAYOUT_FIELD_NUMBER: _ClassVar[int]
-    TIERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NVME_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
-    model_id: str
-    layout: Layout
-    tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
-    def __init__(self, namespace: _Optional[bytes] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ...) -> None: ...
+    num_blocks: int
+    memory_blocks: int
+    nvme_blocks: int
+    block_bytes: int
+    num_sessions: int
+    problem: str
+    def __init__(self, namespace: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., memory_blocks: _Optional[int] = ..., nvme_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_sessions: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("version", "pid", "uptime_s", "state", "socket_path", "store_path", "sessions", "leases", "leased_bytes", "write_queue_bytes", "tiers", "namespaces", "problems")
+    __slots__ = ("version", "pid", "uptime_s", "state", "socket_path", "store_path", "num_sessions", "num_leases", "leased_bytes", "write_queue_blocks", "write_queue_bytes", "tiers", "namespaces", "problems")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SOCKET_PATH_FIELD_NUMBER: _ClassVar[int]
     STORE_PATH_FIELD_NUMBER: _ClassVar[int]
-    SESSIONS_FIELD_NUMBER: _ClassVar[int]
-    LEASES_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LEASES_FIELD_NUMBER: _ClassVar[int]
     LEASED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITE_QUEUE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WRITE_QUEUE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
@@ -367,14 +374,15 @@ class StatusReply(_message.Message):
     state: str
     socket_path: str
     store_path: str
-    sessions: int
-    leases: int
+    num_sessions: int
+    num_leases: int
     leased_bytes: int
+    write_queue_blocks: int
     write_queue_bytes: int
     tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStatus]
     problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., socket_path: _Optional[str] = ..., store_path: _Optional[str] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., write_queue_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., socket_path: _Optional[str] = ..., store_path: _Optional[str] = ..., num_sessions: _Optional[int] = ..., num_leases: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., write_queue_blocks: _Optional[int] = ..., write_queue_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()

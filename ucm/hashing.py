@@ -118,6 +118,10 @@ class NamespaceSpec:
     cross_layer: str = "none"
     """Layout of KV shared across layers."""
 
+    def __post_init__(self) -> None:
+        # 10000 and 10000.0 are one base, but two encodings
+        object.__setattr__(self, "rope_base", float(self.rope_base))
+
     def fingerprint(self) -> NamespaceId:
         """The namespace's 32-byte id."""
         values: dict[str, Encodable] = {

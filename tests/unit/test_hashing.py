@@ -235,3 +235,14 @@ class TestChains:
     def test_a_layout_that_cannot_be_is_no_namespace(self) -> None:
         with pytest.raises(LayoutMismatchError):
             dataclasses.replace(SPEC, layout=dataclasses.replace(LAYOUT, head_dim=0))
+
+
+def test_a_whole_number_as_rope_base_is_the_same_namespace() -> None:
+    layout = KvLayout(
+        num_layers=1, num_kv_heads=1, head_dim=8, block_tokens=4, dtype=KvDtype.FLOAT32
+    )
+    specs = [
+        NamespaceSpec(layout=layout, model_id="m", weights_digest="w", rope_base=base)
+        for base in (10000, 10000.0)
+    ]
+    assert specs[0].fingerprint() == specs[1].fingerprint()

@@ -1,0 +1,145 @@
+"""`AdminClient`: what `ucm status` and other operators' tools say to a daemon.
+
+Every call has a deadline and raises `TierUnavailableError` when no daemon answers in time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import grpc
+
+from .errors import PermissionDeniedError, TierUnavailableError, UcmError
+from .grants import ManagerStatus, NamespaceStatus, TierStatus
+from .protos import cache_pb2 as pb
+from .protos import cache_pb2_grpc as pb_grpc
+from .sockets import admin_path, grpc_target
+from .types import NamespaceId
+from .wire import ERROR_METADATA, TIER_FROM_WIRE, error_from_wire
+
+_GRACE_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonStatus:
+    """A snapshot of a running daemon."""
+
+    version: str
+    pid: int
+    uptime_s: float
+    socket_path: str
+    store_path: str
+    """Empty when there is no NVMe tier."""
+    store: ManagerStatus
+
+
+class AdminClient:
+    """One operator's connection; use it as a context manager."""
+
+    def __init__(self, socket_path: Path, *, timeout_s: float = 2.0) -> None:
+        """Prepare to talk to the daemon whose gRPC socket is `socket_path`; sends nothing yet."""
+        self._path = admin_path(socket_path)
+        self._timeout_s = timeout_s
+        options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+        self._channel = grpc.insecure_channel(grpc_target(self._path), options=options)
+        self._stub = pb_grpc.AdminStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def status(self) -> DaemonStatus:
+        """How the daemon is doing."""
+        reply = self._call(self._stub.Status, pb.StatusRequest(), self._timeout_s)
+        return DaemonStatus(
+            version=reply.version,
+            pid=reply.pid,
+            uptime_s=reply.uptime_s,
+            socket_path=reply.socket_path,
+            store_path=reply.store_path,
+            store=_status_from_wire(reply),
+        )
+
+    def flush(self, *, timeout_s: float) -> bool:
+        """Wait until all that was accepted is flushed; False on time-out."""
+        request = pb.FlushRequest(timeout_s=timeout_s)
+        return bool(self._call(self._stub.Flush, request, timeout_s + _GRACE_S).flushed)
+
+    def drain(self) -> None:
+        """Ask the daemon to stop as SIGTERM does; returns when it has begun."""
+        self._call(self._stub.Drain, pb.DrainRequest(), self._timeout_s)
+
+    def close(self) -> None:
+        """Hang up. Idempotent."""
+        self._channel.close()
+
+    def _call(self, method: Any, request: object, timeout_s: float) -> Any:  # generated code
+        try:
+            return method(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: grpc.RpcError) -> UcmError:
+        assert isinstance(error, grpc.Call)
+        details = error.details() or "no details"
+        for key, value in error.trailing_metadata() or ():
+            if key == ERROR_METADATA:
+                return error_from_wire(str(value), details)
+        if "Permission denied" in details:
+            return PermissionDeniedError(
+                f"{self._path} belongs to another user; ask as the daemon's user"
+            )
+        return TierUnavailableError(
+            f"no daemon answers at {self._path} ({error.code().name}); start one with `ucm serve`"
+        )
+
+
+def _status_from_wire(reply: pb.StatusReply) -> ManagerStatus:
+    return ManagerStatus(
+        state=reply.state,
+        num_sessions=reply.num_sessions,
+        num_leases=reply.num_leases,
+        leased_bytes=reply.leased_bytes,
+        write_queue_blocks=reply.write_queue_blocks,
+        write_queue_bytes=reply.write_queue_bytes,
+        tiers=tuple(_tier_from_wire(tier) for tier in reply.tiers),
+        namespaces=tuple(_namespace_from_wire(item) for item in reply.namespaces),
+        problems=tuple(reply.problems),
+    )
+
+
+def _tier_from_wire(tier: pb.TierStatus) -> TierStatus:
+    kind = TIER_FROM_WIRE.get(tier.tier)
+    if kind is None:
+        raise TierUnavailableError("the daemon has a tier that this release does not know")
+    return TierStatus(
+        kind=kind,
+        used_bytes=tier.used_bytes,
+        capacity_bytes=tier.capacity_bytes,
+        num_blocks=tier.num_blocks,
+        quarantined_slots=tier.quarantined_slots,
+        writable=tier.writable,
+        reason=tier.reason,
+    )
+
+
+def _namespace_from_wire(namespace: pb.NamespaceStatus) -> NamespaceStatus:
+    return NamespaceStatus(
+        id=NamespaceId(namespace.namespace),
+        num_blocks=namespace.num_blocks,
+        memory_blocks=namespace.memory_blocks,
+        nvme_blocks=namespace.nvme_blocks,
+        block_bytes=namespace.block_bytes,
+        num_sessions=namespace.num_sessions,
+        problem=namespace.problem,
+    )

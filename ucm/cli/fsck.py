@@ -1,0 +1,76 @@
+"""`ucm fsck`: check a data folder byte by byte, and repair what can be."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ucm.errors import ConfigError
+
+from .console import ExitCode, format_bytes, print_json
+from .options import ConfigOption, JsonOption, loaded_config
+
+if TYPE_CHECKING:
+    from ucm.storage.fsck import FsckFinding, FsckReport
+
+command = typer.Typer()
+
+
+@command.command()
+def fsck(
+    path: Annotated[
+        Path | None, typer.Argument(help="Data folder; the configured one if left out.")
+    ] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Mend it; blocks may be lost.")] = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a data folder while no daemon runs on it; exit code 1 when damage is left."""
+    from ucm.storage.fsck import check_store
+
+    folder = path or loaded_config(config).config.nvme.path
+    if folder is None:
+        raise ConfigError("nvme.path is none: there is no data folder to check; name one")
+    report = check_store(folder, repair)
+    if as_json:
+        print_json(_as_dict(folder, report))
+    else:
+        _show(folder, report)
+    if not report.ok:
+        raise typer.Exit(ExitCode.CHECK_FAILED)
+
+
+def _as_dict(folder: Path, report: FsckReport) -> dict[str, object]:
+    findings = [asdict(finding) | {"damage": finding.is_damage} for finding in report.findings]
+    return asdict(report) | {"path": folder, "ok": report.ok, "findings": findings}
+
+
+def _show(folder: Path, report: FsckReport) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    for finding in report.findings:
+        console.print(_line(finding), markup=False)
+    console.print(
+        f"{folder}: {report.num_namespaces} namespaces, {report.num_blocks} blocks whole, "
+        f"{format_bytes(report.num_bytes)} verified, {len(report.findings)} findings"
+    )
+    if not report.ok:
+        console.print("damage is left; run `ucm fsck --repair` to drop the damaged blocks")
+
+
+def _line(finding: FsckFinding) -> str:
+    place = " ".join(
+        f"{name} {value}"
+        for name, value in (
+            ("namespace", finding.namespace),
+            ("segment", finding.segment),
+            ("slot", finding.slot),
+            ("block", finding.key or None),
+        )
+        if value is not None
+    )
+    fixed = " [fixed]" if finding.fixed else ""
+    return f"{finding.kind.value}: {place}: {finding.what}{fixed}"

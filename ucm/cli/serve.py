@@ -1,0 +1,79 @@
+"""`ucm serve`: run the daemon in the foreground until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from ucm.config import Config
+
+from .console import print_json
+from .options import ConfigOption, JsonOption, SetOption, SocketOption, loaded_config
+
+command = typer.Typer()
+
+
+@command.command()
+def serve(
+    config: ConfigOption = None,
+    socket: SocketOption = None,
+    store: Annotated[
+        str | None,
+        typer.Option("--store", metavar="PATH", help="Data folder; none for memory only."),
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", help="Prometheus port on loopback.")
+    ] = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the daemon in the foreground.
+
+    SIGTERM and SIGINT drain it: stores are refused, leases run out, accepted blocks are flushed.
+    A second one skips the wait.
+    """
+    loaded = loaded_config(
+        config,
+        settings,
+        service__socket_path=socket,
+        nvme__path=store,
+        metrics__port=metrics_port,
+    )
+    logging.basicConfig(
+        level=loaded.config.log.level,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    _serve(loaded.config, as_json=as_json)
+
+
+def _serve(config: Config, *, as_json: bool) -> None:
+    from ucm.daemon import Daemon
+
+    daemon = Daemon(config)
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        daemon.request_stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    try:
+        daemon.start()
+        _say("ready", config.service.socket_path, as_json=as_json)
+        daemon.run()
+    finally:
+        daemon.close()
+    _say("stopped", config.service.socket_path, as_json=as_json)
+
+
+def _say(event: str, socket_path: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"event": event, "pid": os.getpid(), "socket": socket_path})
+    else:
+        verb = "serving at" if event == "ready" else "stopped at"
+        print(f"ucm: {verb} {socket_path}", flush=True)

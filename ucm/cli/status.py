@@ -1,0 +1,67 @@
+"""`ucm status`: how a running daemon is doing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .console import format_bytes, print_json
+from .options import ConfigOption, JsonOption, SocketOption, loaded_config
+
+if TYPE_CHECKING:
+    from ucm.admin import DaemonStatus
+
+command = typer.Typer()
+
+
+@command.command()
+def status(
+    socket: SocketOption = None,
+    config: ConfigOption = None,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for it.")] = 2.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how a running daemon is doing; exit code 3 when none answers."""
+    from ucm.admin import AdminClient
+
+    path = loaded_config(config, service__socket_path=socket).config.service.socket_path
+    with AdminClient(path, timeout_s=timeout_s) as client:
+        found = client.status()
+    if as_json:
+        print_json(_as_dict(found))
+    else:
+        _show(found)
+
+
+def _as_dict(found: DaemonStatus) -> dict[str, object]:
+    daemon: dict[str, object] = asdict(found)
+    del daemon["store"]
+    return daemon | asdict(found.store)
+
+
+def _show(found: DaemonStatus) -> None:
+    store = found.store
+    console = Console(soft_wrap=True)
+    console.print(f"ucm {found.version}, {store.state}, pid {found.pid}, up {found.uptime_s:.0f} s")
+    console.print(f"socket {found.socket_path}", f"store {found.store_path or 'none'}", sep="\n")
+    console.print(
+        f"{store.num_sessions} sessions, {store.num_leases} leases of "
+        f"{format_bytes(store.leased_bytes)}, {format_bytes(store.write_queue_bytes)} to be flushed"
+    )
+    table = Table("tier", "used", "capacity", "blocks", "quarantined", "writable", box=None)
+    for tier in store.tiers:
+        table.add_row(
+            tier.kind.value,
+            format_bytes(tier.used_bytes),
+            format_bytes(tier.capacity_bytes),
+            str(tier.num_blocks),
+            str(tier.quarantined_slots),
+            "yes" if tier.writable else f"no: {tier.reason}",
+        )
+    console.print(table)
+    for problem in store.problems:
+        console.print(f"problem: {problem}", style="bold red")

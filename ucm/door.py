@@ -1,0 +1,360 @@
+"""The door: the side socket that checks who comes, starts sessions and hands out descriptors.
+
+A SOCK_SEQPACKET socket, so one packet is one `DoorRequest` or `DoorReply`. A connection is a
+session: it begins with `Hello` and ends with the connection, however that ends, and with it go the
+session's leases and staging memory. One thread a session, because opening a namespace may take as
+long as its recovery; the number of sessions is bounded.
+
+    client                                       daemon
+    connect                                      SO_PEERCRED: our user, or one allowed
+    Hello(protocol_version)              ->
+                                         <-      Welcome(token, staging_bytes) + staging memfd
+    OpenNamespace(spec, fingerprint)     ->
+                                         <-      NamespaceOpened(arena_bytes) + arena memfd
+    close, or death                      ->      end of the session
+
+Anything else gets a `DoorError` and, unless a well-formed request was merely refused, a hang-up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import struct
+import threading
+from pathlib import Path
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from . import __version__
+from .config import ServiceConfig
+from .errors import (
+    CapacityError,
+    ConfigError,
+    InvalidArgumentError,
+    PermissionDeniedError,
+    TierUnavailableError,
+    UcmError,
+)
+from .hashing import NamespaceSpec
+from .manager import Manager
+from .protos import cache_pb2 as pb
+from .sockets import SOCKET_MODE
+from .types import NamespaceId, SessionId
+from .wire import PROTOCOL_VERSION, TOKEN_BYTES, spec_from_wire
+
+_log = logging.getLogger(__name__)
+
+MAX_PACKET_BYTES: Final = 64 << 10
+"""Largest door message, both ways; a longer one is refused, not cut."""
+
+HELLO_TIMEOUT_S: Final = 5.0
+"""A connection that has not said hello by then is closed."""
+
+_SEND_TIMEOUT_S: Final = 5
+_LISTEN_BACKLOG: Final = 64
+_STOP_TIMEOUT_S: Final = 10.0
+
+
+class SessionTokens:
+    """Which token belongs to which live session."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_token: dict[bytes, SessionId] = {}
+
+    def issue(self, session: SessionId) -> bytes:
+        """A fresh token for `session`: 32 random bytes."""
+        token = secrets.token_bytes(TOKEN_BYTES)
+        with self._lock:
+            self._by_token[token] = session
+        return token
+
+    def revoke(self, token: bytes) -> None:
+        """Forget a token; unknown ones are ignored."""
+        with self._lock:
+            self._by_token.pop(token, None)
+
+    def session_of(self, token: bytes) -> SessionId:
+        """The session that `token` was issued to.
+
+        Raises:
+            PermissionDeniedError: there is none (any more).
+        """
+        with self._lock:
+            session = self._by_token.get(token)
+        if session is None:
+            raise PermissionDeniedError(
+                "no session has this token; its connection to the door has ended, connect again"
+            )
+        return session
+
+
+class Door:
+    """The listening door of one daemon."""
+
+    def __init__(
+        self, path: Path, manager: Manager, tokens: SessionTokens, config: ServiceConfig
+    ) -> None:
+        """Bind and listen; nothing is answered before `start`.
+
+        Raises:
+            ConfigError: the path cannot be bound.
+        """
+        self._manager = manager
+        self._tokens = tokens
+        self._config = config
+        self._allowed_uids = frozenset({os.geteuid(), *config.allowed_uids})
+        self._lock = threading.Lock()
+        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._draining = False
+        self._stopped = False
+        self._listener = _listen(path)
+        self._acceptor = threading.Thread(target=self._accept_loop, name="ucm-door", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._acceptor.start()
+
+    @property
+    def num_connections(self) -> int:
+        """Connections now, greeted or not."""
+        with self._lock:
+            return len(self._connections)
+
+    def drain(self) -> None:
+        """Refuse new sessions from now on; the present ones stay."""
+        self._draining = True
+
+    def stop(self) -> None:
+        """End every session and stop listening; returns when all of its threads ended."""
+        with self._lock:
+            self._stopped = True
+            threads = list(self._connections.values())
+            for connection in self._connections:
+                _hang_up(connection)
+        _hang_up(self._listener)
+        if self._acceptor.is_alive():
+            self._acceptor.join(_STOP_TIMEOUT_S)
+        self._listener.close()
+        for thread in threads:
+            thread.join(_STOP_TIMEOUT_S)
+
+    def _accept_loop(self) -> None:
+        while not self._stopped:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:
+                if self._stopped:
+                    return
+                # Out of descriptors, most likely: the connection waits in the backlog.
+                _log.warning("the door cannot accept: %s", error)
+                threading.Event().wait(0.1)
+                continue
+            self._admit(connection)
+
+    def _admit(self, connection: socket.socket) -> None:
+        timeout = struct.pack("@ll", _SEND_TIMEOUT_S, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+        try:
+            peer = self._check_peer(connection)
+            thread = threading.Thread(
+                target=self._serve, args=(connection, peer), name="ucm-session", daemon=True
+            )
+            with self._lock:
+                self._check_room()
+                self._connections[connection] = thread
+        except UcmError as error:
+            _log.warning("the door refused a client: %s", error)
+            _try_send(connection, _error_reply(error))
+            connection.close()
+            return
+        thread.start()
+
+    def _check_peer(self, connection: socket.socket) -> str:
+        size = struct.calcsize("3i")
+        packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        pid, uid, _ = struct.unpack("3i", packed)
+        if uid not in self._allowed_uids:
+            raise PermissionDeniedError(
+                f"user {uid} may not connect; the operator can add it to service.allowed_uids"
+            )
+        return f"pid {pid} uid {uid}"
+
+    def _check_room(self) -> None:
+        if self._stopped or self._draining:
+            raise TierUnavailableError("the daemon is stopping; connect again later")
+        if len(self._connections) >= self._config.max_sessions:
+            raise CapacityError(
+                f"{len(self._connections)} sessions are connected, the limit is "
+                "service.max_sessions; close one or raise it"
+            )
+
+    def _serve(self, connection: socket.socket, peer: str) -> None:
+        try:
+            self._serve_session(connection, peer)
+        except UcmError as error:
+            _log.warning("session of %s ended: %s", peer, error)
+        except OSError as error:
+            _log.warning("session of %s broke off: %s", peer, error)
+        finally:
+            # Hanging up comes last: it tells the client that its place is free again.
+            with self._lock:
+                self._connections.pop(connection, None)
+            connection.close()
+
+    def _serve_session(self, connection: socket.socket, peer: str) -> None:
+        hello = _receive_hello(connection)
+        if hello is None:
+            return
+        client = hello.client[:64]
+        try:
+            session = self._manager.open_session(f"{client!r} {peer}")
+        except UcmError as error:
+            _try_send(connection, _error_reply(error))
+            raise
+        token = self._tokens.issue(session)
+        _log.info("session %d began: %s %r", session, peer, client)
+        try:
+            staging = self._manager.staging_arena(session)
+            _send(connection, self._welcome(staging.size_bytes, token), staging.fd)
+            while self._answer_one(connection, session):
+                pass
+        finally:
+            # The token first: a call that arrives now must not find a session half ended.
+            self._tokens.revoke(token)
+            self._manager.close_session(session)
+            _log.info("session %d ended", session)
+
+    def _welcome(self, staging_bytes: int, token: bytes) -> pb.DoorReply:
+        return pb.DoorReply(
+            welcome=pb.Welcome(
+                protocol_version=PROTOCOL_VERSION,
+                daemon_version=__version__,
+                token=token,
+                staging_bytes=staging_bytes,
+                max_keys_per_call=self._config.max_keys_per_call,
+                max_message_bytes=self._config.max_message_bytes,
+            )
+        )
+
+    def _answer_one(self, connection: socket.socket, session: SessionId) -> bool:
+        """Answer the next request; False when the client hung up."""
+        try:
+            request = _receive(connection)
+        except InvalidArgumentError as error:
+            _try_send(connection, _error_reply(error))
+            raise
+        if request is None:
+            return False
+        if request.WhichOneof("request") != "open_namespace":
+            refusal = InvalidArgumentError("the door expects OpenNamespace after Hello")
+            _try_send(connection, _error_reply(refusal))
+            raise refusal
+        try:
+            spec = _checked_spec(request.open_namespace)
+            namespace = self._manager.open_namespace(session, spec).id
+            arena = self._manager.arena(session, namespace)
+        except UcmError as error:
+            _send(connection, _error_reply(error))
+            return True
+        opened = pb.NamespaceOpened(namespace=namespace, arena_bytes=arena.size_bytes)
+        _send(connection, pb.DoorReply(opened=opened), arena.fd)
+        return True
+
+
+def _checked_spec(request: pb.OpenNamespace) -> NamespaceSpec:
+    spec = spec_from_wire(request.spec)
+    if spec.fingerprint() != NamespaceId(request.namespace):
+        raise InvalidArgumentError(
+            "the client and the daemon compute different ids for this namespace: a field has "
+            "another type than declared (an int where a float is meant), or their versions differ"
+        )
+    return spec
+
+
+def _listen(path: Path) -> socket.socket:
+    kind = socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC
+    listener = socket.socket(socket.AF_UNIX, kind)
+    try:
+        listener.bind(str(path))
+        path.chmod(SOCKET_MODE)
+        listener.listen(_LISTEN_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen at {path}: {error.strerror}") from error
+    return listener
+
+
+def _receive_hello(connection: socket.socket) -> pb.Hello | None:
+    """The client's greeting, or None if it hung up; a bad one is answered before it raises."""
+    connection.settimeout(HELLO_TIMEOUT_S)
+    try:
+        request = _receive(connection)
+        if request is not None:
+            _check_hello(request)
+    except InvalidArgumentError as error:
+        _try_send(connection, _error_reply(error))
+        raise
+    connection.settimeout(None)
+    return request.hello if request else None
+
+
+def _check_hello(request: pb.DoorRequest) -> None:
+    if request.WhichOneof("request") != "hello":
+        raise InvalidArgumentError("the door expects Hello first")
+    if request.hello.protocol_version != PROTOCOL_VERSION:
+        raise InvalidArgumentError(
+            f"this daemon speaks protocol version {PROTOCOL_VERSION}, the client "
+            f"{request.hello.protocol_version}; run the same release of ucm on both sides"
+        )
+
+
+def _receive(connection: socket.socket) -> pb.DoorRequest | None:
+    """One request, or None at the end of the connection.
+
+    Raises:
+        InvalidArgumentError: not a message of ours, too long, with descriptors, or too late.
+    """
+    # recvmsg without room for ancillary data: the kernel closes descriptors nobody asked for.
+    try:
+        packet, _, flags, _ = connection.recvmsg(MAX_PACKET_BYTES)
+    except TimeoutError as error:
+        raise InvalidArgumentError("no Hello in time") from error
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        raise InvalidArgumentError(
+            f"a door message is above {MAX_PACKET_BYTES} bytes or carries descriptors"
+        )
+    if not packet:
+        return None
+    try:
+        return pb.DoorRequest.FromString(packet)
+    except DecodeError as error:
+        raise InvalidArgumentError("this is not a door message") from error
+
+
+def _error_reply(error: UcmError) -> pb.DoorReply:
+    message = str(error)[:4096]
+    return pb.DoorReply(error=pb.DoorError(error=type(error).__name__, message=message))
+
+
+def _send(connection: socket.socket, reply: pb.DoorReply, fd: int | None = None) -> None:
+    descriptors = [] if fd is None else [fd]
+    socket.send_fds(connection, [reply.SerializeToString()], descriptors)
+
+
+def _try_send(connection: socket.socket, reply: pb.DoorReply) -> None:
+    try:
+        _send(connection, reply)
+    except OSError as error:
+        _log.debug("a refused client was gone before its answer: %s", error)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError as error:
+        _log.debug("hanging up: %s", error)

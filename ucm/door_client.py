@@ -1,0 +1,226 @@
+"""The client's end of the door: one connection, one session, the memory that comes with it.
+
+`DoorClient` is not thread-safe; `ucm.client` serialises its calls. Every wait is bounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import select
+import socket
+import stat
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from . import __version__
+from .errors import InvalidArgumentError, PermissionDeniedError, TierUnavailableError
+from .hashing import NamespaceSpec
+from .protos import cache_pb2 as pb
+from .types import NamespaceId
+from .wire import PROTOCOL_VERSION, TOKEN_BYTES, error_from_wire, spec_to_wire
+
+_log = logging.getLogger(__name__)
+
+_MAX_PACKET_BYTES: Final = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What the daemon said to `Hello`."""
+
+    token: bytes
+    max_keys_per_call: int
+    max_message_bytes: int
+    staging: memoryview
+    """The session's staging memory, writable."""
+
+
+class DoorClient:
+    """One connection to a daemon's door."""
+
+    def __init__(self, path: Path, *, timeout_s: float) -> None:
+        """Connect; nothing is sent yet.
+
+        Raises:
+            TierUnavailableError: nobody listens there.
+            PermissionDeniedError: who listens there could be anybody.
+        """
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(timeout_s)
+        try:
+            self._socket.connect(str(path))
+        except OSError as error:
+            self._socket.close()
+            raise TierUnavailableError(
+                f"no daemon answers at {path} ({error.strerror or 'timed out'}); "
+                "start one with `ucm serve`"
+            ) from error
+        try:
+            _check_listener(self._socket, path)
+        except PermissionDeniedError:
+            self.close()
+            raise
+
+    def hello(self, *, timeout_s: float) -> Greeting:
+        """Begin the session.
+
+        Raises:
+            UcmError: whatever the daemon refused it with.
+            TierUnavailableError: it does not answer in time.
+        """
+        request = pb.DoorRequest(
+            hello=pb.Hello(protocol_version=PROTOCOL_VERSION, client=f"ucm-python/{__version__}")
+        )
+        reply, fd = self._ask(request, timeout_s=timeout_s)
+        welcome = reply.welcome
+        if welcome.protocol_version != PROTOCOL_VERSION or len(welcome.token) != TOKEN_BYTES:
+            os.close(fd)
+            raise TierUnavailableError(f"what answers at {self._path} is not a daemon of ours")
+        staging = _map(fd, welcome.staging_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        return Greeting(
+            token=welcome.token,
+            max_keys_per_call=welcome.max_keys_per_call,
+            max_message_bytes=welcome.max_message_bytes,
+            staging=staging,
+        )
+
+    def open_namespace(
+        self, spec: NamespaceSpec, namespace: NamespaceId, *, timeout_s: float
+    ) -> memoryview:
+        """Open a namespace and map its arena, read-only.
+
+        Raises:
+            UcmError: whatever the daemon refused it with.
+            TierUnavailableError: it does not answer in time; the connection is of no use then.
+        """
+        message = pb.OpenNamespace(spec=spec_to_wire(spec), namespace=namespace)
+        reply, fd = self._ask(pb.DoorRequest(open_namespace=message), timeout_s=timeout_s)
+        return _map(fd, reply.opened.arena_bytes, mmap.PROT_READ)
+
+    def is_open(self) -> bool:
+        """Whether the daemon still holds its end; does not wait."""
+        fd = self._socket.fileno()
+        if fd < 0:
+            return False
+        poller = select.poll()
+        poller.register(fd, select.POLLRDHUP)
+        return not poller.poll(0)
+
+    def leave(self, *, timeout_s: float) -> None:
+        """End the session and wait until the daemon has ended it too, then `close`."""
+        try:
+            self._socket.settimeout(timeout_s)
+            self._socket.shutdown(socket.SHUT_WR)
+            # The daemon hangs up last, when everything was given back: the end of its stream.
+            while self._socket.recv(_MAX_PACKET_BYTES):
+                pass
+        except OSError as error:
+            _log.debug("leaving: %s", error)
+        self.close()
+
+    def close(self) -> None:
+        """Hang up without waiting. Idempotent."""
+        self._socket.close()
+
+    def _ask(self, request: pb.DoorRequest, *, timeout_s: float) -> tuple[pb.DoorReply, int]:
+        """Send one request and return its reply with the one descriptor that came along."""
+        packet = request.SerializeToString()
+        if len(packet) > _MAX_PACKET_BYTES:
+            raise InvalidArgumentError(
+                f"this namespace's description has {len(packet)} bytes, at most "
+                f"{_MAX_PACKET_BYTES} pass the door; shorten its texts"
+            )
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            self._socket.settimeout(timeout_s)
+            # A door that refuses a client answers before it hears it, and hangs up: then sending
+            # fails, but the reason is there to be read.
+            with contextlib.suppress(BrokenPipeError):
+                self._socket.sendall(packet)
+            data, fds, flags = self._receive(deadline_s)
+        except OSError as error:
+            # A late answer would be taken for the next one's: the connection is spent.
+            self.close()
+            raise TierUnavailableError(
+                f"the daemon at {self._path} does not answer ({error.strerror or 'timed out'})"
+            ) from error
+        return _parse(data, fds, request.WhichOneof("request") or "", flags)
+
+    def _receive(self, deadline_s: float) -> tuple[bytes, list[int], int]:
+        """One packet with its descriptors and flags."""
+        attempts = 2
+        while True:
+            self._socket.settimeout(max(deadline_s - time.monotonic(), 0.001))
+            try:
+                data, fds, flags, _ = socket.recv_fds(
+                    self._socket, _MAX_PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+                )
+            except ConnectionResetError:
+                # Reported once, ahead of what the other side sent before it hung up.
+                attempts -= 1
+                if not attempts:
+                    raise
+            else:
+                return data, list(fds), flags
+
+
+def _check_listener(connection: socket.socket, path: Path) -> None:
+    """Refuse a stranger's daemon where everybody could have put one.
+
+    A block is as private as its prompt. In a folder such as /tmp/ucm-1000 any user may have been
+    first, so there the daemon must run as this user or as root. Elsewhere, who may write the
+    folder was the administrator's choice.
+    """
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", packed)
+    if uid in (os.geteuid(), 0):
+        return
+    folder = path.absolute().parent
+    for each in (folder, folder.parent):
+        if each.stat().st_mode & stat.S_IWOTH:
+            raise PermissionDeniedError(
+                f"user {uid} listens at {path}, in a place where everybody can make a socket; "
+                "put the daemon's socket in a folder such as /run/ucm"
+            )
+
+
+def _parse(data: bytes, fds: list[int], asked: str, flags: int) -> tuple[pb.DoorReply, int]:
+    wanted = {"hello": "welcome", "open_namespace": "opened"}[asked]
+    try:
+        reply = pb.DoorReply.FromString(data)
+    except DecodeError:
+        reply = pb.DoorReply()
+    kind = reply.WhichOneof("reply")
+    if kind == wanted and len(fds) == 1 and not flags & socket.MSG_TRUNC:
+        return reply, fds[0]
+    for fd in fds:
+        os.close(fd)
+    if kind == "error":
+        raise error_from_wire(reply.error.error, reply.error.message)
+    raise TierUnavailableError("the daemon closed the door" if not data else "a garbled answer")
+
+
+def _map(fd: int, size_bytes: int, prot: int) -> memoryview:
+    """Map `fd`, then close it: the mapping outlives it."""
+    try:
+        if size_bytes < 1 or os.fstat(fd).st_size < size_bytes:
+            # Touching a page behind the end of the file would kill this process (SIGBUS).
+            raise TierUnavailableError(
+                f"the daemon passed memory of {os.fstat(fd).st_size} bytes and says {size_bytes}"
+            )
+        return memoryview(mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, prot))
+    except (OSError, OverflowError) as error:
+        raise TierUnavailableError(
+            f"cannot map {size_bytes} bytes of the daemon's memory: {error}"
+        ) from error
+    finally:
+        os.close(fd)
