@@ -17,6 +17,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from ucm.errors import UcmError
+from ucm.model_hub import pull
+
 ConfigValue = int | float | bool | str | None | list[int] | list[str] | dict[str, object]
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -140,15 +143,18 @@ def find_real_model() -> Path | None:
 
 
 def require_real_model() -> Path:
-    """The real model's folder for a test that needs it.
+    """The real model's folder for a test that needs it; pulled when it is not there yet.
 
-    Without it the test is skipped with a reason, but fails where CI=true: a skip there would hide
-    that the main job was not tested.
+    Where it cannot be had the test is skipped with the reason, but fails where CI=true: a skip
+    there would hide that the main job was not tested.
     """
     found = find_real_model()
     if found is not None:
         return found
-    reason = "SmolLM2-135M is not here: run `ucm model pull smollm2-135m` or set UCM_TEST_MODEL"
+    try:
+        return pull("smollm2-135m", lambda *_: None).path
+    except UcmError as error:
+        reason = f"SmolLM2-135M could not be pulled; set UCM_TEST_MODEL to a folder: {error}"
     if os.environ.get("CI", "").lower() in {"1", "true"}:
         pytest.fail(reason)
     pytest.skip(reason)

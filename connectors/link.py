@@ -1,0 +1,176 @@
+"""A session's connection to the cache: made, judged, dropped and made again.
+
+Every call goes through `Link.attempt`, under a deadline. What fails is counted and fed to the
+circuit breaker; nothing is raised. Connecting happens in `Link.probe`, on the background thread
+only. A call that says "busy" or "too late" is an answer, not a failure of the connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ucm.api import CacheApi, NamespaceHandle
+from ucm.clock import Clock
+from ucm.errors import CapacityError, LayoutMismatchError, LeaseExpiredError, UcmError
+from ucm.hashing import NamespaceSpec
+
+from .circuit_breaker import BreakerOptions, CircuitBreaker
+from .deadline import DeadlineCaller, Outcome
+from .session_stats import StatsCounter
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CacheFactory = Callable[[], CacheApi]
+"""Makes a new connection, or raises a `UcmError`."""
+
+ANSWERS_OF_A_LIVING_CACHE = (CapacityError, LeaseExpiredError)
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One open cache and the session's namespace in it."""
+
+    cache: CacheApi
+    namespace: NamespaceHandle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkOptions:
+    """How to connect and when to stop trying for a while."""
+
+    factory: CacheFactory
+    spec: NamespaceSpec
+    connect_timeout_s: float
+    breaker: BreakerOptions
+
+
+class Link:
+    """The connection, thread-safe; `probe` is for one background thread."""
+
+    def __init__(self, options: LinkOptions, clock: Clock, counter: StatsCounter) -> None:
+        self._options = options
+        self._counter = counter
+        self._connection: Connection | None = None
+        self._num_connections = 0
+        self._suspect = False
+        self._changed = threading.Condition()
+        self.breaker = CircuitBreaker(options.breaker, clock)
+        self.last_error: BaseException | None = None
+        self.on_trouble: Callable[[], None] = lambda: None
+
+    def is_open(self) -> bool:
+        """Whether a call would be made now."""
+        return self._connection is not None and self.breaker.allows()
+
+    def attempt(
+        self,
+        caller: DeadlineCaller,
+        call: Callable[[Connection], T],
+        timeout_s: float,
+        on_late: Callable[[Connection, T], None] | None = None,
+    ) -> Outcome[T]:
+        """Make one call under a deadline; never raises."""
+        connection = self._connection
+        if connection is None or not self.breaker.allows():
+            return Outcome(error=self.last_error)
+        late = None if on_late is None else (lambda value: on_late(connection, value))
+        outcome = caller.attempt(lambda: call(connection), timeout_s, late)
+        if outcome.error is None:
+            self._suspect = False
+            self.breaker.record_success()
+        else:
+            self._count_failure(outcome)
+        return outcome
+
+    def _count_failure(self, outcome: Outcome[T]) -> None:
+        error = outcome.error
+        self._counter.add(failures=1, timeouts=int(outcome.timed_out))
+        self.last_error = error
+        if not isinstance(error, UcmError):
+            log.error("a cache call failed in an unforeseen way", exc_info=error)
+        if isinstance(error, ANSWERS_OF_A_LIVING_CACHE) and not outcome.timed_out:
+            log.debug("cache call refused: %s", error)
+            self._suspect = False
+            return
+        self._suspect = True
+        if self.breaker.record_failure(timed_out=outcome.timed_out):
+            log.warning("cache switched off until it answers again: %s", error)
+        self.on_trouble()
+
+    def needs_check(self) -> bool:
+        """Whether the last call failed, but not enough of them to give the connection up."""
+        return self._suspect and self.is_open()
+
+    def suspect(self) -> None:
+        """Have the background thread find out whether the connection still works."""
+        self._suspect = True
+        self.on_trouble()
+
+    def check(self, caller: DeadlineCaller) -> None:
+        """Make the cheapest call there is; the breaker judges by what becomes of it."""
+        self.attempt(
+            caller,
+            lambda connection: connection.cache.lookup(connection.namespace.id, ()),
+            self._options.connect_timeout_s,
+        )
+        self._notify()
+
+    def probe(self, caller: DeadlineCaller) -> None:
+        """Replace the connection; the caller has claimed the breaker's probe. Blocks."""
+        self.drop(caller)
+        outcome = caller.attempt(self._connect, self._options.connect_timeout_s, _close_late)
+        if outcome.error is None:
+            self._connection = outcome.value
+            self._num_connections += 1
+            self._suspect = False
+            self._counter.add(reconnects=int(self._num_connections > 1))
+            log.info("cache connected")
+        else:
+            self.last_error = outcome.error
+            self._counter.add(failures=1, timeouts=int(outcome.timed_out))
+            log.debug("cache still away: %s", outcome.error)
+        self.breaker.end_probe(succeeded=outcome.error is None)
+        self._notify()
+
+    def _connect(self) -> Connection:
+        cache = self._options.factory()
+        connected = False
+        try:
+            namespace = cache.open_namespace(self._options.spec)
+            if namespace.layout != self._options.spec.layout:
+                raise LayoutMismatchError(
+                    f"the cache opened the namespace with {namespace.layout}, "
+                    f"asked for {self._options.spec.layout}"
+                )
+            connected = True
+            return Connection(cache, namespace)
+        finally:
+            if not connected:
+                cache.close()
+
+    def drop(self, caller: DeadlineCaller) -> None:
+        """Close the connection, if there is one, without waiting long for it."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            caller.attempt(connection.cache.close, self._options.connect_timeout_s)
+
+    def wait_open(self, timeout_s: float) -> bool:
+        """Block until the connection is open and not in doubt, or `timeout_s` passed."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self.is_open() and not self._suspect, timeout=timeout_s
+            )
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+def _close_late(connection: Connection) -> None:
+    connection.cache.close()

@@ -1,0 +1,186 @@
+"""`KvHook` of the reference engine: its paged pool on one side, a cache session on the other.
+
+The pool holds slabs in the canonical layout, so a block is copied as it is, one memcpy a slab, and
+its checksum is taken right behind the copy, while the slab is still in the core's cache. A slab (48
+KiB for SmolLM2-135M in fp32) is long enough for memcpy: merging neighbouring slots into one copy
+gains nothing.
+
+Envelope: 96 blocks of 30 slabs, 142 MB, copied and verified on one thread of a busy machine: slab
+by slab 50 ms, in merged runs of 8 blocks 53 ms, with torch's copy_ 107 (one run) to 429 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ucm.api import SlabChecksums
+from ucm.checksum import checksum
+from ucm.engine.hook import LoadRequest, StoreRequest
+from ucm.errors import ConfigError, LayoutMismatchError
+from ucm.hashing import NamespaceSpec
+from ucm.layout import KvDtype, KvLayout
+
+from .session import CacheSession
+
+if TYPE_CHECKING:
+    from ucm.engine.config import ModelConfig
+
+
+ByteArray = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+
+
+_DTYPES = {"fp32": KvDtype.FLOAT32, "bf16": KvDtype.BFLOAT16}
+
+
+def kv_dtype(name: str) -> KvDtype:
+    """The element type of KV that the engine computes in `fp32` or `bf16`.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name!r} is not supported; use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def namespace_spec(
+    config: ModelConfig,
+    *,
+    weights_digest: str,
+    dtype: KvDtype,
+    block_tokens: int,
+    tenant: str = "",
+    salt: str = "",
+) -> NamespaceSpec:
+    """Identity of the KV that the reference engine computes for a model.
+
+    Args:
+        config: the model's shape and constants.
+        weights_digest: SHA-256 of the weights' files.
+        dtype: of the computation and of the KV.
+        block_tokens: tokens a block.
+        tenant: who may see the blocks.
+        salt: separates users of one tenant.
+    """
+    kinds = {1: "mqa", config.num_heads: "mha"}
+    return NamespaceSpec(
+        layout=config.kv_layout(block_tokens, dtype),
+        model_id=config.name,
+        weights_digest=weights_digest,
+        tenant=tenant,
+        salt=salt,
+        rope_kind="half_split",
+        rope_base=config.rope_base,
+        rope_scaling=config.rope_scaling_text,
+        attention_kind=kinds.get(config.num_kv_heads, "gqa"),
+    )
+
+
+class ReferenceConnector:
+    """Fills the reference engine's pool from a cache and stores what the engine computes."""
+
+    def __init__(self, session: CacheSession) -> None:
+        self.session = session
+        self._pool: ByteArray | None = None
+
+    def attach(self, kv_pool: torch.Tensor) -> None:
+        """See `KvHook.attach`.
+
+        Raises:
+            LayoutMismatchError: the pool's slabs are not those of the session's namespace.
+            ConfigError: the pool is not in host memory.
+        """
+        self._pool = pool_bytes(kv_pool, self.session.spec.layout)
+
+    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:
+        """See `KvHook.match`."""
+        block_tokens = self.session.spec.layout.block_tokens
+        return self.session.match(token_ids, num_local_tokens // block_tokens) * block_tokens
+
+    def load(self, request: LoadRequest) -> int:
+        """See `KvHook.load`."""
+        pool = self._pool
+        if pool is None:
+            return 0
+        block_ids = request.block_ids
+
+        def sink(first: int, blocks: Sequence[memoryview]) -> list[SlabChecksums]:
+            targets = block_ids[first : first + len(blocks)]
+            return [self._copy_in(pool, *pair) for pair in zip(targets, blocks, strict=True)]
+
+        blocks = range(request.first_block, request.first_block + len(block_ids))
+        return self.session.load(request.request_id, request.token_ids, blocks, sink)
+
+    def store(self, request: StoreRequest) -> None:
+        """See `KvHook.store`."""
+        pool = self._pool
+        if pool is None:
+            request.release()
+            return
+        block_ids = request.block_ids
+
+        def fill(indexes: Sequence[int], slots: Sequence[memoryview]) -> list[SlabChecksums]:
+            sources = [block_ids[index] for index in indexes]
+            return [self._copy_out(pool, *pair) for pair in zip(sources, slots, strict=True)]
+
+        blocks = range(request.first_block, request.first_block + len(block_ids))
+        self.session.store(request.request_id, request.token_ids, blocks, fill, request.release)
+
+    def finish(self, request_id: str) -> None:
+        """See `KvHook.finish`."""
+        self.session.finish(request_id)
+
+    def _copy_in(self, pool: ByteArray, block_id: int, block: memoryview) -> SlabChecksums:
+        """Copy one block to the pool; returns the checksums of what the pool holds then."""
+        layout = self.session.spec.layout
+        slabs = _slabs_of(block, layout)
+        sums: list[int] = []
+        for layer in range(layout.num_layers):
+            target = pool[layer, block_id]
+            target[:] = slabs[layer]
+            sums.append(checksum(target.data))
+        return tuple(sums)
+
+    def _copy_out(self, pool: ByteArray, block_id: int, slot: memoryview) -> SlabChecksums:
+        """Copy one block out of the pool; returns the checksums of what the pool holds."""
+        layout = self.session.spec.layout
+        slabs = _slabs_of(slot, layout)
+        sums: list[int] = []
+        for layer in range(layout.num_layers):
+            source = pool[layer, block_id]
+            slabs[layer] = source
+            sums.append(checksum(source.data))
+        return tuple(sums)
+
+
+def pool_bytes(kv_pool: torch.Tensor, layout: KvLayout) -> ByteArray:
+    """The pool as [num_layers, num_blocks, slab_bytes] uint8, sharing its memory.
+
+    Raises:
+        LayoutMismatchError: its slabs do not have the layout's shape and dtype.
+        ConfigError: it is not in host memory.
+    """
+    if kv_pool.device.type != "cpu":
+        raise ConfigError(f"this connector serves a pool in host memory, not on {kv_pool.device}")
+    num_layers, num_blocks, *slab = kv_pool.shape
+    dtype = str(kv_pool.dtype).removeprefix("torch.")
+    same = (num_layers, tuple(slab), dtype) == (
+        *(layout.num_layers, layout.slab_shape),
+        layout.dtype.value,
+    )
+    if not same or not kv_pool.is_contiguous():
+        raise LayoutMismatchError(
+            f"the pool is {tuple(kv_pool.shape)} of {dtype}, the namespace has {layout}"
+        )
+    flat: ByteArray = kv_pool.view(-1).view(torch.uint8).numpy()
+    return flat.reshape(num_layers, num_blocks, layout.slab_bytes)
+
+
+def _slabs_of(block: memoryview, layout: KvLayout) -> ByteArray:
+    """A block's slabs as [num_layers, slab_bytes], padding left out, sharing its memory."""
+    flat = np.frombuffer(block, dtype=np.uint8)
+    return flat.reshape(layout.num_layers, layout.slab_stride_bytes)[:, : layout.slab_bytes]

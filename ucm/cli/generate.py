@@ -1,0 +1,215 @@
+"""`ucm generate`: one prompt through the reference engine, with or without a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import ucm
+from ucm import model_hub
+from ucm.errors import ConfigError, TierUnavailableError
+
+from .console import print_json
+from .option_class import takes_options
+from .options import JsonOption
+
+if TYPE_CHECKING:
+    from ucm.api import CacheApi
+    from ucm.connectors.session import CacheSession
+    from ucm.engine.engine import Engine
+    from ucm.engine.loading import LoadedModel
+    from ucm.engine.request import RequestResult
+    from ucm.engine.sampling import SamplingParams
+
+FLUSH_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 10.0
+
+command = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """What the command line asks for."""
+
+    model: Annotated[
+        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
+    ] = "smollm2-135m"
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the prompt from here; - for stdin.")
+    ] = None
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SOCKET|PATH", help="A daemon's socket, or a folder to use without a daemon."
+        ),
+    ] = None
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer, at most.")] = 128
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0
+    seed: Annotated[int, typer.Option(min=0, help="Of the random draws.")] = 0
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32"
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="Use the model's chat template, or the bare text.")
+    ] = True
+    deadline_s: Annotated[
+        float, typer.Option(min=0.05, help="What the request may lose to a cache that is away.")
+    ] = 2.0
+    as_json: JsonOption = False
+
+
+@command.command()
+@takes_options(GenerateOptions)
+def generate(options: GenerateOptions) -> None:
+    """Generate text; the answer goes to standard output as it comes."""
+    prompt = _read_prompt(options.prompt, options.prompt_file)
+    model = model_hub.resolve(options.model)
+    factory = None
+    if options.cache is not None:
+        factory = cache_factory(options.cache, options.deadline_s)
+    _generate(options, model, prompt, factory)
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt's text.
+
+    Raises:
+        ConfigError: not exactly one source, an unreadable file, or an empty prompt.
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise ConfigError("give the prompt with either --prompt or --prompt-file")
+    if prompt_file is not None:
+        try:
+            is_stdin = str(prompt_file) == "-"
+            prompt = sys.stdin.read() if is_stdin else prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the prompt from {prompt_file}: {error}") from error
+    assert prompt is not None
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty")
+    return prompt
+
+
+def cache_factory(cache: Path, deadline_s: float) -> Callable[[], CacheApi]:
+    """How to connect to what `--cache` names: a daemon's socket, or a folder of our own.
+
+    Raises:
+        TierUnavailableError: it looks like a socket, and there is none.
+        ConfigError: it is neither.
+    """
+    if cache.is_socket():
+        from ucm.client import connect
+
+        return lambda: connect(cache, timeout_s=deadline_s)
+    if cache.is_dir() or (not cache.exists() and cache.suffix != ".sock"):
+        return lambda: ucm.open(cache)
+    if cache.exists():
+        raise ConfigError(f"--cache {cache}: neither a daemon's socket nor a folder")
+    raise TierUnavailableError(
+        f"--cache {cache}: no daemon listens there; start one with `ucm serve --socket {cache}`, "
+        "or give a folder to use a store without a daemon"
+    )
+
+
+def _generate(
+    options: GenerateOptions, model: Path, prompt: str, factory: Callable[[], CacheApi] | None
+) -> None:
+    from ucm.connectors.reference import ReferenceConnector
+    from ucm.engine.engine import Engine, EngineOptions
+    from ucm.engine.loading import load_model
+    from ucm.engine.sampling import SamplingParams
+
+    loaded = load_model(model, options.dtype)
+    token_ids = _encode(loaded, prompt, is_chat=options.chat)
+    params = SamplingParams(
+        max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed
+    )
+    sizes = EngineOptions()
+    with ExitStack() as stack:
+        session = None
+        if factory is not None:
+            session = _open_session(loaded, factory, options, sizes.block_tokens)
+            stack.callback(session.close)
+        hook = ReferenceConnector(session) if session is not None else None
+        engine = stack.enter_context(Engine(loaded.model, loaded.tokenizer, sizes, hook))
+        result = _stream(engine, token_ids, params, show=not options.as_json)
+        if session is not None:
+            session.flush(FLUSH_TIMEOUT_S)
+        _report(result, session, as_json=options.as_json)
+
+
+def _encode(loaded: LoadedModel, prompt: str, *, is_chat: bool) -> list[int]:
+    if not is_chat:
+        return loaded.tokenizer.encode(prompt)
+    try:
+        text = loaded.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+    except ConfigError as error:
+        raise ConfigError(f"{error}; --raw does without a template") from error
+    return loaded.tokenizer.encode(text)
+
+
+def _open_session(
+    loaded: LoadedModel,
+    factory: Callable[[], CacheApi],
+    options: GenerateOptions,
+    block_tokens: int,
+) -> CacheSession:
+    """Connect; here a cache that cannot be reached is an error, for the user named it."""
+    from ucm.connectors.reference import kv_dtype, namespace_spec
+    from ucm.connectors.session import CacheSession, SessionOptions
+
+    spec = namespace_spec(
+        loaded.config,
+        weights_digest=loaded.weights_digest,
+        dtype=kv_dtype(options.dtype),
+        block_tokens=block_tokens,
+    )
+    session = CacheSession(factory, spec, SessionOptions(deadline_s=options.deadline_s))
+    try:
+        session.connect(CONNECT_TIMEOUT_S)
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _stream(
+    engine: Engine, token_ids: list[int], params: SamplingParams, *, show: bool
+) -> RequestResult:
+    result = None
+    for event in engine.generate(token_ids, params):
+        if show:
+            print(event.text, end="", flush=True)
+        result = event.result or result
+    if show:
+        print()
+    assert result is not None
+    return result
+
+
+def _report(result: RequestResult, session: CacheSession | None, *, as_json: bool) -> None:
+    output, timings = result.outputs[0], result.timings
+    stats = session.stats() if session is not None else None
+    if as_json:
+        summary: dict[str, object] = {
+            "text": output.text,
+            "token_ids": output.token_ids,
+            "finish_reason": output.finish_reason.value,
+            **dataclasses.asdict(timings),
+            "cache": dataclasses.asdict(stats) if stats is not None else None,
+        }
+        print_json(summary)
+        return
+    line = (
+        f"{timings.num_prompt_tokens} prompt tokens, {timings.num_hook_tokens} of them from the "
+        f"cache; first token after {1e3 * timings.ttft_s:,.0f} ms"
+    )
+    if timings.tpot_s:
+        line += f", then {1 / timings.tpot_s:.1f} tokens/s"
+    print(line, file=sys.stderr)

@@ -1,0 +1,183 @@
+"""A `CacheApi` over a dictionary that fails on demand: what connectors are tested against.
+
+It behaves as the contract says, verifies what it is given, and never evicts. Faults are switched by
+attributes, for one kind of call or for all:
+
+    cache.fail["lookup"] = TierUnavailableError("gone")     raise, from the next call on
+    cache.hang.clear()                                      calls wait until `hang` is set again
+    cache.damage(key, layer)                                flip a bit of a stored slab
+"""
+
+# ruff: noqa: ARG002  a protocol's parameters
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ucm.api import (
+    LoadedBlock,
+    LoadLease,
+    LookupResult,
+    NamespaceHandle,
+    SlabChecksums,
+    StoreLease,
+    StoreSlot,
+)
+from ucm.checksum import block_checksums
+from ucm.errors import LeaseExpiredError, UcmError
+from ucm.hashing import NamespaceSpec
+from ucm.layout import KvLayout
+from ucm.types import (
+    ROOT_KEY,
+    BlockKey,
+    LeaseId,
+    LoadStatus,
+    NamespaceId,
+    StoreStatus,
+    TierKind,
+)
+
+LEASE_TIMEOUT_S = 30.0
+HANG_LIMIT_S = 30.0
+
+
+@dataclass(slots=True)
+class _Stored:
+    data: bytearray
+    checksums: SlabChecksums
+
+
+class FakeCache:
+    """See the module. Thread-safe enough for one engine thread and one background thread."""
+
+    def __init__(self, staging_blocks: int = 1024) -> None:
+        self.blocks: dict[BlockKey, _Stored] = {}
+        self.calls: list[str] = []
+        self.corrupt_reports: list[BlockKey] = []
+        self.fail: dict[str, UcmError] = {}
+        self.hang = threading.Event()
+        """Cleared: every call waits until it is set."""
+        self.hang.set()
+        self.tier = TierKind.MEMORY
+        self.leases: dict[LeaseId, tuple[StoreSlot, ...]] = {}
+        self.is_closed = False
+        self._staging_blocks = staging_blocks
+        self._layout: KvLayout | None = None
+        self._numbers = itertools.count(1)
+
+    def damage(self, key: BlockKey, layer: int) -> None:
+        """Flip the first bit of a stored slab; its checksum stays."""
+        assert self._layout is not None
+        self.blocks[key].data[self._layout.slab_slice(layer).start] ^= 1
+
+    def _enter(self, call: str) -> None:
+        self.calls.append(call)
+        self.hang.wait(HANG_LIMIT_S)
+        error = self.fail.get(call) or self.fail.get("*")
+        if error is not None:
+            raise error
+
+    def _lease_id(self) -> LeaseId:
+        return LeaseId(next(self._numbers).to_bytes(16, "little"))
+
+    def open_namespace(self, spec: NamespaceSpec) -> NamespaceHandle:
+        """See `CacheApi.open_namespace`."""
+        self._enter("open_namespace")
+        self._layout = spec.layout
+        return NamespaceHandle(spec.fingerprint(), spec.layout)
+
+    def lookup(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> LookupResult:
+        """See `CacheApi.lookup`."""
+        self._enter("lookup")
+        found = list(itertools.takewhile(lambda key: key in self.blocks, keys))
+        return LookupResult((self.tier,) * len(found))
+
+    def prefetch(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> int:
+        """See `CacheApi.prefetch`."""
+        self._enter("prefetch")
+        return 0
+
+    def prepare_load(
+        self, namespace: NamespaceId, keys: Sequence[BlockKey], *, timeout_s: float
+    ) -> LoadLease:
+        """See `CacheApi.prepare_load`."""
+        self._enter("prepare_load")
+        lease = LoadLease(
+            self._lease_id(), tuple(self._loaded(key) for key in keys), LEASE_TIMEOUT_S
+        )
+        self.leases[lease.id] = ()
+        return lease
+
+    def _loaded(self, key: BlockKey) -> LoadedBlock:
+        stored = self.blocks.get(key)
+        if stored is None:
+            return LoadedBlock(key, LoadStatus.MISS)
+        view = memoryview(stored.data).toreadonly()
+        return LoadedBlock(key, LoadStatus.READY, self.tier, view, stored.checksums)
+
+    def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
+        """See `CacheApi.complete_load`."""
+        self._enter("complete_load")
+        self.corrupt_reports.extend(corrupt)
+        self.leases.pop(lease_id, None)
+
+    def prepare_store(
+        self, namespace: NamespaceId, parent: BlockKey, keys: Sequence[BlockKey]
+    ) -> StoreLease:
+        """See `CacheApi.prepare_store`."""
+        self._enter("prepare_store")
+        assert self._layout is not None
+        is_orphan = parent != ROOT_KEY and parent not in self.blocks
+        num_granted = 0
+        slots: list[StoreSlot] = []
+        for key in keys:
+            if key in self.blocks:
+                slots.append(StoreSlot(key, StoreStatus.PRESENT))
+            elif is_orphan:
+                slots.append(StoreSlot(key, StoreStatus.ORPHAN))
+            elif num_granted >= self._staging_blocks:
+                slots.append(StoreSlot(key, StoreStatus.NO_SPACE))
+            else:
+                num_granted += 1
+                data = memoryview(bytearray(self._layout.block_bytes))
+                slots.append(StoreSlot(key, StoreStatus.WANTED, data))
+        lease = StoreLease(self._lease_id(), tuple(slots), LEASE_TIMEOUT_S)
+        self.leases[lease.id] = lease.slots
+        return lease
+
+    def complete_store(
+        self, lease_id: LeaseId, checksums: Mapping[BlockKey, SlabChecksums]
+    ) -> tuple[StoreStatus, ...]:
+        """See `CacheApi.complete_store`."""
+        self._enter("complete_store")
+        slots = self.leases.pop(lease_id, None)
+        if slots is None:
+            raise LeaseExpiredError("no such lease")
+        return tuple(self._accept(slot, checksums.get(slot.key)) for slot in slots)
+
+    def _accept(self, slot: StoreSlot, checksums: SlabChecksums | None) -> StoreStatus:
+        assert self._layout is not None
+        if slot.data is None or checksums is None:
+            return slot.status
+        if block_checksums(self._layout, slot.data) != checksums:
+            return StoreStatus.CORRUPT
+        self.blocks[slot.key] = _Stored(bytearray(slot.data), checksums)
+        return StoreStatus.ACCEPTED
+
+    def release(self, lease_id: LeaseId) -> None:
+        """See `CacheApi.release`."""
+        self._enter("release")
+        self.leases.pop(lease_id, None)
+
+    def flush(self, *, timeout_s: float) -> bool:
+        """See `CacheApi.flush`."""
+        self._enter("flush")
+        return True
+
+    def close(self) -> None:
+        """See `CacheApi.close`."""
+        self._enter("close")
+        self.is_closed = True
+        self.leases.clear()
