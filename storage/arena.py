@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ucm.errors import CapacityError, ConfigError, InvalidArgumentError
+from ucm.errors import CapacityError, ConfigError, InvalidArgumentError, TierUnavailableError
 
 from .slots import SlotTable
 
@@ -108,9 +108,13 @@ class Arena:
 
         Raises:
             InvalidArgumentError: there is no such slot.
+            TierUnavailableError: it is closed.
         """
         start = self.offset(slot)
-        return self._view[start : start + self.slot_bytes]
+        try:
+            return self._view[start : start + self.slot_bytes]
+        except ValueError as error:  # released
+            raise TierUnavailableError("the arena is closed") from error
 
     def close(self) -> None:
         """Give the memory back. Idempotent. Views that are still held keep their pages alive."""

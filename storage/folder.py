@@ -10,26 +10,33 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import shutil
 import stat
 from typing import TYPE_CHECKING
 
-from ucm.errors import CapacityError, ConfigError, CorruptionError, TierUnavailableError
+from ucm.errors import (
+    CapacityError,
+    ConfigError,
+    CorruptionError,
+    TierUnavailableError,
+    UcmError,
+)
 from ucm.types import NamespaceId
 
 from .format import SUPERBLOCK_BYTES, decode_superblock, encode_superblock
-from .segments import NO_SPACE_ERRNOS
+from .segments import NO_SPACE_ERRNOS, segment_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
     from pathlib import Path
-
-    from ucm.errors import UcmError
 
     from .file_io import FileIo
     from .format import Superblock
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 
@@ -84,8 +91,9 @@ def lock_folder(path: Path) -> int:
         raise translate_os_error(error, f"cannot open {path / 'lock'}") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk has no room for the pid: the lock counts
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     except BlockingIOError as error:
         holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
         os.close(fd)
@@ -160,3 +168,46 @@ def create_namespace(folder: Path, superblock: Superblock, io: FileIo) -> None:
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise translate_os_error(error, f"cannot create {folder}") from error
+
+
+def drop_segment(root: Path, in_use: Container[NamespaceId]) -> int:
+    """Delete the last segment of the namespace that was opened longest ago.
+
+    The blocks in it are missing when it is next opened; with the last one it goes as a whole.
+
+    Args:
+        root: the folder of namespaces; its lock is held.
+        in_use: namespaces that are open, so not to be touched.
+
+    Returns:
+        The bytes that are free now; 0 when there is no segment that may go.
+    """
+    idle = [root / each.hex() for each in list_namespaces(root) if each not in in_use]
+    for folder in sorted(idle, key=_last_opening_s):
+        try:
+            numbers = segment_numbers(folder / "segments")
+            if numbers:
+                size_bytes = read_superblock(folder).segment_bytes
+                _drop_last(folder, numbers)
+                return size_bytes
+        except (OSError, UcmError) as error:
+            log.warning("%s cannot make way: %s", folder, error)
+    return 0
+
+
+def _drop_last(folder: Path, numbers: list[int]) -> None:
+    log.info("%s: nobody has it open, its segment %04d makes way", folder, numbers[-1])
+    if len(numbers) > 1:
+        (folder / "segments" / f"{numbers[-1]:04d}.seg").unlink()
+        return
+    unwanted = folder.with_name(folder.name + ".tmp")  # the next opening of the store removes it
+    folder.rename(unwanted)
+    shutil.rmtree(unwanted)
+
+
+def _last_opening_s(folder: Path) -> float:
+    """When a namespace was last opened or closed: its clean mark came or went then."""
+    try:
+        return (folder / "index").stat().st_mtime
+    except OSError:
+        return 0.0

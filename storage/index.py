@@ -55,6 +55,11 @@ EPOCH_SHIFT = 40
 ALMOST_FULL_BYTES = 1 << 20
 """With less than this free, an I/O error of a commit counts as a full disk."""
 
+LIVE_SHARE = 4
+"""Records may take one part in this many of the map. LMDB writes every page that a transaction
+touches anew and reuses the old ones only two transactions later, so without the rest of the map
+nothing could be deleted from a full one."""
+
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.NotFoundError)
 _DATABASES = (b"blocks", b"quarantine", b"retired", b"meta")
 _VALUE = struct.Struct("<32sQQQ")
@@ -62,6 +67,10 @@ _NUMBER = struct.Struct("<Q")
 _CLEAN_MAGIC = b"UCMCLEAN"
 _CLEAN = struct.Struct("<8sQQQ")
 _READ_BYTES = 4 << 20
+_NO_ROOM = (
+    "the index {} has no room: free some disk, raise nvme.index_map_bytes or lower "
+    "nvme.capacity_bytes"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,7 @@ class BlockIndex:
             )
             on_failure.callback(self._env.close)
             self._blocks, self._quarantine, self._retired, self._meta = self._databases(is_new)
+            self._max_live_bytes = self._env.info()["map_size"] // LIVE_SHARE
             on_failure.pop_all()
 
     def put(self, records: Sequence[IndexRecord]) -> list[IndexRecord]:
@@ -129,6 +139,7 @@ class BlockIndex:
                 transaction.put(record.key, _encode(record), db=self._blocks)
                 if old is not None and old.slot != record.slot:
                     replaced.append(old)
+            self._check_room(transaction)
         return replaced
 
     def delete(self, items: Iterable[tuple[SlotId, BlockKey]]) -> list[SlotId]:
@@ -285,6 +296,13 @@ class BlockIndex:
                 self._failed = True  # committed, but nobody knows whether it is on the disk
                 raise
 
+    def _check_room(self, transaction: lmdb.Transaction) -> None:
+        """Refuse to fill the map so far that nothing could be deleted any more."""
+        pages = transaction.stat(self._blocks)
+        live = pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"]
+        if live * pages["psize"] > self._max_live_bytes:
+            raise CapacityError(_NO_ROOM.format(self._folder))
+
     def _get(self, transaction: lmdb.Transaction, key: BlockKey) -> IndexRecord | None:
         value = transaction.get(key, db=self._blocks)
         record = None if value is None else _decode(key, bytes(value))
@@ -383,10 +401,7 @@ def _translated(folder: Path) -> Iterator[None]:
         raise CorruptionError(f"the index {folder} is damaged: {error}") from error
     except lmdb.Error as error:
         if _is_full(error, folder):
-            raise CapacityError(
-                f"the index {folder} has no room: free some disk, raise nvme.index_map_bytes or "
-                "lower nvme.capacity_bytes"
-            ) from error
+            raise CapacityError(_NO_ROOM.format(folder)) from error
         raise TierUnavailableError(f"the index {folder} failed: {error}") from error
     except OSError as error:
         if error.errno in NO_SPACE_ERRNOS:

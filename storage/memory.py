@@ -179,10 +179,12 @@ class MemoryTier:
         generation, checksums = self.generation(item.slot), self.checksums(item.slot)
         view = self._arena.view(item.slot)
         np.copyto(np.frombuffer(item.into, np.uint8), np.frombuffer(view, np.uint8))
-        if checksum.verify(self._layout, item.into, checksums):
+        is_whole = checksum.verify(self._layout, item.into, checksums)
+        if self.generation(item.slot) != generation or not self._holds(item.slot, item.key):
+            return ReadOutcome(IoStatus.CORRUPT)  # reused meanwhile: whose bytes are these?
+        if is_whole:
             return ReadOutcome(IoStatus.OK, checksums)
-        if self.generation(item.slot) == generation:  # not a slot that was reused meanwhile
-            self._arena.slots.change([item.slot], SlotState.USED, SlotState.QUARANTINED)
+        self._arena.slots.change([item.slot], SlotState.USED, SlotState.QUARANTINED)
         return ReadOutcome(IoStatus.CORRUPT)
 
     def _holds(self, slot: SlotId, key: BlockKey) -> bool:

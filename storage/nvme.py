@@ -39,7 +39,15 @@ from ucm.errors import (
 from ucm.types import BlockKey, NamespaceId, TierKind
 
 from .file_io import PosixFileIo
-from .folder import check_folder, create_namespace, list_namespaces, lock_folder, read_superblock
+from .folder import (
+    check_folder,
+    create_namespace,
+    drop_segment,
+    list_namespaces,
+    lock_folder,
+    read_superblock,
+    translate_os_error,
+)
 from .format import Superblock
 from .index import IndexRecord
 from .recovery import NamespaceFiles, order_by_chain, recover
@@ -50,6 +58,7 @@ from .tier import IoStatus, ReadOutcome, SlotId, TierEntry, TierUsage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from ucm.config import NvmeConfig
     from ucm.layout import KvLayout
@@ -101,6 +110,11 @@ class NvmeTier:
     def is_closed(self) -> bool:
         """Whether `close` or `abort` was called."""
         return self._is_closed
+
+    @property
+    def file_bytes(self) -> int:
+        """Disk space of its segments."""
+        return self._segments.num_segments * self._superblock.segment_bytes
 
     def entries(self) -> Iterator[TierEntry]:
         """See `Tier.entries`. Reads the index again at each call; nothing of it stays in memory.
@@ -177,6 +191,7 @@ class NvmeTier:
             free_slots=slots.count(SlotState.FREE) + self._segments.growable_slots(),
             quarantined_slots=slots.count(SlotState.QUARANTINED),
             slot_bytes=self._superblock.slot_bytes,
+            disk_is_full=self._segments.disk_is_full,
         )
 
     def check_integrity(self) -> list[str]:
@@ -385,9 +400,11 @@ class NvmeStore:
             LayoutMismatchError: it exists with another layout.
             ConfigError: a block does not fit a segment.
             CorruptionError: its superblock is damaged; `ucm fsck --repair` moves it aside.
-            CapacityError, TierUnavailableError: the disk is full or failing.
+            CapacityError, TierUnavailableError: the disk is full or failing; the store is closed.
         """
         with self._lock:
+            if self._lock_fd < 0:  # another process may have the folder by now
+                raise TierUnavailableError(f"the data folder {self._config.path} is closed")
             tier = self._tiers.get(namespace)
             if tier is None or tier.is_closed:
                 tier = self._tiers[namespace] = self._open(namespace, layout)
@@ -417,20 +434,36 @@ class NvmeStore:
 
     def _survey(self) -> SegmentBudget:
         """Refuse other format versions, remove half-made namespaces, count what is there."""
-        budget = SegmentBudget(self._config.capacity_bytes)
-        self._root.mkdir(mode=0o700, exist_ok=True)
-        for leftover in self._root.glob("*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for namespace in self.namespaces():
-            folder = self._root / namespace.hex()
-            try:
-                superblock = read_superblock(folder)
-            except (CorruptionError, TierUnavailableError) as error:
-                log.warning("%s", error)
-                continue
-            for _ in segment_numbers(folder / "segments"):
-                budget.count_existing(superblock.segment_bytes)
+        budget = SegmentBudget(
+            self._config.capacity_bytes, idle_bytes=self._idle_bytes, drop_idle=self._drop_idle
+        )
+        try:
+            self._root.mkdir(mode=0o700, exist_ok=True)
+            for leftover in self._root.glob("*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            for namespace in self.namespaces():
+                self._count_segments(self._root / namespace.hex(), budget)
+        except OSError as error:
+            raise translate_os_error(error, f"cannot read the data folder {self._root}") from error
         return budget
+
+    def _idle_bytes(self) -> int:
+        tiers = [tier for tier in list(self._tiers.values()) if not tier.is_closed]
+        return self._budget.reserved_bytes - sum(tier.file_bytes for tier in tiers)
+
+    def _drop_idle(self) -> int:
+        with self._lock:
+            in_use = {name for name, tier in self._tiers.items() if not tier.is_closed}
+            return 0 if self._lock_fd < 0 else drop_segment(self._root, in_use)
+
+    def _count_segments(self, folder: Path, budget: SegmentBudget) -> None:
+        try:
+            superblock = read_superblock(folder)
+        except (CorruptionError, TierUnavailableError) as error:
+            log.warning("%s", error)
+            return
+        for _ in segment_numbers(folder / "segments"):
+            budget.count_existing(superblock.segment_bytes)
 
     def _open(self, namespace: NamespaceId, layout: KvLayout) -> NvmeTier:
         folder = self._root / namespace.hex()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import re
 import threading
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 from ucm.errors import TierUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from .file_io import FileHandle, FileIo
@@ -39,21 +40,68 @@ NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NAME = re.compile(r"(\d{4})\.seg")
 
 
-class SegmentBudget:
-    """Bytes of segments that all namespaces of a store may have. Thread-safe."""
+def _free_bytes(folder: Path) -> int:
+    """What the disk still has for this user; 0 when it does not say."""
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return 0
+    return disk.f_bavail * disk.f_frsize
 
-    def __init__(self, capacity_bytes: int) -> None:
+
+class SegmentBudget:
+    """Bytes of segments that all namespaces of a store may have. Thread-safe.
+
+    Segments of namespaces that nobody has open make way when there is no room otherwise: after a
+    change of model, say, the old one's blocks must not keep the new one's out for ever.
+    """
+
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        idle_bytes: Callable[[], int] = lambda: 0,
+        drop_idle: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """Begin with nothing reserved.
+
+        Args:
+            capacity_bytes: the limit.
+            idle_bytes: how much of what is reserved could make way; must not block.
+            drop_idle: makes one segment go; its bytes, 0 when there is none. May block.
+        """
         self._capacity_bytes = capacity_bytes
+        self._idle_bytes = idle_bytes
+        self._drop_idle = drop_idle
         self._reserved_bytes = 0
+        self._stuck_bytes = 0
+        """Idle bytes of which none could be dropped when that was tried."""
         self._lock = threading.Lock()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What all segments take."""
+        return self._reserved_bytes
 
     @property
     def remaining_bytes(self) -> int:
         """What may still be reserved; 0 when the capacity was lowered below what is there."""
-        return max(0, self._capacity_bytes - self._reserved_bytes)
+        idle_bytes = self._idle_bytes()
+        if idle_bytes == self._stuck_bytes:
+            idle_bytes = 0
+        return max(0, self._capacity_bytes - self._reserved_bytes + idle_bytes)
 
     def reserve(self, size_bytes: int) -> bool:
-        """Take `size_bytes` if there are as many."""
+        """Take `size_bytes` if there are as many or idle segments can make way. May block."""
+        while not self._take(size_bytes):
+            dropped_bytes = self._drop_idle()
+            if not dropped_bytes:
+                self._stuck_bytes = self._idle_bytes()
+                return False
+            self.release(dropped_bytes)
+        return True
+
+    def _take(self, size_bytes: int) -> bool:
         with self._lock:
             if self._reserved_bytes + size_bytes > self._capacity_bytes:
                 return False
@@ -108,7 +156,8 @@ class Segments:
         self._sync_locks: list[threading.Lock] = []
         self._retired: set[int] = set()
         self._grow_lock = threading.Lock()
-        self._disk_is_full = False
+        self._full_at_free_bytes = -1
+        """Free disk when a segment last found no room; -1 when it found some."""
         try:
             numbers = segment_numbers(folder)
         except OSError as error:
@@ -131,9 +180,18 @@ class Segments:
         """Segments that are out of use."""
         return frozenset(self._retired)
 
+    @property
+    def disk_is_full(self) -> bool:
+        """Whether the last segment that the budget allowed found no room on the disk."""
+        return self._full_at_free_bytes >= 0
+
     def growable_slots(self) -> int:
-        """Slots that `grow` could add by the budget; 0 while the disk is known to be full."""
-        if self._disk_is_full:
+        """Slots that `grow` could add by the budget; 0 while the disk is known to be full.
+
+        A full disk is believed to have room again once a whole segment more of it is free.
+        """
+        full_at, size_bytes = self._full_at_free_bytes, self._superblock.segment_bytes
+        if full_at >= 0 and _free_bytes(self._folder) < full_at + size_bytes:
             return 0
         room = self._budget.remaining_bytes // self._superblock.segment_bytes
         return min(room, MAX_SEGMENTS - self.num_segments) * self._superblock.slots_per_segment
@@ -169,10 +227,11 @@ class Segments:
             if number >= MAX_SEGMENTS or not self._budget.reserve(size_bytes):
                 return 0
             file = self._create(number)
-            self._disk_is_full = file is None
             if file is None:
+                self._full_at_free_bytes = _free_bytes(self._folder)
                 self._budget.release(size_bytes)
                 return 0
+            self._full_at_free_bytes = -1
             self._append(file)
             return self._superblock.slots_per_segment
 

@@ -87,6 +87,8 @@ class TierUsage:
     quarantined_slots: int
     slot_bytes: int
     """Bytes that one slot occupies, header included."""
+    disk_is_full: bool = False
+    """The disk refused room that the capacity allows; `free_slots` counts without it."""
 
     @property
     def total_slots(self) -> int:

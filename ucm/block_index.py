@@ -40,6 +40,8 @@ _FASTEST_FIRST = (TierKind.MEMORY, TierKind.NVME)
 _POSITION = {tier: position for position, tier in enumerate(_FASTEST_FIRST)}
 _LOST = (4, 8)
 """Flag per tier: the copy was quarantined while children stayed."""
+_UNQUEUED = 16
+"""Flag: only memory has it and no write is on its way, because one was refused or failed."""
 
 
 class BlockIndex:
@@ -64,6 +66,7 @@ class BlockIndex:
         self._flags = bytearray()
         self._free_rows = array("i")
         self._num_copies = [0, 0]
+        self._num_unqueued = 0
         self._pending = [NO_ROW, NO_ROW]
 
     # ---------------------------------------------------------------- asking
@@ -121,6 +124,16 @@ class BlockIndex:
     def last_use_us(self, row: int) -> int:
         """When the row was last touched."""
         return self._last_use_us[row]
+
+    def unqueued(self) -> list[int]:
+        """Rows marked by `mark_unqueued`. O(rows) if there is one, else at once."""
+        if not self._num_unqueued:
+            return []
+        return [row for row, flags in enumerate(self._flags) if flags & _UNQUEUED]
+
+    def is_unqueued(self, row: int) -> bool:
+        """Whether `mark_unqueued` marked the row and nothing changed since."""
+        return bool(self._flags[row] & _UNQUEUED)
 
     def usable(self, row: int) -> bool:
         """Whether the row and all its ancestors are in some tier. O(depth)."""
@@ -199,6 +212,8 @@ class BlockIndex:
         self._slots[position][row] = slot
         self._flags[row] &= ~_LOST[position]
         self._num_copies[position] += 1
+        if tier is TierKind.NVME:
+            self.unmark_unqueued(row)
         parent = self._parents[row]
         if parent != NO_ROW:
             self._children[position][parent] += 1
@@ -221,6 +236,7 @@ class BlockIndex:
         assert slot >= 0, row
         self._slots[position][row] = NO_SLOT
         self._num_copies[position] -= 1
+        self.unmark_unqueued(row)
         parent = self._parents[row]
         if parent != NO_ROW:
             self._children[position][parent] -= 1
@@ -243,12 +259,29 @@ class BlockIndex:
         """Mark the row as moved by a transfer of kind `flight` (WRITING or PROMOTING)."""
         assert not self._flags[row] & flight, row
         self._flags[row] |= flight
+        if flight & WRITING:
+            self.unmark_unqueued(row)
 
     def end_flight(self, row: int, flight: int) -> None:
         """Undo `begin_flight`."""
         assert self._flags[row] & flight, row
         self._flags[row] &= ~flight
         self._settle(row)
+
+    def mark_unqueued(self, row: int) -> None:
+        """Remember that the write of a block that only memory has was refused or failed.
+
+        Nothing for a row that is on NVMe or not in memory. A new write, the loss of the copy or
+        `unmark_unqueued` ends it.
+        """
+        if self.has(row, TierKind.MEMORY) and not self.has(row, TierKind.NVME):
+            self._num_unqueued += not self.is_unqueued(row)
+            self._flags[row] |= _UNQUEUED
+
+    def unmark_unqueued(self, row: int) -> None:
+        """Undo `mark_unqueued`."""
+        self._num_unqueued -= self.is_unqueued(row)
+        self._flags[row] &= ~_UNQUEUED
 
     def touch(self, row: int, now_us: int) -> None:
         """Record a use; free of cost for the eviction order until the row comes up there."""
@@ -331,6 +364,9 @@ class BlockIndex:
                 for position, tier in enumerate(_FASTEST_FIRST)
                 if counted[position][row] != self._children[position][row]
             ]
+        marked = sum(bool(flags & _UNQUEUED) for flags in self._flags)
+        if marked != self._num_unqueued:
+            problems.append(f"{marked} rows unqueued, {self._num_unqueued} counted")
         return problems + self._check_slots()
 
     def _check_row(self, key: BlockKey, row: int) -> list[str]:

@@ -74,8 +74,9 @@ class NvmeConfig:
     """Blocks that share one fdatasync and one index transaction, at most."""
     commit_interval_s: float = 0.005
     """How long a commit waits for company."""
-    index_map_bytes: int = 1 * GIB
-    """Address space of one namespace's LMDB index; sparse."""
+    index_map_bytes: int = 4 * GIB
+    """Address space of one namespace's LMDB index; sparse. Records take at most a quarter, so that
+    deletions always find room: some four million blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from .block_index import PROMOTING
 from .errors import CapacityError, TierUnavailableError, UcmError
 from .grants import LoadGrant, LoadGrants
 from .leases import Lease, LeaseKind
-from .manager_state import US_PER_S, ManagerState
+from .manager_state import MAX_WAIT_S, US_PER_S, ManagerState
 from .namespaces import LoadWait, Namespace, Promotion
 from .placement import LoadPlan, Victim, plan_load
 from .transfer import Priority, TransferPool
@@ -78,7 +78,8 @@ class LoadPath:
         """See `CacheApi.prepare_load`. Blocks up to `timeout_s` of real time."""
         state = self._state
         keys = state.checked_keys(keys)
-        wait_us = int(max(0.0, timeout_s) * US_PER_S)
+        timeout_s = min(max(0.0, timeout_s), MAX_WAIT_S)
+        wait_us = int(timeout_s * US_PER_S)
         with state.lock:
             found, _ = state.begin_locked(session, namespace)
         state.namespaces.relieve(found, len(keys))
@@ -91,7 +92,7 @@ class LoadPath:
             tiers = [found.index.fastest(row) for row in plan.rows]
             wait = self._start_locked(found, lease, plan, now_us)
         if wait.pending:
-            wait.done.wait(max(0.0, timeout_s))
+            wait.done.wait(timeout_s)
         with state.lock:
             statuses = self._statuses_locked(found, lease, plan, wait, len(keys))
             state.leases.set_deadline(lease, state.clock.now_us() + hold_us)
@@ -231,10 +232,13 @@ class LoadPath:
             if not suspects or lease.kind is not LeaseKind.LOAD:
                 state.undo_locked(lease)
                 return
+            found.num_copying += 1  # the end of the store waits for it
         for key in suspects:  # the lease is out of the table but still pins them
             state.recheck(found, key)
         with state.lock:
             state.undo_locked(lease)
+            found.num_copying -= 1
+            state.copied.notify_all()
 
     def _count(self, blocks: Sequence[LoadGrant]) -> None:
         ready = [block.tier for block in blocks if block.tier is not None]

@@ -26,7 +26,7 @@ from .errors import CapacityError, TierUnavailableError
 from .grants import LoadGrants, ManagerStatus, NamespaceStatus, StoreGrants, TierStatus
 from .hashing import NamespaceSpec
 from .loads import LoadPath
-from .manager_state import ManagerState, Session
+from .manager_state import MAX_WAIT_S, ManagerState, Session
 from .metrics import Metrics
 from .namespaces import Namespace, NamespaceTable, TierFactory, tiers_of
 from .staging import Staging
@@ -228,7 +228,7 @@ class Manager:
         """
         if self._write_behind is None:
             return True
-        return self._write_behind.flush(timeout_s=timeout_s)
+        return self._write_behind.flush(timeout_s=min(timeout_s, MAX_WAIT_S))
 
     # ------------------------------------------------------------- lifecycle
 

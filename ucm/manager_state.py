@@ -21,6 +21,9 @@ from .types import BlockKey, NamespaceId, SessionId, TierKind
 
 US_PER_S = 1_000_000
 
+MAX_WAIT_S = 3600.0
+"""Longest that any call waits, whatever it asks for: infinity is no time-out."""
+
 
 @dataclass(slots=True, eq=False)
 class Session:
@@ -47,7 +50,7 @@ class ManagerState:
         self.namespaces = namespaces
         self.lock = namespaces.lock
         self.copied = threading.Condition(self.lock)
-        """Notified when a store ends its copying."""
+        """Notified when a namespace's `num_copying` falls."""
         self.leases = LeaseTable(config.transfer.max_leases_per_session)
         self.sessions: dict[SessionId, Session] = {}
         self.draining = False

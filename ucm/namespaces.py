@@ -19,7 +19,7 @@ from ucm.storage.tier import SlotId, Tier
 from .block_index import BlockIndex
 from .clock import Clock
 from .config import MemoryConfig, NvmeConfig
-from .errors import CapacityError, LayoutMismatchError, UcmError
+from .errors import CapacityError, LayoutMismatchError, TierUnavailableError, UcmError
 from .eviction import Watermarks
 from .hashing import NamespaceSpec
 from .layout import KvLayout
@@ -81,7 +81,7 @@ class Namespace:
     num_writing: int = 0
     """Blocks queued for NVMe."""
     num_copying: int = 0
-    """Stores that copy from staging now."""
+    """Stores that copy from staging, and loads that re-verify, now."""
     last_use_us: int = 0
 
     @property
@@ -150,6 +150,7 @@ class NamespaceTable:
         self._clock = clock
         self._metrics = metrics
         self._opening = threading.Lock()
+        self._closed = False
         self._by_id: dict[NamespaceId, Namespace] = {}
 
     def __iter__(self) -> Iterator[Namespace]:
@@ -167,10 +168,13 @@ class NamespaceTable:
         Raises:
             LayoutMismatchError: it exists with another layout.
             CapacityError: too many are open and none is idle, or no memory for its arena.
+            TierUnavailableError: the store is closed.
         """
         namespace = spec.fingerprint()
         with self._opening:
             with self.lock:
+                if self._closed:
+                    raise TierUnavailableError("the store is closed")
                 found = self._by_id.get(namespace)
                 if found is not None:
                     _check_layout(found, spec.layout)
@@ -187,7 +191,7 @@ class NamespaceTable:
             opened = self._open_tiers(namespace, spec.layout)
             with self.lock:
                 self._by_id[namespace] = opened
-                use(opened)
+                use(opened)  # if it raises, nobody has it open: it makes way when room is needed
             return opened
 
     def _open_tiers(self, namespace: NamespaceId, layout: KvLayout) -> Namespace:
@@ -203,18 +207,24 @@ class NamespaceTable:
             memory.close()
             raise
         except (UcmError, OSError) as error:
+            if opened.nvme is not None:  # it opened, but does not say what it holds
+                _close_nvme(opened)
+                opened.nvme, opened.index = None, BlockIndex()
             opened.problem = f"namespace {namespace.hex()[:8]} runs without NVMe: {error}"
             _log.warning("%s", opened.problem)
         return opened
 
     def relieve(self, namespace: Namespace, needed_slots: int) -> None:
-        """Before a load or store: close idle namespaces if the budget lacks `needed_slots`."""
+        """Before a load or store: close idle namespaces if the budget lacks `needed_slots`.
+
+        Does nothing while another namespace is being opened: a load has no time for its recovery.
+        """
         with self.lock:
             short = self._growable_locked(namespace) < needed_slots
             short = short and any(other.idle for other in self if other is not namespace)
-        if not short:
+        if not short or not self._opening.acquire(blocking=False):
             return
-        with self._opening:
+        try:
             while True:
                 with self.lock:
                     short = self._growable_locked(namespace) < needed_slots
@@ -222,6 +232,8 @@ class NamespaceTable:
                 if not idle:
                     return
                 _close(idle)
+        finally:
+            self._opening.release()
 
     def _detach_idle_locked(self, count: int, keep: Namespace | None = None) -> list[Namespace]:
         idle = [other for other in self if other.idle and other is not keep]
@@ -255,6 +267,7 @@ class NamespaceTable:
         """Close every tier, and the NVMe store. Nothing may be in flight."""
         with self._opening:
             with self.lock:
+                self._closed = True
                 namespaces = list(self._by_id.values())
                 self._by_id.clear()
             _close(namespaces)
@@ -272,8 +285,12 @@ def _check_layout(namespace: Namespace, layout: KvLayout) -> None:
 def _close(namespaces: list[Namespace]) -> None:
     for namespace in namespaces:
         namespace.memory.close()
-        try:
-            if namespace.nvme is not None:
-                namespace.nvme.close()
-        except (UcmError, OSError) as error:
-            _log.warning("closing namespace %s: %s", namespace.id.hex()[:8], error)
+        _close_nvme(namespace)
+
+
+def _close_nvme(namespace: Namespace) -> None:
+    try:
+        if namespace.nvme is not None:
+            namespace.nvme.close()
+    except (UcmError, OSError) as error:
+        _log.warning("closing namespace %s: %s", namespace.id.hex()[:8], error)

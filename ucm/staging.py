@@ -13,7 +13,7 @@ import mmap
 
 from ucm.storage.arena import Arena, ArenaKind
 
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, TierUnavailableError
 from .layout import ALIGNMENT_BYTES, KvDtype, KvLayout, round_up
 
 _PAGE = KvLayout(num_layers=1, num_kv_heads=1, head_dim=512, block_tokens=1, dtype=KvDtype.FLOAT32)
@@ -97,10 +97,14 @@ class Staging:
 
         Raises:
             InvalidArgumentError: outside the arena.
+            TierUnavailableError: it is closed.
         """
         if not 0 <= offset <= offset + num_bytes <= self.arena.size_bytes:
             raise InvalidArgumentError(f"{num_bytes} bytes at {offset} are outside the staging")
-        return self._view[offset : offset + num_bytes]
+        try:
+            return self._view[offset : offset + num_bytes]
+        except ValueError as error:  # released
+            raise TierUnavailableError("the session has ended") from error
 
     def close(self) -> None:
         """Give the memory back. Idempotent. Views that are still held keep it alive."""

@@ -97,21 +97,25 @@ class WriteBehind:
 
     def enqueue_locked(self, found: Namespace, row: int) -> None:
         """Queue a block that memory holds, with the ancestors that NVMe lacks; or drop it."""
+        reason = self._offer_locked(found, row)
+        if reason:
+            self._drop_locked(1, reason)
+
+    def _offer_locked(self, found: Namespace, row: int) -> str:
+        """As `enqueue_locked`; why the block was not queued, empty when it was."""
         chain = plan_flush(found.index, row)
         if chain is None:
-            self._drop_locked(1, "orphan")
-            return
+            found.index.unmark_unqueued(row)  # nobody can reach it: no flush waits for it
+            return "orphan"
         for member in chain:
             try:
                 self._commits.offer((found, member), found.layout.block_bytes)
-            except CapacityError:
-                self._drop_locked(1, "queue_full")
-                return
-            except TierUnavailableError:
-                self._drop_locked(1, "closing")
-                return
+            except (CapacityError, TierUnavailableError) as error:
+                found.index.mark_unqueued(row)
+                return "queue_full" if isinstance(error, CapacityError) else "closing"
             found.index.begin_flight(member, WRITING)
             found.num_writing += 1
+        return ""
 
     def _drop_locked(self, count: int, reason: str) -> None:
         if count:
@@ -119,12 +123,36 @@ class WriteBehind:
             self._state.metrics.add("ucm_dropped_writes_total", count, reason=reason)
 
     def flush(self, *, timeout_s: float) -> bool:
-        """Wait until all that is queued now is durable; False on time-out, or if some failed."""
-        with self._state.lock:
-            dropped = self._num_dropped
-        settled = self._commits.wait_settled(timeout_s=timeout_s)
-        with self._state.lock:
-            return settled and dropped == self._num_dropped
+        """Wait until all that memory accepted is durable; False on time-out, or if some is not.
+
+        Blocks that a full queue once refused are queued again, in as many turns as it takes.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with self._state.lock:
+                dropped, num_left = self._num_dropped, self._requeue_locked()
+                is_busy = self._commits.num_queued > 0
+            left_s = max(0.0, deadline - time.monotonic())
+            settled = self._commits.wait_settled(timeout_s=left_s)
+            with self._state.lock:
+                if not settled or dropped != self._num_dropped:
+                    return False
+            if not num_left:
+                return True
+            if not is_busy:
+                return False
+
+    def _requeue_locked(self) -> int:
+        """Queue again what was dropped, if the disk takes writes; how many blocks still wait."""
+        num_left = 0
+        for found in self._state.namespaces:
+            for row in found.index.unqueued():
+                if not found.index.is_unqueued(row):
+                    continue  # a descendant took it along
+                if self.health.writable:
+                    self._offer_locked(found, row)
+                num_left += found.index.is_unqueued(row)
+        return num_left
 
     def close(self, *, timeout_s: float) -> bool:
         """Write what is queued and end; False on time-out."""
@@ -161,12 +189,14 @@ class WriteBehind:
             self._drop_locked(len(writable) - len(items), "no_space")
             orphans = self._settle_locked(found, items, statuses)
             for row in rows:
+                found.index.mark_unqueued(row)  # unless it is on NVMe now
                 found.index.end_flight(row, WRITING)
-                found.num_writing -= 1
         good = [status is IoStatus.OK for status in statuses]
         written = {item.slot for item, is_good in zip(items, good, strict=True) if is_good}
         nvme.free([slot for slot in slots if slot not in written])
         self._delete(found, orphans)
+        with self._state.lock:
+            found.num_writing -= len(rows)  # last: from now on the tier may be closed
 
     def _plan_locked(self, found: Namespace, rows: list[int]) -> tuple[list[int], list[Victim]]:
         """Rows to write, in order, and copies to delete before."""
@@ -183,6 +213,7 @@ class WriteBehind:
         )
         if not self.health.writable:  # a probe: the room it needs may be what was lacking
             excess = max(excess, len(writable))
+        excess -= len(found.undeleted)  # they go first; a disk that fails must not cost them all
         parents = [found.index.parent(row) for row in writable]
         parents = [parent for parent in parents if parent != NO_ROW]
         for parent in parents:  # they must still be there when their children arrive
@@ -211,7 +242,7 @@ class WriteBehind:
         return []
 
     def _allocate(self, found: Namespace, count: int) -> list[SlotId]:
-        """Slots to write to; fewer than the tier promised means that the disk is full."""
+        """Slots to write to; fewer than the tier promised may mean that the disk is full."""
         assert found.nvme is not None
         promised = min(count, found.nvme.usage().free_slots)
         try:
@@ -219,7 +250,7 @@ class WriteBehind:
         except (UcmError, OSError) as error:
             self._refuse(f"no room on the disk: {error}")
             return []
-        if len(slots) < promised:
+        if len(slots) < promised and found.nvme.usage().disk_is_full:
             with self._state.lock:
                 found.full_at_slots = found.nvme.usage().total_slots
                 found.problem = (

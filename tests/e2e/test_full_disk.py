@@ -28,18 +28,45 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_stores_stop_and_loads_go_on(small_disk: Path) -> None:
-    config = Config(
+def config_of(path: Path) -> Config:
+    """A store that may have more than the disk has."""
+    return Config(
         service=ServiceConfig(staging_bytes=1 * MIB),
         memory=MemoryConfig(capacity_bytes=8 * MIB),
         nvme=NvmeConfig(
-            path=small_disk / "store",
+            path=path,
             capacity_bytes=64 * MIB,
             segment_bytes=1 * MIB,
             index_map_bytes=1 * MIB,
             io_threads=2,
         ),
     )
+
+
+def test_it_grows_again_when_others_free_the_disk(small_disk: Path) -> None:
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(3 * MIB // 2))
+    clock = SimClock()
+    with EmbeddedCache(Manager(config_of(small_disk / "store"), clock=clock)) as cache:
+        handle = cache.open_namespace(tiny_spec())
+        for seed in range(10):
+            put(cache, handle, chain(handle.id, 20, seed))
+            cache.flush(timeout_s=10)
+        assert any("the disk is full" in line for line in cache.manager.status().problems)
+        assert cache.manager.status().namespaces[0].nvme_blocks <= 85, "one segment"
+        ballast.unlink()
+        clock.advance_us(int(PROBE_INTERVAL_S * 1_000_000))
+        put(cache, handle, chain(handle.id, 20, seed=50))
+        assert cache.flush(timeout_s=10)
+        put(cache, handle, chain(handle.id, 20, seed=51))
+        assert cache.flush(timeout_s=10)
+        status = cache.manager.status()
+        assert status.problems == ()
+        assert status.namespaces[0].nvme_blocks > 85, "two segments"
+
+
+def test_stores_stop_and_loads_go_on(small_disk: Path) -> None:
+    config = config_of(small_disk / "store")
     clock = SimClock()
     with EmbeddedCache(Manager(config, clock=clock)) as cache:
         handle = cache.open_namespace(tiny_spec())

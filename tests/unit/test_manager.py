@@ -197,9 +197,50 @@ class TestWriteBehind:
         assert put(store.cache, store.handle, keys) == (ACCEPTED,) * 4
         assert store.metric("ucm_dropped_writes_total", reason="queue_full") == 2
         store.disk.faults.writes_may_go.set()
-        assert store.cache.flush(timeout_s=5)
+        wait_until(lambda: store.manager.status().write_queue_blocks == 0)
         assert store.tier.keys() == set(keys[:2])
         assert get(store.cache, store.handle, keys) == [content(key) for key in keys]
+        store.close()
+
+    def test_flush_takes_along_what_a_full_queue_refused(self) -> None:
+        """`flush` promises all that was accepted, not all that was queued."""
+        store = FakeStore(small_store_config(queue_blocks=2))
+        store.disk.faults.writes_may_go.clear()
+        keys = chain(store.handle.id, 7)
+        assert put(store.cache, store.handle, keys) == (ACCEPTED,) * 7
+        store.disk.faults.writes_may_go.set()
+        assert store.cache.flush(timeout_s=5)
+        assert store.tier.keys() == set(keys)
+        assert store.manager.check_integrity() == []
+        store.close()
+
+    def test_flush_is_false_for_as_long_as_an_accepted_block_is_not_durable(
+        self, store: FakeStore
+    ) -> None:
+        keys = chain(store.handle.id, 2)
+        store.disk.faults.write_status = IoStatus.FULL
+        assert put(store.cache, store.handle, keys) == (ACCEPTED,) * 2
+        assert [store.cache.flush(timeout_s=5) for _ in range(3)] == [False] * 3
+        store.disk.faults.write_status = IoStatus.OK
+        store.clock.advance_us(int(PROBE_INTERVAL_S * 1_000_000))
+        assert put(store.cache, store.handle, chain(store.handle.id, 1, seed=3)) == (ACCEPTED,)
+        assert store.cache.flush(timeout_s=5)
+        assert set(keys) <= store.tier.keys()
+
+    def test_a_disk_that_cannot_delete_does_not_cost_more_blocks_each_time(self) -> None:
+        store = FakeStore(small_store_config(memory_blocks=64), disk=FakeDisk(num_slots=20))
+        for seed in range(4):
+            flushed_chain(store, 4, seed)
+        store.disk.faults.deletes_fail = True
+        evicted = []
+        for probe in range(7):
+            store.clock.advance_us(int(PROBE_INTERVAL_S * 1_000_000))
+            put(store.cache, store.handle, chain(store.handle.id, 4, seed=10 + probe))
+            store.cache.flush(timeout_s=5)
+            evicted.append(store.metric("ucm_evicted_blocks_total", tier="nvme"))
+        assert evicted[-1] == evicted[-4], evicted
+        assert evicted[-1] <= 8, evicted
+        store.disk.faults.deletes_fail = False
         store.close()
 
     def test_a_later_child_takes_dropped_ancestors_along(self) -> None:
@@ -210,7 +251,7 @@ class TestWriteBehind:
         other = chain(store.handle.id, 1, seed=3)
         put(store.cache, store.handle, other)  # dropped: the queue holds two
         store.disk.faults.writes_may_go.set()
-        assert store.cache.flush(timeout_s=5)
+        wait_until(lambda: store.manager.status().write_queue_blocks == 0)
         assert not {other[0]} & store.tier.keys()
         child = chain(store.handle.id, 2, seed=3)[1:]
         put(store.cache, store.handle, child, other[0])
@@ -290,10 +331,26 @@ class TestFullDisk:
 
     def test_a_disk_that_promised_slots_and_has_none_is_full(self, store: FakeStore) -> None:
         """Preallocation fails: the tier hands out fewer slots than it said were free."""
+        usage = dataclasses.replace(store.tier.usage(), disk_is_full=True)
         store.tier.allocate = lambda count: []  # type: ignore[method-assign]
+        store.tier.usage = lambda: usage  # type: ignore[method-assign]
         put(store.cache, store.handle, chain(store.handle.id, 2))
         assert not store.cache.flush(timeout_s=5)
         assert "the disk is full" in store.manager.status().problems[0]
+
+    def test_fewer_slots_than_promised_on_a_disk_with_room_stop_no_stores(
+        self, store: FakeStore
+    ) -> None:
+        """Another namespace may have taken them in between."""
+        allocate = store.tier.allocate
+        store.tier.allocate = lambda count: []  # type: ignore[method-assign]
+        keys = chain(store.handle.id, 2)
+        put(store.cache, store.handle, keys)
+        assert not store.cache.flush(timeout_s=5)
+        assert store.manager.status().problems == ()
+        store.tier.allocate = allocate  # type: ignore[method-assign]
+        assert store.cache.flush(timeout_s=5)
+        assert store.tier.keys() == set(keys)
 
     def test_it_is_probed_now_and_then_and_recovers(self, store: FakeStore) -> None:
         store.disk.faults.write_status = IoStatus.FULL

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -12,14 +12,17 @@ from ucm.embedded import EmbeddedCache
 from ucm.errors import (
     BlockNotFoundError,
     CapacityError,
+    CorruptionError,
     InvalidArgumentError,
     LayoutMismatchError,
     TierUnavailableError,
+    UcmError,
 )
 from ucm.hashing import NamespaceSpec
 from ucm.layout import KvDtype, KvLayout
 from ucm.manager import Manager
 from ucm.namespaces import TierFactory
+from ucm.storage.tier import SlotId, TierEntry
 from ucm.testing.blocks import (
     TINY_LAYOUT,
     chain,
@@ -29,7 +32,7 @@ from ucm.testing.blocks import (
     put,
     tiny_spec,
 )
-from ucm.testing.fake_tier import FakeDisk
+from ucm.testing.fake_tier import FakeDisk, FakeTier
 from ucm.testing.stores import FakeStore, small_store_config
 from ucm.types import (
     ROOT_KEY,
@@ -87,6 +90,84 @@ class TestNamespaces:
         assert put(store.cache, store.handle, keys) == (ACCEPTED,) * 2
         assert store.cache.flush(timeout_s=5)
         assert "runs without NVMe: injected" in store.manager.status().problems[0]
+        store.close()
+
+    def test_a_tier_that_opens_but_cannot_say_what_it_holds_is_not_used(self) -> None:
+        class Mute(FakeTier):
+            def entries(self) -> Iterator[TierEntry]:
+                if self.is_open:
+                    raise CorruptionError("injected")
+                return super().entries()
+
+            def reopen(self) -> None:
+                self.is_open = True
+
+        disk = FakeDisk()
+        mute = Mute(TINY_LAYOUT, 8, disk.faults)
+        disk.tiers[tiny_spec().fingerprint()] = mute
+        store = FakeStore(disk=disk)
+        assert "runs without NVMe: injected" in store.manager.status().problems[0]
+        assert not mute.is_open
+        put(store.cache, store.handle, chain(store.handle.id, 2))
+        assert store.cache.flush(timeout_s=5)
+        assert mute.blocks == {}
+        store.close()
+
+    def test_an_opening_that_takes_long_does_not_hold_up_loads(self) -> None:
+        """A load that lacks room does not wait for another namespace's recovery."""
+        entered, go_on = threading.Event(), threading.Event()
+
+        class Slow(FakeDisk):
+            def open_namespace(self, namespace: NamespaceId, layout: KvLayout) -> FakeTier:
+                if namespace == tiny_spec("slow").fingerprint():
+                    entered.set()
+                    assert go_on.wait(10)
+                return super().open_namespace(namespace, layout)
+
+        store = FakeStore(small_store_config(memory_blocks=4), disk=Slow())
+        other = EmbeddedCache(store.manager, owns_manager=False)
+        idle = other.open_namespace(tiny_spec("idle"))
+        put(other, idle, chain(idle.id, 3))
+        assert other.flush(timeout_s=5)
+        other.close()
+        opener = EmbeddedCache(store.manager, owns_manager=False)
+        thread = threading.Thread(target=opener.open_namespace, args=(tiny_spec("slow"),))
+        thread.start()
+        assert entered.wait(10)
+        done = threading.Event()
+
+        def store_and_load() -> None:
+            keys = chain(store.handle.id, 3)
+            put(store.cache, store.handle, keys)
+            with loaded(store.cache, store.handle, keys, timeout_s=0):
+                done.set()
+
+        worker = threading.Thread(target=store_and_load)
+        worker.start()
+        in_time = done.wait(5)
+        go_on.set()
+        worker.join()
+        thread.join()
+        opener.close()
+        store.close()
+        assert in_time
+
+    def test_it_stays_open_until_the_last_transfer_of_its_blocks_has_ended(self) -> None:
+        """Also for what a commit still has to clean up after it settled its blocks."""
+        store = FakeStore()
+        free, states = store.tier.free, []
+
+        def watched(slots: Sequence[SlotId]) -> None:
+            with store.manager._state.lock:
+                found = store.manager._state.namespaces.get_locked(store.handle.id)
+                assert found is not None
+                states.append(found.num_writing)
+            free(slots)
+
+        store.tier.free = watched  # type: ignore[method-assign]
+        put(store.cache, store.handle, chain(store.handle.id, 2))
+        assert store.cache.flush(timeout_s=5)
+        assert states == [2]
         store.close()
 
     def test_their_number_is_bounded_and_idle_ones_make_way(self, store: FakeStore) -> None:
@@ -200,6 +281,57 @@ class TestStatusAndEnd:
         with pytest.raises(TierUnavailableError):
             store.cache.lookup(store.handle.id, keys)
         assert store.manager.status().state == "closed"
+
+    def test_close_waits_for_what_is_being_verified(self) -> None:
+        store = FakeStore()
+        keys = flushed_chain(store, 1)
+        with store.manager._state.lock:
+            found = store.manager._state.namespaces.get_locked(store.handle.id)
+            assert found is not None
+        verify, entered, go_on = found.memory.verify, threading.Event(), threading.Event()
+
+        def slow(slot: SlotId, key: BlockKey) -> bool:
+            entered.set()
+            assert go_on.wait(10)
+            return verify(slot, key)
+
+        found.memory.verify = slow  # type: ignore[method-assign]
+        lease = store.cache.prepare_load(store.handle.id, keys, timeout_s=1)
+        errors: list[BaseException] = []
+
+        def complain() -> None:
+            try:
+                store.cache.complete_load(lease.id, corrupt=keys)
+            except (AssertionError, ValueError, UcmError) as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=complain)
+        thread.start()
+        assert entered.wait(10)
+        closer = threading.Thread(target=store.manager.close)
+        closer.start()
+        closer.join(0.3)
+        assert store.tier.is_open
+        go_on.set()
+        thread.join()
+        closer.join()
+        assert errors == []
+        assert not store.tier.is_open
+        store.close()
+
+    def test_a_namespace_is_not_opened_behind_the_end(self) -> None:
+        store = FakeStore()
+        store.close()
+        with pytest.raises(TierUnavailableError):
+            store.manager._state.namespaces.open(tiny_spec("late"), lambda _: None)
+        assert list(store.manager._state.namespaces) == []
+
+    def test_a_time_out_may_be_infinite(self, store: FakeStore) -> None:
+        keys = flushed_chain(store, 1)
+        for timeout_s in (float("inf"), 1e12):
+            lease = store.cache.prepare_load(store.handle.id, keys, timeout_s=timeout_s)
+            store.cache.complete_load(lease.id)
+            assert store.cache.flush(timeout_s=timeout_s)
 
     def test_close_leaves_no_thread(self) -> None:
         before = threading.active_count()

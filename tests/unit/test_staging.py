@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm.errors import ConfigError, InvalidArgumentError
+from ucm.errors import ConfigError, InvalidArgumentError, TierUnavailableError
 from ucm.layout import ALIGNMENT_BYTES
 from ucm.staging import RunAllocator, Staging
+from ucm.storage.tier import SlotId
 
 
 @given(
@@ -75,3 +76,14 @@ def test_closing_under_a_view_keeps_the_bytes() -> None:
 def test_less_than_a_page_is_no_staging() -> None:
     with pytest.raises(ConfigError):
         Staging(ALIGNMENT_BYTES - 1)
+
+
+def test_closed_memory_is_an_error_of_ours() -> None:
+    staging = Staging(4 * 4096)
+    view = staging.view(0, 4096)
+    staging.close()
+    view[0] = 1
+    with pytest.raises(TierUnavailableError):
+        staging.view(0, 4096)
+    with pytest.raises(TierUnavailableError):
+        staging.arena.view(SlotId(0))

@@ -139,6 +139,27 @@ def test_a_full_map_is_a_capacity_error_and_nothing_changed(tmp_path: Path) -> N
     index.close(clean=True)
 
 
+@pytest.mark.parametrize("batch", [1, 40, 10_000])
+def test_all_can_be_deleted_from_a_full_map(tmp_path: Path, batch: int) -> None:
+    index = BlockIndex(tmp_path / "index", 256 << 10)
+    written: list[IndexRecord] = []
+
+    def fill() -> None:
+        while True:
+            more = [record(len(written) + i, len(written) + i) for i in range(20)]
+            index.put(more)
+            written.extend(more)
+
+    with pytest.raises(CapacityError, match="index_map_bytes"):
+        fill()
+    assert len(written) > 200
+    for start in range(0, len(written), batch):
+        part = [(each.slot, each.key) for each in written[start : start + batch]]
+        assert len(index.delete(part)) == len(part)
+    index.put(written[:20])
+    index.close(clean=True)
+
+
 def test_a_full_disk_is_a_capacity_error_and_deleting_goes_on(tmp_path: Path) -> None:
     mounted = tmp_path / "small"
     mounted.mkdir()

@@ -68,3 +68,18 @@ def test_the_arena_is_what_the_tier_serves(tier: MemoryTier) -> None:
     view = tier.arena.view(slots["seen"])
     assert bytes(view[LAYOUT.slab_slice(0)]) == bytes(make_block("seen")[LAYOUT.slab_slice(0)])
     assert tier.arena.size_bytes == 4 * LAYOUT.block_bytes
+
+
+def test_a_slot_that_gets_another_block_during_a_read_is_not_believed() -> None:
+    class Racing(MemoryTier):
+        """Between the look at the key and that at the checksums the slot changes hands."""
+
+        def checksums(self, slot: SlotId) -> tuple[int, ...]:
+            self.delete([(slot, make_key(1))])
+            assert put(self, [2]) == {2: slot}
+            return super().checksums(slot)
+
+    tier = Racing(LAYOUT, 1)
+    slots = put(tier, [1])
+    assert get(tier, slots[1], 1) is IoStatus.CORRUPT
+    assert tier.usage().quarantined_slots == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -338,3 +339,75 @@ def test_a_full_disk_stops_stores_and_loads_go_on(tmp_path: Path) -> None:
         store.close()
     finally:
         subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
+def test_a_closed_store_opens_nothing(path: Path) -> None:
+    """Another process may hold the folder by then."""
+    store = NvmeStore(nvme_config(path, 8))
+    store.close()
+    with pytest.raises(TierUnavailableError, match="closed"):
+        store.open_namespace(NAMESPACE, LAYOUT)
+    assert store.namespaces() == []
+
+
+def test_a_file_in_place_of_the_namespaces_is_a_clear_error(path: Path) -> None:
+    path.mkdir()
+    (path / "ns").write_bytes(b"")
+    with pytest.raises(TierUnavailableError, match="cannot read the data folder"):
+        NvmeStore(nvme_config(path, 8))
+    (path / "ns").unlink()
+    NvmeStore(nvme_config(path, 8)).close()
+
+
+def test_a_namespace_that_nobody_has_open_makes_way(path: Path) -> None:
+    """After a change of model the old one's blocks do not keep the new one's out for ever."""
+    store, old = open_tier(path)
+    put(old, range(8))
+    store.close()
+    store = NvmeStore(nvme_config(path, 8))
+    new = store.open_namespace(OTHER, LAYOUT)
+    assert new.usage().free_slots == 8
+    slots = put(new, range(3))
+    assert [get(new, slots[name], name) for name in slots] == [IoStatus.OK] * 3
+    old = store.open_namespace(NAMESPACE, LAYOUT)
+    assert [entry.slot for entry in old.entries()] == [0, 1, 2, 3], "its last segment is gone"
+    assert [get(old, SlotId(name), name) for name in range(4)] == [IoStatus.OK] * 4
+    assert old.check_integrity() == []
+    assert new.usage().free_slots == 1, "what is open stays"
+    assert len(new.allocate(5)) == 1
+    old.close()
+    assert len(new.allocate(5)) == 4
+    assert store.namespaces() == [OTHER], "its only segment went, so it went as a whole"
+    assert list(store.open_namespace(NAMESPACE, LAYOUT).entries()) == []
+    store.close()
+
+
+def test_of_several_the_one_that_was_closed_first_makes_way(path: Path) -> None:
+    names = [NamespaceId(bytes([65 + n]) * 32) for n in range(3)]
+    store = NvmeStore(nvme_config(path, 8))
+    for age, name in ((300, names[1]), (200, names[0])):
+        tier = store.open_namespace(name, LAYOUT)
+        put(tier, range(2))
+        tier.close()
+        index = path / "ns" / name.hex() / "index"
+        past = index.stat().st_mtime - age
+        os.utime(index, (past, past))
+    put(store.open_namespace(names[2], LAYOUT), range(2))
+    assert store.namespaces() == [names[0], names[2]]
+    store.close()
+
+
+def test_a_full_disk_has_no_room_for_the_pid_and_opens_all_the_same(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_tier(path)[0].close()
+
+    def no_room(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", no_room)
+        fd = folder_checks.lock_folder(path)
+    with pytest.raises(ConfigError, match="in use"):
+        folder_checks.lock_folder(path)
+    os.close(fd)

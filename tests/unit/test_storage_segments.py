@@ -77,6 +77,33 @@ def test_a_lowered_capacity_stops_growth_only(folder: Path, io: PosixFileIo) -> 
     segments.close()
 
 
+def test_idle_segments_make_way(folder: Path, io: PosixFileIo) -> None:
+    size_bytes = SUPERBLOCK.segment_bytes
+    idle = [size_bytes, size_bytes]
+    budget = SegmentBudget(
+        2 * size_bytes, idle_bytes=lambda: sum(idle), drop_idle=lambda: idle.pop() if idle else 0
+    )
+    for _ in idle:
+        budget.count_existing(size_bytes)
+    segments = Segments(folder, SUPERBLOCK, io, budget)
+    assert segments.growable_slots() == 6
+    assert (segments.grow(), segments.grow(), segments.grow()) == (3, 3, 0)
+    assert idle == []
+    assert not segments.disk_is_full
+    segments.close()
+
+
+def test_idle_segments_that_cannot_go_are_not_promised_again() -> None:
+    idle_bytes = [10]
+    budget = SegmentBudget(10, idle_bytes=lambda: idle_bytes[0])
+    budget.count_existing(10)
+    assert budget.remaining_bytes == 10
+    assert not budget.reserve(10)
+    assert budget.remaining_bytes == 0
+    idle_bytes[0] = 20  # another namespace was closed
+    assert budget.remaining_bytes == 20
+
+
 def test_a_full_disk_leaves_no_file_and_gives_the_budget_back(
     folder: Path, io: PosixFileIo, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,1 +1,1 @@
-"""What tests share: conformance suites, oracles, fault injection, tiny models. Not for production."""
+"""What tests share: conformance suites, oracles, faults, tiny models. Not for production."""
