@@ -92,13 +92,13 @@ class DeadlineCaller:
         self, future: Future[T], timeout_s: float, on_late: Callable[[T], None] | None
     ) -> Outcome[T]:
         assert self._worker is not None
+        if on_late is not None:
+            # Behind the call on its own worker: a done-callback would run on the owner's thread,
+            # and may block it, if the call returned just now.
+            self._worker.put(lambda: _settle(Future(), lambda: on_late(future.result())))
         self._worker.put(None)
         self._stuck.append(self._worker)
         self._worker = None
-        if on_late is not None:
-            future.add_done_callback(
-                lambda late: on_late(late.result()) if late.exception() is None else None
-            )
         message = f"{self._name}: no answer within {timeout_s:.3f} s"
         return Outcome(error=TierUnavailableError(message), timed_out=True)
 

@@ -47,6 +47,9 @@ class LinkOptions:
     factory: CacheFactory
     spec: NamespaceSpec
     connect_timeout_s: float
+    """For connecting: opening a store may take as long as its recovery."""
+    call_timeout_s: float
+    """For checking and closing a connection."""
     breaker: BreakerOptions
 
 
@@ -117,7 +120,7 @@ class Link:
         self.attempt(
             caller,
             lambda connection: connection.cache.lookup(connection.namespace.id, ()),
-            self._options.connect_timeout_s,
+            self._options.call_timeout_s,
         )
         self._notify()
 
@@ -132,9 +135,11 @@ class Link:
             self._counter.add(reconnects=int(self._num_connections > 1))
             log.info("cache connected")
         else:
+            is_news = str(outcome.error) != str(self.last_error)
             self.last_error = outcome.error
             self._counter.add(failures=1, timeouts=int(outcome.timed_out))
-            log.debug("cache still away: %s", outcome.error)
+            level = logging.WARNING if is_news else logging.DEBUG
+            log.log(level, "no cache, going on without it: %s", outcome.error)
         self.breaker.end_probe(succeeded=outcome.error is None)
         self._notify()
 
@@ -158,7 +163,7 @@ class Link:
         """Close the connection, if there is one, without waiting long for it."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            caller.attempt(connection.cache.close, self._options.connect_timeout_s)
+            caller.attempt(connection.cache.close, self._options.call_timeout_s)
 
     def wait_open(self, timeout_s: float) -> bool:
         """Block until the connection is open and not in doubt, or `timeout_s` passed."""

@@ -70,7 +70,8 @@ def namespace_spec(
     return NamespaceSpec(
         layout=config.kv_layout(block_tokens, dtype),
         model_id=config.name,
-        weights_digest=weights_digest,
+        # The norms' epsilon is in no tensor, but in every byte of KV.
+        weights_digest=f"{weights_digest},rms_norm_eps={config.rms_norm_eps!r}",
         tenant=tenant,
         salt=salt,
         rope_kind="half_split",

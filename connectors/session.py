@@ -59,6 +59,9 @@ class SessionOptions:
 
     deadline_s: float = 2.0
     """Longest time that one request may lose to the cache before its prefill."""
+    connect_timeout_s: float = 30.0
+    """Longest time that connecting may take, in the background: a store in this process is opened
+    by it, recovery included."""
     max_queued_blocks: int = 1024
     """Blocks that wait to be stored; the engine cannot reuse them meanwhile."""
     store_batch_blocks: int = 32
@@ -98,7 +101,8 @@ class CacheSession:
             LinkOptions(
                 factory=factory,
                 spec=spec,
-                connect_timeout_s=self.options.deadline_s,
+                connect_timeout_s=self.options.connect_timeout_s,
+                call_timeout_s=self.options.deadline_s,
                 breaker=self.options.breaker,
             ),
             clock or SystemClock(),

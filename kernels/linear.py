@@ -21,7 +21,7 @@ from torch import Tensor
 
 def _onednn_operators() -> bool:
     """Whether PyTorch has the operators that its own compiler uses for packed weights."""
-    available = torch.backends.mkldnn.is_available()
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     names = ("_reorder_linear_weight", "_linear_pointwise")
     return bool(available and all(hasattr(torch.ops.mkldnn, name) for name in names))
 

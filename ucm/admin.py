@@ -99,6 +99,11 @@ class AdminClient:
             return PermissionDeniedError(
                 f"{self._path} belongs to another user; ask as the daemon's user"
             )
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self._path.exists():
+            return TierUnavailableError(
+                f"the daemon at {self._path} does not answer in time: it hangs or is overloaded; "
+                "wait longer, or look at its log and restart it"
+            )
         return TierUnavailableError(
             f"no daemon answers at {self._path} ({error.code().name}); start one with `ucm serve`"
         )

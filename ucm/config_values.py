@@ -32,6 +32,7 @@ _UNITS: Final = {
     "t": 1 << 40, "tb": 10**12, "tib": 1 << 40, "ti": 1 << 40,
 }  # fmt: skip
 _LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR")
+_NO_UID: Final = 2**32 - 1
 _MAY_BE_ZERO: Final = frozenset({"metrics.port"})
 
 
@@ -154,6 +155,11 @@ def _problem(name: str, value: Value) -> str:
     if name == "metrics.port":
         assert isinstance(value, int)
         return "" if 0 <= value < 65536 else "expected a port, 1 to 65535, or 0 for none"
+    if name == "service.max_message_bytes":
+        assert isinstance(value, int)
+        return "" if 0 < value < 2**31 else "expected more than 0 and less than 2GiB"
+    if isinstance(value, tuple):
+        return "" if all(0 <= item < _NO_UID for item in value) else "expected user ids"
     if name.endswith("_watermark"):
         assert isinstance(value, float)
         return "" if 0 < value <= 1 else "expected a share above 0 and up to 1"

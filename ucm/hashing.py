@@ -80,7 +80,8 @@ class NamespaceSpec:
     model_id: str
     """Name of the model, for people; two models never share blocks by name alone."""
     weights_digest: str
-    """SHA-256 of the weights (or the hub revision): what makes two models the same."""
+    """SHA-256 of the weights (or the hub revision): what makes two models the same. Constants that
+    are in no tensor, such as the norms' epsilon, are written behind it."""
     tenant: str = ""
     """Who may see the blocks."""
     salt: str = ""

@@ -16,6 +16,7 @@ import contextlib
 import enum
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
@@ -25,7 +26,7 @@ import grpc
 from . import __version__
 from .config import Config
 from .door import SessionTokens
-from .errors import InvalidArgumentError, PermissionDeniedError, UcmError
+from .errors import CapacityError, InvalidArgumentError, PermissionDeniedError, UcmError
 from .grants import ManagerStatus, NamespaceStatus, TierStatus
 from .manager import Manager
 from .protos import cache_pb2 as pb
@@ -54,6 +55,9 @@ ADMIN_METHODS: Final = tuple(
 
 MAX_RELEASES_PER_CALL: Final = 1024
 
+MAX_REFLECTION_STREAMS: Final = 2
+"""A stream holds one of the threads that answer calls for as long as its client likes."""
+
 
 class Policy(enum.Enum):
     """Who may call a method."""
@@ -64,11 +68,13 @@ class Policy(enum.Enum):
     """Who has the token of a live session."""
 
 
+_REFLECTION: Final = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+
 _COMMON_POLICIES: Final[Mapping[str, Policy]] = {
     "/grpc.health.v1.Health/Check": Policy.OPEN,
     "/grpc.health.v1.Health/List": Policy.OPEN,
     "/grpc.health.v1.Health/Watch": Policy.OPEN,
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Policy.OPEN,
+    _REFLECTION: Policy.OPEN,
 }
 ENGINE_POLICIES: Final[Mapping[str, Policy]] = {
     **dict.fromkeys(CACHE_METHODS, Policy.SESSION),
@@ -87,6 +93,7 @@ class PolicyInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # no
     def __init__(self, policies: Mapping[str, Policy], tokens: SessionTokens) -> None:
         self._policies = policies
         self._tokens = tokens
+        self._streams = threading.Semaphore(MAX_REFLECTION_STREAMS)
 
     def intercept_service(
         self,
@@ -98,7 +105,10 @@ class PolicyInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # no
             self._check(handler_call_details)
         except PermissionDeniedError as error:
             return _refusal(error)
-        return continuation(handler_call_details)
+        handler = continuation(handler_call_details)
+        if handler_call_details.method == _REFLECTION and handler is not None:
+            return _limited(handler, self._streams)
+        return handler
 
     def _check(self, call: grpc.HandlerCallDetails) -> None:
         policy = self._policies.get(call.method)
@@ -114,6 +124,24 @@ def _refusal(error: UcmError) -> grpc.RpcMethodHandler[bytes, bytes]:
         return b""
 
     return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+def _limited(handler: Any, places: threading.Semaphore) -> Any:  # grpc's handlers carry no types
+    """A stream's handler that refuses a client when `places` are taken."""
+
+    def serve(requests: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        if not places.acquire(blocking=False):
+            _abort(context, CapacityError("too many reflection streams are open; try again later"))
+        try:
+            yield from handler.stream_stream(requests, context)
+        finally:
+            places.release()
+
+    return grpc.stream_stream_rpc_method_handler(
+        serve,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
 
 
 def _token(metadata: Any) -> bytes:

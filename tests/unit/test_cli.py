@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from ucm import __version__, cli
 from ucm.cli.console import ExitCode, fail, format_bytes, split_settings
 from ucm.client import connect
 from ucm.errors import LEAVES, ConfigError, UcmError
+from ucm.sockets import admin_path
 from ucm.testing.blocks import chain, put, tiny_spec
 from ucm.testing.daemon import running_daemon, short_folder, small_config
 
@@ -86,6 +89,31 @@ def test_every_command_has_help_and_json(ucm: Runner, name: str) -> None:
 )
 def test_wrong_use_ends_with_two(ucm: Runner, arguments: tuple[str, ...]) -> None:
     assert ucm(*arguments).code == ExitCode.WRONG_USE
+    outcome = ucm(arguments[0], "--json", *arguments[1:])
+    assert outcome.code == ExitCode.WRONG_USE
+    assert json.loads(outcome.out)["message"] in outcome.err
+
+
+@pytest.mark.parametrize("timeout", ["-1", "0", "nan", "inf"])
+def test_a_timeout_that_is_none_is_wrong_use(ucm: Runner, timeout: str) -> None:
+    assert ucm("status", "--timeout", timeout).code == ExitCode.WRONG_USE
+
+
+def test_status_of_a_daemon_that_hangs(ucm: Runner, folder: Path) -> None:
+    path = folder / "hung.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(admin_path(path)))
+        listener.listen()
+        started_s = time.monotonic()
+        outcome = ucm("status", "--socket", path, "--timeout", "0.2", "--json")
+        assert time.monotonic() - started_s < 5.0
+    assert outcome.code == ExitCode.UNAVAILABLE
+    assert "does not answer in time" in json.loads(outcome.out)["message"]
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_help_offers_nothing_that_is_not_ours(ucm: Runner, name: str) -> None:
+    assert "completion" not in ucm(name, "--help").out
 
 
 def test_the_command_line_is_light() -> None:

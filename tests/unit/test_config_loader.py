@@ -127,6 +127,8 @@ def test_texts_that_are_no_sizes(text: str) -> None:
         ("[service]\ndrain_timeout_s = nan\n", r"expected more than 0"),
         ("[service]\nallowed_uids = 'me'\n", r"expected a list of whole numbers"),
         ("[service]\nallowed_uids = 5\n", r"expected a list of whole numbers"),
+        ("[service]\nallowed_uids = [-1]\n", r"expected user ids"),
+        ("[service]\nmax_message_bytes = '2GiB'\n", r"less than 2GiB"),
         ("[service]\nsocket_path = ''\n", r"expected a path"),
         ("[nvme]\npath = 3\n", r"expected a path, or none"),
         ("[memory]\nhigh_watermark = 95\n", r"expected a share"),

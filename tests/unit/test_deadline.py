@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 
@@ -95,4 +96,32 @@ def test_calls_that_hang_are_bounded(gate: threading.Event) -> None:
     for worker in list(caller._stuck):
         worker._thread.join(5.0)
     assert caller.attempt(lambda: "again", 5.0).value == "again"
+    caller.close()
+
+
+def test_what_is_late_is_never_given_back_on_the_owners_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also when the call returns just after the owner gave up: giving back may block."""
+    caller = DeadlineCaller("test")
+    threads: list[threading.Thread] = []
+    settled, arrived = threading.Event(), threading.Event()
+
+    def call() -> int:
+        return 5
+
+    def wait_too_short(future: Future[int], timeout: float | None = None) -> None:
+        future.add_done_callback(lambda _: settled.set())
+        assert settled.wait(5.0)
+        raise TimeoutError
+
+    def on_late(_value: int) -> None:
+        threads.append(threading.current_thread())
+        arrived.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "exception", wait_too_short)
+        assert caller.attempt(call, 0.01, on_late).timed_out
+    assert arrived.wait(5.0)
+    assert threads != [threading.current_thread()]
     caller.close()

@@ -152,3 +152,24 @@ def test_impossible_parameters_are_refused_by_name(settings: dict[str, Any]) -> 
     (name,) = settings
     with pytest.raises(InvalidArgumentError, match=f"sampling: {name} is"):
         SamplingParams(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 5e-324},
+        {"temperature": 1e-320, "top_p": 0.9},
+        {"temperature": 1e-308, "top_k": 500, "min_p": 1.0},
+        {"temperature": 1e300, "top_k": 1},
+        {"temperature": 1.0, "top_p": 5e-324},
+    ],
+)
+def test_extreme_but_valid_parameters_still_choose_the_likeliest(settings: dict[str, Any]) -> None:
+    logits = torch.tensor([[-5.0, 7.0, 3.0, 6.5]])
+    assert sample(logits, [draw(SamplingParams(**settings))]) == [1]
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-40, 3e38, 1e300])
+def test_an_extreme_penalty_leaves_finite_scores(penalty: float) -> None:
+    row = np.array([-5.0, 7.0, 3.0, 6.5], dtype=np.float32)
+    assert np.isfinite(penalise(row, np.ones(4, dtype=np.bool_), penalty)).all()

@@ -155,6 +155,7 @@ def test_the_fingerprint_covers_what_changes_the_kv() -> None:
                 {"num_kv_heads": 4},
                 {"name": "other"},
                 {"num_layers": 4},
+                {"rms_norm_eps": 0.125},
             )
         ),
     ]

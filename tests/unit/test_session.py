@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from ucm.api import CacheApi, SlabChecksums
 from ucm.checksum import block_checksums
 from ucm.connectors.circuit_breaker import BreakerOptions, BreakerState
 from ucm.connectors.session import CacheSession, SessionOptions
-from ucm.errors import CapacityError, LayoutMismatchError, TierUnavailableError
+from ucm.errors import CapacityError, ConfigError, LayoutMismatchError, TierUnavailableError
 from ucm.hashing import NamespaceSpec, chain_keys
 from ucm.layout import KvDtype, KvLayout
 from ucm.testing.fake_cache import FakeCache
@@ -397,3 +398,34 @@ def test_orphans_are_dropped(cache: FakeCache) -> None:
         assert session.flush(5.0)
         assert session.stats().dropped_blocks == NUM_BLOCKS - 2
     assert not cache.blocks
+
+
+def test_a_store_that_takes_long_to_open_is_waited_for(cache: FakeCache) -> None:
+    opened: list[int] = []
+
+    def factory() -> CacheApi:
+        opened.append(1)
+        time.sleep(2 * OPTIONS.deadline_s)  # its recovery
+        return cache
+
+    with open_session(factory) as session:
+        store_all(session, Pool())
+        assert load_all(session, Pool(1)) == NUM_BLOCKS
+    assert len(opened) == 1
+
+
+def test_a_cache_that_cannot_be_had_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    attempts: list[int] = []
+    enough = threading.Event()
+
+    def factory() -> CacheApi:
+        attempts.append(1)
+        if len(attempts) == 4:
+            enough.set()
+        raise ConfigError("the memory tier has no room for one block")
+
+    with caplog.at_level(logging.WARNING), CacheSession(factory, SPEC, OPTIONS):
+        assert enough.wait(5.0)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert "no room for one block" in messages[0]

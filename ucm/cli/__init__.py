@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from ucm import __version__
 from ucm.errors import UcmError
 
-from .console import fail
+from .console import ExitCode, fail, print_json
 
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     # name: (module with a typer.Typer named `command`, one line of help)
@@ -85,9 +85,19 @@ def _root(
     """A tiered KV-cache storage service for LLM inference engines."""
 
 
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+"""The parent of every complaint about arguments; which module has it depends on typer's release."""
+
+
 def main() -> None:
     """Entry point of `ucm`; ends the process with one of the exit codes above."""
+    as_json = "--json" in sys.argv
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except UcmError as error:
-        sys.exit(fail(error, as_json="--json" in sys.argv))
+        sys.exit(fail(error, as_json=as_json))
+    except _UsageError as error:
+        error.show()
+        if as_json:
+            print_json({"error": "UsageError", "message": error.format_message()})
+        sys.exit(ExitCode.WRONG_USE)

@@ -11,7 +11,11 @@ from rich.table import Table
 from .console import print_json
 from .options import ConfigOption, JsonOption, SetOption, loaded_config
 
-command = typer.Typer(help="Show the configuration and where it comes from.", no_args_is_help=True)
+command = typer.Typer(
+    help="Show the configuration and where it comes from.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 
 @command.callback()

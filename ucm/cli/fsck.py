@@ -17,7 +17,7 @@ from .options import ConfigOption, JsonOption, loaded_config
 if TYPE_CHECKING:
     from ucm.storage.fsck import FsckFinding, FsckReport
 
-command = typer.Typer()
+command = typer.Typer(add_completion=False)
 
 
 @command.command()

@@ -16,7 +16,7 @@ from .console import format_bytes, print_json
 from .options import JsonOption
 from .progress import ByteProgress
 
-command = typer.Typer(help="Fetch models.", no_args_is_help=True)
+command = typer.Typer(help="Fetch models.", no_args_is_help=True, add_completion=False)
 
 
 @command.callback()
@@ -27,7 +27,7 @@ def _group() -> None:
 @command.command("pull")
 def pull_command(
     name: Annotated[
-        str, typer.Argument(help="A known model, see `ucm model ls`, or hf:ORG/NAME[@REVISION].")
+        str, typer.Argument(help="A known model, see `ucm model ls`, or hf:ORG/NAME\\[@REVISION].")
     ],
     as_json: JsonOption = False,
 ) -> None:

@@ -16,7 +16,7 @@ from ucm.config import Config
 from .console import print_json
 from .options import ConfigOption, JsonOption, SetOption, SocketOption, loaded_config
 
-command = typer.Typer()
+command = typer.Typer(add_completion=False)
 
 
 @command.command()

@@ -15,14 +15,16 @@ from .options import ConfigOption, JsonOption, SocketOption, loaded_config
 if TYPE_CHECKING:
     from ucm.admin import DaemonStatus
 
-command = typer.Typer()
+command = typer.Typer(add_completion=False)
 
 
 @command.command()
 def status(
     socket: SocketOption = None,
     config: ConfigOption = None,
-    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for it.")] = 2.0,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=0.05, max=3600.0, help="Seconds to wait for it.")
+    ] = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Show how a running daemon is doing; exit code 3 when none answers."""

@@ -8,6 +8,7 @@ does not know (another architecture, bias terms, another activation, another RoP
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"model {self.name}: RoPE needs an even head size")
+        if not (0 < self.rope_base < math.inf and 0 <= self.rms_norm_eps < math.inf):
+            raise ConfigError(
+                f"model {self.name}: rope_base is {self.rope_base} and rms_norm_eps "
+                f"{self.rms_norm_eps}: no such model can be computed"
+            )
 
     @property
     def rope_scaling_text(self) -> str:
@@ -147,6 +153,9 @@ def _check_supported(raw: Mapping[str, Any], path: Path) -> None:
             raise ConfigError(f"{path}: {key} = {raw[key]!r} is not supported")
     if raw.get("rope_interleaved"):
         raise ConfigError(f"{path}: interleaved RoPE is not supported")
+    for table in (raw, raw.get("rope_parameters"), raw.get("rope_scaling")):
+        if isinstance(table, Mapping) and table.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ConfigError(f"{path}: RoPE over a part of the head is not supported")
 
 
 def _build_from_hf(raw: Mapping[str, Any], name: str) -> ModelConfig:

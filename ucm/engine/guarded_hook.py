@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HOOK_ERRORS = (UcmError, OSError, RuntimeError, ValueError, LookupError, TypeError)
+HOOK_ERRORS = (
+    *(UcmError, OSError, RuntimeError, ValueError, LookupError, TypeError),
+    *(AttributeError, ArithmeticError, BufferError, MemoryError),
+)
 """What a hook may fail with: its own errors, and those of a defect in it."""
 
 

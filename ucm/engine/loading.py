@@ -12,6 +12,7 @@ from pathlib import Path
 
 import platformdirs
 import torch
+from torch import Tensor
 
 from ucm.errors import ConfigError
 
@@ -66,18 +67,58 @@ def load_model(path: str | Path, dtype: torch.dtype | str = torch.float32) -> Lo
         ConfigError: nothing loadable at `path`, an unsupported model, or no tokenizer.
         CorruptionError: a file is truncated or not of its format.
     """
+    resolved = _checked_dtype(dtype)
+    place, shards = _locate(path)
+    if shards:
+        config = config_from_hf(place / "config.json")
+        tokenizer = tokenizer_from_folder(place, config)
+        model = LlamaModel(config, load_safetensors(shards, resolved))
+        return LoadedModel(config, model, tokenizer, digest_files(shards))
+    source, config = _open_gguf(place)
+    tokenizer = tokenizer_from_gguf(source.metadata)
+    model = LlamaModel(config, source.load(config, resolved))
+    return LoadedModel(config, model, tokenizer, digest_files([place]))
+
+
+def load_weights(
+    path: str | Path, dtype: torch.dtype | str = torch.float32
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Configuration and weights by Hugging Face's names, without building a model.
+
+    Raises:
+        ConfigError: as `load_model`, but a tokenizer is not needed.
+        CorruptionError: a file is truncated or not of its format.
+    """
+    resolved = _checked_dtype(dtype)
+    place, shards = _locate(path)
+    if shards:
+        return config_from_hf(place / "config.json"), load_safetensors(shards, resolved)
+    source, config = _open_gguf(place)
+    return config, source.load(config, resolved)
+
+
+def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
     resolved = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     if resolved not in _DTYPES.values():
         raise ConfigError(f"{resolved} is not supported; use float32 or bfloat16")
+    return resolved
+
+
+def _locate(path: str | Path) -> tuple[Path, list[Path]]:
+    """(folder, its safetensors files), or (GGUF file, nothing)."""
     place = Path(path).expanduser()
     if place.is_file() and place.suffix == ".gguf":
-        return _load_gguf(place, resolved)
+        return place, []
     if not place.is_dir():
         raise ConfigError(f"{place} is neither a model folder nor a GGUF file")
     shards = safetensors_files(place)
-    if shards:
-        return _load_hf(place, shards, resolved)
-    return _load_gguf(find_gguf(place), resolved)
+    return (place, shards) if shards else (find_gguf(place), [])
+
+
+def _open_gguf(file: Path) -> tuple[GgufFile, ModelConfig]:
+    source = GgufFile(file)
+    tied = "output.weight" not in source.tensor_names
+    return source, config_from_gguf(source.metadata, tied_head=tied)
 
 
 def find_gguf(folder: Path) -> Path:
@@ -95,19 +136,3 @@ def find_gguf(folder: Path) -> Path:
     if len(found) > 1:
         raise ConfigError(f"{folder} holds {len(found)} GGUF files; name the one you mean")
     return found[0]
-
-
-def _load_hf(folder: Path, shards: list[Path], dtype: torch.dtype) -> LoadedModel:
-    config = config_from_hf(folder / "config.json")
-    tokenizer = tokenizer_from_folder(folder, config)
-    model = LlamaModel(config, load_safetensors(shards, dtype))
-    return LoadedModel(config, model, tokenizer, digest_files(shards))
-
-
-def _load_gguf(file: Path, dtype: torch.dtype) -> LoadedModel:
-    source = GgufFile(file)
-    tied = "output.weight" not in source.tensor_names
-    config = config_from_gguf(source.metadata, tied_head=tied)
-    tokenizer = tokenizer_from_gguf(source.metadata)
-    model = LlamaModel(config, source.load(config, dtype))
-    return LoadedModel(config, model, tokenizer, digest_files([file]))

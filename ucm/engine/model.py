@@ -23,6 +23,7 @@ from torch import Tensor
 from ucm.errors import ConfigError, LayoutMismatchError
 from ucm.kernels.attention import AttentionFn, PagedSequence, select_attention
 from ucm.kernels.linear import Linear
+from ucm.kernels.norm import RmsNorm
 
 from .config import ModelConfig
 from .rope import RopeTable, rotate_
@@ -44,11 +45,11 @@ class ForwardItem:
 class _Layer:
     """One decoder layer's weights."""
 
-    input_norm: Tensor
+    input_norm: RmsNorm
     qkv: Linear
     """C to (H + 2 G) * D: q, then k, then v."""
     out: Linear
-    mlp_norm: Tensor
+    mlp_norm: RmsNorm
     gate_up: Linear
     """C to 2 * intermediate: gate, then up."""
     down: Linear
@@ -84,7 +85,7 @@ class LlamaModel:
         self.config = config
         self._embedding = taken.take("model.embed_tokens", c.vocab_size, c.hidden_size)
         self._layers = [_take_layer(taken, config, i) for i in range(c.num_layers)]
-        self._final_norm = taken.take("model.norm", c.hidden_size)
+        self._final_norm = RmsNorm(taken.take("model.norm", c.hidden_size), c.rms_norm_eps)
         if c.tied_head:
             taken.drop("lm_head.weight")
             self._head = Linear(self._embedding)
@@ -128,16 +129,15 @@ class LlamaModel:
                     wait_layer(index)
                 x_TC = self._run_layer(layer, x_TC, kv_pool[index], step)
             last = x_TC[[rows.stop - 1 for rows, _, _ in step.parts]]
-            logits = self._head(self._norm(last, self._final_norm))
+            logits = self._head(self._final_norm(last))
         # A copy made outside inference mode is an ordinary tensor: samplers may write to it.
         return logits.to(torch.float32, copy=True)
 
     def _run_layer(self, layer: _Layer, x_TC: Tensor, kv_layer: Tensor, step: _Step) -> Tensor:
-        attended = self._attend(layer, self._norm(x_TC, layer.input_norm), kv_layer, step)
+        attended = self._attend(layer, layer.input_norm(x_TC), kv_layer, step)
         x_TC = layer.out.add(attended, x_TC)
-        hidden = layer.gate_up(self._norm(x_TC, layer.mlp_norm))
-        gate, up = hidden.chunk(2, dim=-1)
-        return layer.down.add(F.silu(gate).mul_(up), x_TC)
+        gate, up = layer.gate_up(layer.mlp_norm(x_TC)).chunk(2, dim=-1)
+        return layer.down.add(F.silu(gate, inplace=True).mul_(up), x_TC)
 
     def _attend(self, layer: _Layer, x_TC: Tensor, kv_layer: Tensor, step: _Step) -> Tensor:
         """Project, rotate, write the new KV to the pool, attend; [T, H * D]."""
@@ -155,9 +155,6 @@ class LlamaModel:
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out.view(num_tokens, c.num_heads * c.head_dim)
-
-    def _norm(self, x_TC: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x_TC, (self.config.hidden_size,), weight, self.config.rms_norm_eps)
 
     def _plan(self, items: Sequence[ForwardItem], kv_pool: Tensor, attention: str | None) -> _Step:
         """Resolve positions, slots and attention once for all layers."""
@@ -245,16 +242,19 @@ def _take_layer(taken: _WeightTaker, c: ModelConfig, index: int) -> _Layer:
     def take(module: str, *shape: int) -> Tensor:
         return taken.take(prefix + module, *shape)
 
+    def norm(module: str) -> RmsNorm:
+        return RmsNorm(take(module, c.hidden_size), c.rms_norm_eps)
+
     q = take("self_attn.q_proj", q_rows, c.hidden_size)
     k = take("self_attn.k_proj", kv_rows, c.hidden_size)
     v = take("self_attn.v_proj", kv_rows, c.hidden_size)
     gate = take("mlp.gate_proj", c.intermediate_size, c.hidden_size)
     up = take("mlp.up_proj", c.intermediate_size, c.hidden_size)
     return _Layer(
-        input_norm=take("input_layernorm", c.hidden_size),
+        input_norm=norm("input_layernorm"),
         qkv=Linear(torch.cat((q, k, v))),
         out=Linear(take("self_attn.o_proj", c.hidden_size, q_rows)),
-        mlp_norm=take("post_attention_layernorm", c.hidden_size),
+        mlp_norm=norm("post_attention_layernorm"),
         gate_up=Linear(torch.cat((gate, up))),
         down=Linear(take("mlp.down_proj", c.hidden_size, c.intermediate_size)),
     )

@@ -120,7 +120,8 @@ def _draw_token(row: Scores, draw: Draw) -> int:
         row = penalise(row, draw.seen, params.repetition_penalty)
     if params.temperature == 0.0:
         return int(row.argmax())
-    scores = row.astype(np.float64) / params.temperature
+    with np.errstate(over="ignore"):  # a tiny temperature: all but the largest become -inf
+        scores = (row.astype(np.float64) - float(row.max())) / params.temperature
     token_ids = keep(scores, params)
     noise = gumbel_noise(len(row), params.seed, draw.sample_index, draw.position)
     return int(token_ids[(scores[token_ids] + noise[token_ids]).argmax()])
@@ -129,9 +130,12 @@ def _draw_token(row: Scores, draw: Draw) -> int:
 def penalise(row: Scores, seen: npt.NDArray[np.bool_], penalty: float) -> Scores:
     """A copy of `row` with the repetition penalty applied to the tokens of `seen`."""
     token_ids = np.flatnonzero(seen)
-    values = row[token_ids]
+    values = row[token_ids].astype(np.float64)
+    limit = float(np.finfo(np.float32).max)
+    with np.errstate(over="ignore"):
+        penalised = np.where(values > 0, values / penalty, values * penalty)
     result = row.copy()
-    result[token_ids] = np.where(values > 0, values / penalty, values * penalty)
+    result[token_ids] = np.clip(penalised, -limit, limit)
     return result
 
 

@@ -17,7 +17,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from ucm.errors import ConfigError
+from ucm.errors import ConfigError, InvalidArgumentError
 
 from .config import ModelConfig
 
@@ -76,7 +76,15 @@ class Tokenizer:
         return size
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; special tokens written in it are recognised."""
+        """Token ids of `text`; special tokens written in it are recognised.
+
+        Raises:
+            InvalidArgumentError: `text` holds lone surrogates: it was not valid UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgumentError(f"the text is not valid Unicode: {error}") from error
         ids: list[int] = self._backend.encode(text).ids
         if self._bos_id is not None and ids[:1] != [self._bos_id]:
             return [self._bos_id, *ids]
@@ -158,7 +166,9 @@ class TokenizerStream:
         return self._tokenizer.decode(self._ids[self._context :])[len(known) :]
 
     def _emit(self, text: str) -> str:
-        self._context = self._emitted
+        # A special token has no text and would hide from the next one that it is not the first.
+        if text:
+            self._context = self._emitted
         self._emitted = len(self._ids)
         return text
 

@@ -56,13 +56,17 @@ def load_safetensors(files: Iterable[Path], dtype: torch.dtype) -> dict[str, Ten
     """
     weights: dict[str, Tensor] = {}
     for file in files:
-        try:
-            with safe_open(str(file), framework="pt") as source:
-                for name in source.keys():  # noqa: SIM118  not a mapping
-                    weights[name] = _to_float(source.get_tensor(name), name, dtype)
-        except (SafetensorError, OSError) as error:
-            raise CorruptionError(f"cannot read the weights {file}: {error}") from error
+        weights |= _load_one(file, dtype)
     return weights
+
+
+def _load_one(file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(file), framework="pt") as source:
+            names = source.keys()
+            return {name: _to_float(source.get_tensor(name), name, dtype) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise CorruptionError(f"cannot read the weights {file}: {error}") from error
 
 
 def _to_float(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
