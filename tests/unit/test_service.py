@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -226,3 +227,34 @@ def test_kv_bytes_never_travel_in_a_message(
     assert len(sizes) == 8
     assert max(sizes) <= 64 * MAX_KEYS  # a key, 2 checksums, an offset and change
     assert sum(sizes) < moved / 10
+
+
+def test_open_reflection_streams_do_not_starve_engines(
+    daemon: Daemon, cache: RemoteCache, channel: grpc.Channel
+) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    leave = threading.Event()
+
+    def ask_and_stay() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        leave.wait(10.0)
+
+    num_threads = daemon.config.service.rpc_threads
+    assert num_threads > service.MAX_REFLECTION_STREAMS
+    open_streams = []
+    for _ in range(service.MAX_REFLECTION_STREAMS):
+        stream = stub.ServerReflectionInfo(ask_and_stay(), timeout=10)
+        assert next(iter(stream)).HasField("list_services_response")
+        open_streams.append(stream)
+    for _ in range(num_threads):
+        code, name, _details = failure(
+            lambda: next(iter(stub.ServerReflectionInfo(ask_and_stay(), timeout=10)))
+        )
+        assert (code, name) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CapacityError")
+    handle = cache.open_namespace(tiny_spec())
+    assert cache.lookup(handle.id, []).num_blocks == 0
+    leave.set()
+    for stream in open_streams:
+        assert list(stream) == []
+    again = stub.ServerReflectionInfo(iter([next(ask_and_stay())]), timeout=10)
+    assert next(iter(again)).HasField("list_services_response")
