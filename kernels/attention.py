@@ -209,7 +209,7 @@ def flash_attention(
     repeat = heads // kv_heads
     k_GSD, v_GSD = sequence.contiguous_kv(kv_layer)[:, :, : sequence.length]
     # KV heads are the batch and the queries of a group its heads: grouping costs no copy.
-    q_GRTD = q_THD.view(num_tokens, kv_heads, repeat, dim).permute(1, 2, 0, 3)
+    q_GRTD = q_THD.view(num_tokens, kv_heads, repeat, dim).permute(1, 2, 0, 3).contiguous()
     shape = (kv_heads, repeat, sequence.length, dim)
     k, v = k_GSD.unsqueeze(1).expand(shape), v_GSD.unsqueeze(1).expand(shape)
     split = sequence.start

@@ -30,3 +30,12 @@ def test_equals_a_product_in_fp32(
     torch.testing.assert_close(added, expected + kept.float(), atol=tolerance, rtol=1e-2)
     assert torch.equal(residual, kept)
     assert (linear.out_features, linear.in_features) == (out_features, in_features)
+
+
+def test_many_rows_give_the_same_packed_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    linear = Linear(torch.randn(48, 32, generator=generator).to(torch.bfloat16))
+    x = torch.randn(6, 32, generator=generator).to(torch.bfloat16)
+    before = linear(x)
+    monkeypatch.setattr("ucm.kernels.linear.UNPACK_ROWS", 4)
+    torch.testing.assert_close(linear(x), before, atol=0.05, rtol=1e-2)

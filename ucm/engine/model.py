@@ -154,7 +154,7 @@ class LlamaModel:
             for rows, sequence, attend in step.parts
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return out.view(num_tokens, c.num_heads * c.head_dim)
+        return out.reshape(num_tokens, c.num_heads * c.head_dim)
 
     def _plan(self, items: Sequence[ForwardItem], kv_pool: Tensor, attention: str | None) -> _Step:
         """Resolve positions, slots and attention once for all layers."""
