@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -14,3 +15,15 @@ sys.path[:] = [entry for entry in sys.path if entry not in (ROOT, "")]
 settings.register_profile("fast", deadline=None, print_blob=True)
 settings.register_profile("deep", deadline=None, print_blob=True, max_examples=2000)
 settings.load_profile(os.environ.get("UCM_HYPOTHESIS_PROFILE", "fast"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI nothing may be skipped: what a test needs, `.ci/run` provides."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:
+        return
+    skipped = reporter.stats.get("skipped", [])
+    if skipped and os.environ.get("CI", "").lower() in {"1", "true"}:
+        names = ", ".join(report.nodeid for report in skipped)
+        reporter.write_line(f"skipped, which is a failure where CI=true: {names}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -16,7 +16,7 @@ from .errors import PermissionDeniedError, TierUnavailableError, UcmError
 from .grants import ManagerStatus, NamespaceStatus, TierStatus
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
-from .sockets import admin_path, grpc_target
+from .sockets import admin_path, check_path_length, grpc_target
 from .types import NamespaceId
 from .wire import ERROR_METADATA, TIER_FROM_WIRE, error_from_wire
 
@@ -40,7 +40,12 @@ class AdminClient:
     """One operator's connection; use it as a context manager."""
 
     def __init__(self, socket_path: Path, *, timeout_s: float = 2.0) -> None:
-        """Prepare to talk to the daemon whose gRPC socket is `socket_path`; sends nothing yet."""
+        """Prepare to talk to the daemon whose gRPC socket is `socket_path`; sends nothing yet.
+
+        Raises:
+            ConfigError: no socket can have so long a path.
+        """
+        check_path_length(socket_path)
         self._path = admin_path(socket_path)
         self._timeout_s = timeout_s
         options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]

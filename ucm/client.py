@@ -49,7 +49,7 @@ from .hashing import NamespaceSpec, check_key
 from .layout import KvLayout
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
-from .sockets import door_path, grpc_target
+from .sockets import check_path_length, door_path, grpc_target
 from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus, TierKind
 from .wire import (
     ERROR_METADATA,
@@ -104,10 +104,12 @@ def connect(socket_path: str | Path, *, timeout_s: float = 2.0) -> RemoteCache:
         timeout_s: deadline of connecting, and of every later call that names none.
 
     Raises:
+        ConfigError: no socket can have so long a path.
         TierUnavailableError: no daemon answers there in time.
         PermissionDeniedError: the daemon does not serve this user.
         CapacityError: it has as many sessions as it may.
     """
+    check_path_length(Path(socket_path))
     return RemoteCache(Path(socket_path), timeout_s=timeout_s)
 
 

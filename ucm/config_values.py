@@ -86,7 +86,7 @@ def _parse(name: str, raw: object, kind: FieldType, base: Path) -> Value:
     if kind is Path:
         return _parse_path(raw, base)
     if kind == Path | None:
-        return None if _text(raw).lower() in ("", "none") else _parse_path(raw, base)
+        return None if _text(raw).lower() == "none" else _parse_path(raw, base)
     assert kind == tuple[int, ...], f"{name}: no parser for {kind}"
     items = raw.split(",") if isinstance(raw, str) else raw
     if not isinstance(items, list):

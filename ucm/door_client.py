@@ -61,7 +61,7 @@ class DoorClient:
         except OSError as error:
             self._socket.close()
             raise TierUnavailableError(
-                f"no daemon answers at {path} ({error.strerror or 'timed out'}); "
+                f"no daemon answers at {path} ({error.strerror or error}); "
                 "start one with `ucm serve`"
             ) from error
         try:

@@ -140,7 +140,7 @@ def check_chain(cache: RemoteCache, handle: NamespaceHandle, seed: int, num_bloc
     if len(found) < num_blocks:
         with loaded(cache, handle, keys, DEADLINE_S) as lease:
             statuses = [block.status for block in lease.blocks]
-        # Four readers share a small memory: no room to promote is no loss.
+        # Two readers share a small memory: no room to promote is no loss.
         assert LoadStatus.NO_SPACE in statuses, f"chain {seed} lost blocks: {statuses}"
 
 

@@ -160,7 +160,7 @@ def test_every_module_has_a_layer() -> None:
         for path in SOURCES
         if module_name(path) != "ucm" and lookup(LAYERS, module_name(path)) is None
     ]
-    assert not missing, f"add these to LAYERS (and to docs/architecture.md): {missing}"
+    assert not missing, f"add these to LAYERS (and to ucm/README.md): {missing}"
 
 
 def test_imports_go_downwards() -> None:

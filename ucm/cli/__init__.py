@@ -10,6 +10,7 @@ the module and add a line to `COMMANDS`.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any, Final, cast
@@ -92,6 +93,10 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 def main() -> None:
     """Entry point of `ucm`; ends the process with one of the exit codes above."""
     as_json = "--json" in sys.argv
+    # The engine shares cores with the daemon. OpenMP threads that spin at a barrier then wait for
+    # each other's time slice: decode loses a fifth on idle cores without spinning, and all of its
+    # speed on busy ones with it. libgomp reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sys.exit(app(standalone_mode=False))
     except UcmError as error:

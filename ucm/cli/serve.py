@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -64,16 +63,19 @@ def _serve(config: Config, *, as_json: bool) -> None:
         signal.signal(number, stop)
     try:
         daemon.start()
-        _say("ready", config.service.socket_path, as_json=as_json)
+        _say("ready", config, as_json=as_json)
         daemon.run()
     finally:
         daemon.close()
-    _say("stopped", config.service.socket_path, as_json=as_json)
+    _say("stopped", config, as_json=as_json)
 
 
-def _say(event: str, socket_path: Path, *, as_json: bool) -> None:
+def _say(event: str, config: Config, *, as_json: bool) -> None:
+    socket_path, store = config.service.socket_path, config.nvme.path
     if as_json:
-        print_json({"event": event, "pid": os.getpid(), "socket": socket_path})
+        print_json({"event": event, "pid": os.getpid(), "socket": socket_path, "store": store})
+    elif event == "ready":
+        where = f"store {store}" if store else "memory only"
+        print(f"ucm: serving at {socket_path}, {where}", flush=True)
     else:
-        verb = "serving at" if event == "ready" else "stopped at"
-        print(f"ucm: {verb} {socket_path}", flush=True)
+        print(f"ucm: stopped at {socket_path}", flush=True)
