@@ -53,12 +53,12 @@ class DemoOptions:
     @property
     def num_chapters(self) -> int:
         """Chapters in each prompt's context."""
-        return 2 if self.is_quick else 8
+        return 1 if self.is_quick else 8
 
     @property
     def max_tokens(self) -> int:
         """Length of an answer, at most."""
-        return 18 if self.is_quick else 40
+        return 12 if self.is_quick else 40
 
 
 class DemoListener(Protocol):
