@@ -14,7 +14,7 @@ import pytest
 from ucm.api import CacheApi
 from ucm.client import RemoteCache, connect
 from ucm.daemon import Daemon
-from ucm.errors import CapacityError, InvalidArgumentError, TierUnavailableError
+from ucm.errors import CapacityError, ConfigError, InvalidArgumentError, TierUnavailableError
 from ucm.protos import cache_pb2 as pb
 from ucm.testing.blocks import chain, content, get, put, tiny_spec
 from ucm.testing.daemon import running_daemon, short_folder, small_config
@@ -61,7 +61,7 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 
 def test_a_path_that_no_socket_can_have() -> None:
-    with pytest.raises(TierUnavailableError):
+    with pytest.raises(ConfigError, match="choose a shorter one"):
         connect(Path("/tmp") / ("x" * 200))
 
 

@@ -197,3 +197,10 @@ def test_home_is_expanded() -> None:
 def test_a_number_too_large_for_any_component_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected more than 0"):
         check_value("memory.capacity_bytes", 2**63, origin="here")
+
+
+def test_an_empty_path_is_not_taken_for_none(tmp_path: Path) -> None:
+    """`--store "$UNSET"` must not quietly switch the NVMe tier off."""
+    with pytest.raises(ConfigError, match="or none"):
+        parse_value("nvme.path", "", Path | None, origin="here", base=tmp_path)
+    assert parse_value("nvme.path", "none", Path | None, origin="here", base=tmp_path) is None

@@ -27,7 +27,7 @@ command = typer.Typer(add_completion=False)
 @command.command()
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="About 500 tokens of context, short answers; under 45 s.")
+        bool, typer.Option("--quick", help="About 500 tokens of context; under 45 s.")
     ] = False,
     dtype: Annotated[
         str, typer.Option(help="fp32, or bf16: faster, and the last bits may differ.")
