@@ -51,3 +51,26 @@ def engine(
         print_json(result)
     else:
         Console(highlight=False).print(engine_bench_table(result))
+
+
+@command.command()
+def codecs(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One pass over the blocks; below a minute.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
+    ] = "smollm2-135m",
+    as_json: JsonOption = False,
+) -> None:
+    """Size, speed and fidelity of the codecs at rest on a real model's KV."""
+    from ucm.bench.codecs import CodecBenchOptions, codec_bench_table, run_codec_bench
+
+    options = CodecBenchOptions(model_path=model_hub.resolve(model))
+    result = run_codec_bench(
+        options.quick() if quick else options, lambda line: print(line, file=sys.stderr)
+    )
+    if as_json:
+        print_json(result)
+    else:
+        Console(highlight=False).print(codec_bench_table(result))
