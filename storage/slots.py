@@ -38,6 +38,9 @@ class SlotState(enum.IntEnum):
     """Its bytes or its device failed; not read and not handed out."""
 
 
+_STATES = tuple(SlotState)
+
+
 class SlotTable:
     """The slots of one tier. Thread-safe; no method blocks on anything but the lock."""
 
@@ -112,6 +115,13 @@ class SlotTable:
             if not 0 <= slot < len(self._states):
                 return SlotState.QUARANTINED
             return SlotState(int(self._states[slot]))
+
+    def states(self, slots: Iterable[SlotId]) -> list[SlotState]:
+        """The state of each slot, as `state` says it, all of one moment."""
+        with self._lock:
+            size = len(self._states)
+            known = [int(self._states[slot]) if 0 <= slot < size else -1 for slot in slots]
+        return [SlotState.QUARANTINED if value < 0 else _STATES[value] for value in known]
 
     def generation(self, slot: SlotId) -> int:
         """The number that the slot's last rewrite got; 0 before the first."""
