@@ -163,7 +163,7 @@ class NvmeTier:
         states = self._slots.states(item.slot for item in items)
         outcomes = [ReadOutcome(self._status(*each)) for each in zip(items, states, strict=True)]
         readable = [i for i, state in enumerate(states) if state is SlotState.USED]
-        generations = [self._slots.generation(items[i].slot) for i in readable]
+        generations = self._slots.generations([items[i].slot for i in readable])
         results = self._slot_io.read([items[i] for i in readable], generations)
         for i, generation, outcome in zip(readable, generations, results, strict=True):
             outcomes[i] = outcome
@@ -264,7 +264,7 @@ class NvmeTier:
         failed = self._segments.sync(written)
         for segment in failed:
             self._retire(segment)
-        for position, item in enumerate(items):
+        for position, item in enumerate(items if failed else ()):
             if self._segments.segment_of(item.slot) in failed:
                 statuses[position] = IoStatus.IO_ERROR
 
@@ -288,11 +288,9 @@ class NvmeTier:
             for position in good:
                 statuses[position] = _status_of(error)
             return
-        for record in records:
-            self._slots.set_generation(record.slot, record.generation)
-        used = self._slots.change(
-            [record.slot for record in records], SlotState.ALLOCATED, SlotState.USED
-        )
+        slots = [record.slot for record in records]
+        self._slots.set_generations(slots, [record.generation for record in records])
+        used = set(self._slots.change(slots, SlotState.ALLOCATED, SlotState.USED))
         for position in good:
             if items[position].slot not in used:  # its segment was retired meanwhile
                 statuses[position] = IoStatus.IO_ERROR

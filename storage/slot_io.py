@@ -94,8 +94,7 @@ class SlotIo:
                 statuses[position] = IoStatus.CORRUPT
                 continue
             view = _nth_header(headers, position)
-            encode_header(self._superblock, _header_of(item, generations[position]), view)
-            check = self._write_check(item)
+            check = self._write_check(item, generations[position], view)
             parts.append(_Part(position, *place, view, item.data.cast("B"), check))
         for part, code in self._transfer(parts, self._io.write_batch):
             statuses[part.position] = status_of_errno(code)
@@ -162,8 +161,18 @@ class SlotIo:
         places = [self._segments.locate(slot) for slot in slots]
         self._io.write_batch([IoRequest(*place, (blank,)) for place in places if place is not None])
 
-    def _write_check(self, item: SlotWrite) -> Callable[[], bool]:
-        return lambda: checksum.verify(self._layout, item.data, item.checksums)
+    def _write_check(
+        self, item: SlotWrite, generation: int, header_view: memoryview
+    ) -> Callable[[], bool]:
+        """Verify what is to be written; make its header, there where others are being written."""
+
+        def check() -> bool:
+            if not checksum.verify(self._layout, item.data, item.checksums):
+                return False
+            encode_header(self._superblock, _header_of(item, generation), header_view)
+            return True
+
+        return check
 
     def _read_check(
         self,
