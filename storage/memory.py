@@ -85,9 +85,9 @@ class MemoryTier:
 
     def allocate(self, count: int) -> list[SlotId]:
         """See `Tier.allocate`."""
-        slots = self._arena.slots.allocate(count)
-        for slot in slots:
-            self._arena.slots.set_generation(slot, self._arena.slots.generation(slot) + 1)
+        table = self._arena.slots
+        slots = table.allocate(count)
+        table.set_generations(slots, [number + 1 for number in table.generations(slots)])
         return slots
 
     def free(self, slots: Sequence[SlotId]) -> None:

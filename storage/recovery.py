@@ -272,8 +272,7 @@ def _slot_table(files: NamespaceFiles, index: BlockIndex, result: Reconciliation
         slots.quarantine([SlotId(slot) for slot in files.segments.slots_of(segment)])
     used = [record.slot for record in result.kept]
     slots.change(used, SlotState.FREE, SlotState.USED)
-    for record in result.kept:
-        slots.set_generation(record.slot, record.generation)
+    slots.set_generations(used, [record.generation for record in result.kept])
     return slots
 
 
