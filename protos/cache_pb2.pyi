@@ -75,7 +75,7 @@ class Layout(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_tokens: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
 
 class NamespaceSpec(_message.Message):
-    __slots__ = ("layout", "model_id", "weights_digest", "tenant", "salt", "kv_quantization", "slab_layout", "rope_kind", "rope_base", "rope_scaling", "position_offset", "attention_kind", "tp_rank", "tp_size", "pp_stage", "pp_size", "first_layer", "kv_group", "lora_id", "lora_path", "cross_layer")
+    __slots__ = ("layout", "model_id", "weights_digest", "tenant", "salt", "kv_quantization", "slab_layout", "rope_kind", "rope_base", "rope_scaling", "position_offset", "attention_kind", "tp_rank", "tp_size", "pp_stage", "pp_size", "first_layer", "kv_group", "lora_id", "lora_path", "cross_layer", "accepts_lossy")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,7 @@ class NamespaceSpec(_message.Message):
     LORA_ID_FIELD_NUMBER: _ClassVar[int]
     LORA_PATH_FIELD_NUMBER: _ClassVar[int]
     CROSS_LAYER_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_LOSSY_FIELD_NUMBER: _ClassVar[int]
     layout: Layout
     model_id: str
     weights_digest: str
@@ -118,7 +119,8 @@ class NamespaceSpec(_message.Message):
     lora_id: str
     lora_path: str
     cross_layer: str
-    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ..., kv_quantization: _Optional[str] = ..., slab_layout: _Optional[str] = ..., rope_kind: _Optional[str] = ..., rope_base: _Optional[float] = ..., rope_scaling: _Optional[str] = ..., position_offset: _Optional[int] = ..., attention_kind: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_stage: _Optional[int] = ..., pp_size: _Optional[int] = ..., first_layer: _Optional[int] = ..., kv_group: _Optional[int] = ..., lora_id: _Optional[str] = ..., lora_path: _Optional[str] = ..., cross_layer: _Optional[str] = ...) -> None: ...
+    accepts_lossy: bool
+    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ..., kv_quantization: _Optional[str] = ..., slab_layout: _Optional[str] = ..., rope_kind: _Optional[str] = ..., rope_base: _Optional[float] = ..., rope_scaling: _Optional[str] = ..., position_offset: _Optional[int] = ..., attention_kind: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_stage: _Optional[int] = ..., pp_size: _Optional[int] = ..., first_layer: _Optional[int] = ..., kv_group: _Optional[int] = ..., lora_id: _Optional[str] = ..., lora_path: _Optional[str] = ..., cross_layer: _Optional[str] = ..., accepts_lossy: bool = ...) -> None: ...
 
 class DoorRequest(_message.Message):
     __slots__ = ("hello", "open_namespace")

@@ -27,7 +27,7 @@ from ucm.errors import (
 from ucm.types import NamespaceId
 
 from .format import SUPERBLOCK_BYTES, decode_superblock, encode_superblock
-from .segments import NO_SPACE_ERRNOS, segment_numbers
+from .segments import NO_SPACE_ERRNOS, segment_files
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
@@ -185,20 +185,21 @@ def drop_segment(root: Path, in_use: Container[NamespaceId]) -> int:
     idle = [root / each.hex() for each in list_namespaces(root) if each not in in_use]
     for folder in sorted(idle, key=_last_opening_s):
         try:
-            numbers = segment_numbers(folder / "segments")
-            if numbers:
+            paths = segment_files(folder / "segments")
+            if paths:
                 size_bytes = read_superblock(folder).segment_bytes
-                _drop_last(folder, numbers)
+                _drop_last(folder, paths)
                 return size_bytes
         except (OSError, UcmError) as error:
             log.warning("%s cannot make way: %s", folder, error)
     return 0
 
 
-def _drop_last(folder: Path, numbers: list[int]) -> None:
-    log.info("%s: nobody has it open, its segment %04d makes way", folder, numbers[-1])
-    if len(numbers) > 1:
-        (folder / "segments" / f"{numbers[-1]:04d}.seg").unlink()
+def _drop_last(folder: Path, paths: dict[int, Path]) -> None:
+    last = max(paths)
+    log.info("%s: nobody has it open, its segment %04d makes way", folder, last)
+    if len(paths) > 1:
+        paths[last].unlink()
         return
     unwanted = folder.with_name(folder.name + ".tmp")  # the next opening of the store removes it
     folder.rename(unwanted)

@@ -3,11 +3,18 @@
 namespace folder   ns/<hex of namespace id>/superblock          4096 bytes, replaced atomically
                                             index/              LMDB, see `index.py`
                                             segments/NNNN.seg   preallocated, slots from byte 0
+                                            segments/NNNN.compact.seg   the same, smaller slots
 
-segment    = slot * slots_per_segment, then unused bytes up to segment_bytes
-slot n     is in segment n // slots_per_segment, at (n % slots_per_segment) * slot_bytes
-slot       = header (4096) | summary area (summary_bytes, 0 in version 1) | block (payload)
-block      = num_layers slabs on a distance of slab_stride_bytes; see `ucm.layout`
+segment    = slots, then unused bytes up to segment_bytes
+slot n     is in segment n // slots_per_segment, as number i = n % slots_per_segment of it:
+           | compact segment: at i * slot_bytes
+           | full segment: at i * (4096 + summary_bytes + block bytes); no slot where that does
+           |               not fit any more, so its numbers have gaps at the end
+           with codec 0 there are only full segments, and slot_bytes is a full slot's
+slot       = header (4096) | summary area (summary_bytes, 0 in version 2) | payload
+payload    | full slot: the block as it is, num_layers slabs on a distance of slab_stride_bytes
+           |            (`ucm.layout`); always codec 0
+           | compact slot: the encoded block, see `ucm.storage.encoding`; the superblock's codec
 
 superblock | offset  bytes  field
            |      0      8  magic "UCMSUPER"
@@ -20,13 +27,14 @@ superblock | offset  bytes  field
            |     72      8  summary_bytes
            |     80     20  layout: num_layers, num_kv_heads, head_dim, block_tokens (4 each),
            |                dtype (4: 0 float32, 1 float16, 2 bfloat16)
-           |    100   3988  zero
+           |    100      4  codec of compact slots (0 raw, 1 bp-zstd, 2 int8, 3 fp8, 4 int4)
+           |    104   3984  zero
            |   4088      8  xxh3_64 of bytes 0..4087
 
 header     | offset  bytes  field
            |      0      8  magic "UCMSLOT" and a zero byte
            |      8      4  format version
-           |     12      4  codec (0: raw)
+           |     12      4  codec
            |     16     32  namespace id
            |     48     32  key
            |     80     32  parent key
@@ -37,9 +45,10 @@ header     | offset  bytes  field
            |    136      4  slab_stride_bytes
            |    140      4  zero
            |    144      8  summary_bytes
-           |    152      8  payload_bytes: num_slabs * slab_stride_bytes for codec 0
+           |    152      8  payload_bytes: num_slabs * slab_stride_bytes for codec 0, otherwise
+           |                what the encoded block takes
            |    160     88  zero
-           |    248   3840  slab checksums: xxh3_64 of each slab, then zeros
+           |    248   3840  slab checksums: xxh3_64 of each decoded slab, then zeros
            |   4088      8  xxh3_64 of bytes 0..4087
 
 A deleted slot has a header of zeros. A header counts only if every field fits; what lies
@@ -54,26 +63,30 @@ from typing import TYPE_CHECKING, Final
 
 from ucm.checksum import checksum
 from ucm.errors import ConfigError, CorruptionError, LayoutMismatchError
-from ucm.layout import ALIGNMENT_BYTES, MAX_LAYERS, KvDtype, KvLayout
+from ucm.layout import ALIGNMENT_BYTES, MAX_LAYERS, KvDtype, KvLayout, round_up
 from ucm.types import BlockKey, NamespaceId
+
+from .codec import CodecId
+from .codecs import BP_ZSTD, RAW
+from .encoding import planned_payload_bytes
 
 if TYPE_CHECKING:
     from ucm.api import SlabChecksums
 
+    from .codec import Codec
     from .tier import SlotId
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 """Changes with any change of this page. There is no reading of other versions: it is a cache."""
 
 HEADER_BYTES: Final = ALIGNMENT_BYTES
 SUPERBLOCK_BYTES: Final = ALIGNMENT_BYTES
-RAW_CODEC: Final = 0
 BLANK_HEADER: Final = bytes(HEADER_BYTES)
 
 _SUPER_MAGIC = b"UCMSUPER"
 _SLOT_MAGIC = b"UCMSLOT\0"
 _CHECKED_BYTES = HEADER_BYTES - 8
-_SUPER = struct.Struct("<8sII32sQQQQIIIII")
+_SUPER = struct.Struct("<8sII32sQQQQIIIIII")
 _HEADER = struct.Struct("<8sII32s32s32sQQIIIIQQ")
 _CHECKSUMS_OFFSET = 248
 _DTYPES = (KvDtype.FLOAT32, KvDtype.FLOAT16, KvDtype.BFLOAT16)
@@ -87,23 +100,46 @@ class Superblock:
     layout: KvLayout
     segment_bytes: int
     summary_bytes: int = 0
+    codec: CodecId = CodecId.RAW
+    """Of compact slots; RAW when there are none."""
+    compact_bytes: int = 0
+    """Room for the payload of a compact slot, a multiple of 4 KiB; 0 with codec RAW."""
 
     def __post_init__(self) -> None:
-        if self.slots_per_segment < 1:
+        if self.full_slots_per_segment < 1:
             raise ConfigError(
                 f"nvme.segment_bytes is {self.segment_bytes}, but one block of this namespace "
-                f"takes {self.slot_bytes}: raise nvme.segment_bytes"
+                f"takes {self.full_slot_bytes}: raise nvme.segment_bytes"
             )
+        if self.has_compact_slots == (self.compact_bytes == 0):
+            raise ConfigError(f"codec {self.codec.name} with slots for {self.compact_bytes} bytes")
+        if self.compact_bytes % ALIGNMENT_BYTES or self.compact_bytes >= self.layout.block_bytes:
+            raise ConfigError(f"a compact slot cannot have a payload of {self.compact_bytes} bytes")
+
+    @property
+    def has_compact_slots(self) -> bool:
+        """Whether blocks are encoded."""
+        return self.codec is not CodecId.RAW
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes from one slot to the next, a multiple of 4 KiB."""
+        """Bytes from one slot to the next where nothing is said, a multiple of 4 KiB."""
+        return HEADER_BYTES + self.summary_bytes + (self.compact_bytes or self.layout.block_bytes)
+
+    @property
+    def full_slot_bytes(self) -> int:
+        """Bytes from one slot to the next in a full segment."""
         return HEADER_BYTES + self.summary_bytes + self.layout.block_bytes
 
     @property
     def slots_per_segment(self) -> int:
-        """Whole slots in one segment."""
+        """Slot numbers of one segment."""
         return self.segment_bytes // self.slot_bytes
+
+    @property
+    def full_slots_per_segment(self) -> int:
+        """Slots in a full segment; the other numbers of it stand for nothing."""
+        return self.segment_bytes // self.full_slot_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +151,22 @@ class SlotHeader:
     slot: SlotId
     generation: int
     checksums: SlabChecksums
+    """Of the decoded slabs."""
+    codec: CodecId = CodecId.RAW
+    encoded_bytes: int = 0
+    """Length of an encoded payload; 0 with codec RAW."""
+
+
+def compact_payload_bytes(layout: KvLayout, codec: Codec) -> int:
+    """Room that a compact slot has for a payload; 0 when the codec would not save a page."""
+    size = round_up(planned_payload_bytes(layout, codec), ALIGNMENT_BYTES)
+    return size if codec.codec_id is not CodecId.RAW and size < layout.block_bytes else 0
+
+
+def effective_codec(configured: Codec, layout: KvLayout, *, accepts_lossy: bool) -> Codec:
+    """What a new namespace uses: lossless unless it accepts a loss, raw where nothing is gained."""
+    codec = configured if configured.is_lossless or accepts_lossy else BP_ZSTD
+    return codec if compact_payload_bytes(layout, codec) else RAW
 
 
 def encode_superblock(superblock: Superblock) -> bytes:
@@ -134,6 +186,7 @@ def encode_superblock(superblock: Superblock) -> bytes:
         layout.head_dim,
         layout.block_tokens,
         _DTYPES.index(layout.dtype),
+        superblock.codec,
     )
     return _seal(fixed.ljust(_CHECKED_BYTES, b"\0"))
 
@@ -157,7 +210,9 @@ def decode_superblock(data: bytes, name: str) -> Superblock:
             "deleting it loses no work but time)"
         )
     try:
-        *axes, dtype = shape
+        *axes, dtype, codec_number = shape
+        codec = CodecId(codec_number)
+        compact_bytes = slot_bytes - HEADER_BYTES - summary_bytes
         layout = KvLayout(
             num_layers=axes[0],
             num_kv_heads=axes[1],
@@ -170,8 +225,10 @@ def decode_superblock(data: bytes, name: str) -> Superblock:
             layout=layout,
             segment_bytes=segment_bytes,
             summary_bytes=summary_bytes,
+            codec=codec,
+            compact_bytes=0 if codec is CodecId.RAW else max(0, compact_bytes),
         )
-    except (LayoutMismatchError, ConfigError, IndexError) as error:
+    except (LayoutMismatchError, ConfigError, IndexError, ValueError) as error:
         raise CorruptionError(f"{name} describes an impossible layout: {error}") from error
     if (superblock.slot_bytes, superblock.slots_per_segment) != (slot_bytes, slots):
         raise CorruptionError(f"{name} contradicts itself: run `ucm fsck --repair`")
@@ -192,7 +249,7 @@ def encode_header(superblock: Superblock, header: SlotHeader, into: memoryview) 
     fixed = _HEADER.pack(
         _SLOT_MAGIC,
         FORMAT_VERSION,
-        RAW_CODEC,
+        header.codec,
         superblock.namespace,
         header.key,
         header.parent,
@@ -203,7 +260,7 @@ def encode_header(superblock: Superblock, header: SlotHeader, into: memoryview) 
         layout.slab_stride_bytes,
         0,
         superblock.summary_bytes,
-        layout.block_bytes,
+        header.encoded_bytes or layout.block_bytes,
     )
     sums = struct.pack(f"<{layout.num_layers}Q", *header.checksums)
     body = fixed.ljust(_CHECKSUMS_OFFSET, b"\0") + sums.ljust(MAX_LAYERS * 8, b"\0")
@@ -221,15 +278,18 @@ def decode_header(
         data: 4096 bytes.
     """
     layout = superblock.layout
-    magic, version, codec, namespace, key, parent, generation, own_slot, *lengths = (
-        _HEADER.unpack_from(data)
-    )
+    fields = _HEADER.unpack_from(data)
+    magic, version, codec, namespace, key, parent, generation, own_slot, *lengths = fields
+    payload_bytes = lengths.pop()
     expected = [layout.num_layers, layout.slab_bytes, layout.slab_stride_bytes, 0]
-    expected += [superblock.summary_bytes, layout.block_bytes]
-    ours = (_SLOT_MAGIC, FORMAT_VERSION, RAW_CODEC, superblock.namespace, slot)
-    if (magic, version, codec, namespace, own_slot) != ours or lengths != expected:
+    ours = (_SLOT_MAGIC, FORMAT_VERSION, superblock.namespace, slot)
+    if (magic, version, namespace, own_slot) != ours:
         return None
-    if not _is_sealed(data):
+    if lengths != [*expected, superblock.summary_bytes] or not _is_sealed(data):
+        return None
+    is_raw = codec == CodecId.RAW and payload_bytes == layout.block_bytes
+    is_encoded = codec == superblock.codec and 0 < payload_bytes <= superblock.compact_bytes
+    if not is_raw and not is_encoded:
         return None
     return SlotHeader(
         key=BlockKey(key),
@@ -237,6 +297,8 @@ def decode_header(
         slot=slot,
         generation=generation,
         checksums=struct.unpack_from(f"<{layout.num_layers}Q", data, _CHECKSUMS_OFFSET),
+        codec=CodecId(codec),
+        encoded_bytes=payload_bytes if is_encoded else 0,
     )
 
 

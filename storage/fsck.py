@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from ucm.errors import ConfigError, CorruptionError, UcmError
 
 from . import index as index_file
+from .encoded_io import slot_io_for
 from .file_io import PosixFileIo, aligned_buffer
 from .folder import list_namespaces, locked_folder, read_superblock
 from .format import HEADER_BYTES
@@ -36,8 +37,7 @@ from .recovery import (
     reconcile,
     scan_headers,
 )
-from .segments import SegmentBudget, Segments, segment_numbers
-from .slot_io import SlotIo
+from .segments import SegmentBudget, Segments, segment_files
 from .tier import IoStatus, SlotId, SlotRead
 
 if TYPE_CHECKING:
@@ -204,10 +204,9 @@ class _NamespaceCheck:
 
     def _check_segment_files(self, superblock: Superblock) -> None:
         """Missing or short files; opening for repair completes them."""
-        numbers = segment_numbers(self._folder / "segments")
-        for number in range(numbers[-1] + 1 if numbers else 0):
-            path = self._folder / "segments" / f"{number:04d}.seg"
-            size = path.lstat().st_size if number in numbers else 0
+        paths = segment_files(self._folder / "segments")
+        for number in range(max(paths, default=-1) + 1):
+            size = paths[number].lstat().st_size if number in paths else 0
             if size < superblock.segment_bytes:
                 what = f"it has {size} bytes of {superblock.segment_bytes}"
                 finding = self._find(FindingKind.SEGMENT, what)
@@ -288,7 +287,9 @@ class _NamespaceCheck:
             files.segments.retire(segment)
         self._blank(files, slots)
         for segment in segments:
-            (self._folder / "segments" / f"{segment:04d}.seg").unlink(missing_ok=True)
+            path = segment_files(self._folder / "segments").get(segment)
+            if path is not None:
+                path.unlink(missing_ok=True)
         index.drop(
             record.key
             for record in list(index.records())
@@ -304,7 +305,7 @@ class _NamespaceCheck:
         block_bytes = files.superblock.layout.block_bytes
         per_batch = max(1, BATCH_BYTES // block_bytes)
         buffer = aligned_buffer(min(per_batch, max(1, len(records))) * block_bytes)
-        slot_io = SlotIo(files.superblock, files.segments, files.io)
+        slot_io = slot_io_for(files.superblock, files.segments, files.io)
         bad: list[Dropped] = []
         in_place = sorted(records, key=lambda record: record.slot)
         for start in range(0, len(in_place), per_batch):
@@ -363,7 +364,7 @@ class _NamespaceCheck:
 
     def _blank(self, files: NamespaceFiles, slots: Sequence[SlotId]) -> None:
         valid = [slot for slot in slots if slot < files.segments.num_slots]
-        SlotIo(files.superblock, files.segments, files.io).blank(valid)
+        slot_io_for(files.superblock, files.segments, files.io).blank(valid)
         files.segments.sync({files.segments.segment_of(slot) for slot in valid})
 
     def _punch(self, files: NamespaceFiles, slots: Sequence[SlotId]) -> None:

@@ -45,6 +45,7 @@ class MemoryTier:
         self._layout = layout
         self._arena = Arena(layout, num_slots, ArenaKind.READ_ONLY)
         self._keys = np.zeros((num_slots, KEY_BYTES), np.uint8)
+        self._lossy = np.zeros(num_slots, np.bool_)
 
     def __repr__(self) -> str:
         return f"MemoryTier({self._arena!r})"
@@ -83,8 +84,9 @@ class MemoryTier:
         """Nothing: memory does not survive its process."""
         return iter(())
 
-    def allocate(self, count: int) -> list[SlotId]:
-        """See `Tier.allocate`."""
+    def allocate(self, count: int, *, full: bool = False) -> list[SlotId]:
+        """See `Tier.allocate`. Every slot takes any block."""
+        del full
         table = self._arena.slots
         slots = table.allocate(count)
         table.set_generations(slots, [number + 1 for number in table.generations(slots)])
@@ -98,9 +100,12 @@ class MemoryTier:
         """See `Tier.write`. Copies on the calling thread; volatile."""
         return [self._write_one(item) for item in items]
 
-    def adopt(self, slot: SlotId, key: BlockKey, checksums: SlabChecksums) -> None:
+    def adopt(
+        self, slot: SlotId, key: BlockKey, checksums: SlabChecksums, *, is_lossy: bool = False
+    ) -> None:
         """Make the block that is already in `view(slot)` readable; no copy, no verification.
 
+        `is_lossy` says that a lossy codec made it; see `was_lossy`.
         The caller guarantees that the bytes were verified there and that it allocated the slot.
 
         Raises:
@@ -112,8 +117,13 @@ class MemoryTier:
             )
         self._require_allocated(slot)
         self._arena.checksums[slot] = checksums
+        self._lossy[slot] = is_lossy
         self._keys[slot] = np.frombuffer(key, np.uint8)
         self._arena.slots.change([slot], SlotState.ALLOCATED, SlotState.USED)
+
+    def was_lossy(self, slot: SlotId) -> bool:
+        """Whether the block in `slot` came from a lossy copy: its original is gone."""
+        return bool(self._lossy[slot])
 
     def read(self, items: Sequence[SlotRead]) -> list[ReadOutcome]:
         """See `Tier.read`. Copies on the calling thread."""

@@ -37,6 +37,8 @@ from ucm.errors import (
 )
 from ucm.types import BlockKey, NamespaceId, TierKind
 
+from .codecs import codec_named, codec_of
+from .encoded_io import slot_io_for
 from .file_io import PosixFileIo
 from .folder import (
     check_folder,
@@ -47,11 +49,10 @@ from .folder import (
     read_superblock,
     translate_os_error,
 )
-from .format import Superblock
+from .format import Superblock, compact_payload_bytes, effective_codec
 from .index import IndexRecord
-from .recovery import NamespaceFiles, order_by_chain, recover
+from .recovery import NamespaceFiles, append_segment, order_by_chain, recover
 from .segments import SegmentBudget, Segments, segment_numbers
-from .slot_io import SlotIo
 from .slots import SlotState
 from .tier import IoStatus, ReadOutcome, SlotId, TierEntry, TierUsage
 
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from ucm.config import NvmeConfig
     from ucm.layout import KvLayout
 
+    from .codec import Codec
     from .file_io import FileIo
     from .recovery import Recovered
     from .tier import SlotRead, SlotWrite
@@ -77,7 +79,7 @@ class NvmeTier:
         self._superblock = files.superblock
         self._layout = files.superblock.layout
         self._segments = files.segments
-        self._slot_io = SlotIo(files.superblock, files.segments, files.io)
+        self._slot_io = slot_io_for(files.superblock, files.segments, files.io)
         self._index = recovered.index
         self._slots = recovered.slots
         self._was_rebuilt = recovered.was_rebuilt
@@ -126,11 +128,17 @@ class NvmeTier:
         for record in order_by_chain(readable)[0]:
             yield TierEntry(record.key, record.parent, record.slot)
 
-    def allocate(self, count: int) -> list[SlotId]:
-        """See `Tier.allocate`. May create a segment, which blocks on the disk."""
-        slots = self._slots.allocate(count)
-        while len(slots) < count and self._grow():
-            slots += self._slots.allocate(count - len(slots))
+    def allocate(self, count: int, *, full: bool = False) -> list[SlotId]:
+        """See `Tier.allocate`. May create a segment, which blocks on the disk.
+
+        Where no more compact slots can be had, full ones are handed out: they take any block.
+        """
+        full = full and self._superblock.has_compact_slots
+        slots = self._slots.allocate(count, full=full)
+        while len(slots) < count and self._grow(full=full):
+            slots += self._slots.allocate(count - len(slots), full=full)
+        if len(slots) < count and self._superblock.has_compact_slots and not full:
+            slots += self._slots.allocate(count - len(slots), full=True)
         return slots
 
     def free(self, slots: Sequence[SlotId]) -> None:
@@ -230,12 +238,15 @@ class NvmeTier:
         self._index.close(clean=False)
         self._segments.close()
 
-    def _grow(self) -> bool:
+    def _grow(self, *, full: bool) -> bool:
         """Make sure that there may be free slots: of several callers, one adds a segment."""
         with self._grow_lock:
-            if self._slots.count(SlotState.FREE) == 0:
-                self._slots.grow(self._segments.grow())
-            return self._slots.count(SlotState.FREE) > 0
+            if self._slots.has_free(full=full):
+                return True
+            if not self._segments.grow(full=full):
+                return False
+            append_segment(self._slots, self._segments, self._segments.num_segments - 1)
+            return True
 
     def _status(self, item: SlotRead, state: SlotState) -> IoStatus:
         """Why a slot cannot be read; OK if it can."""
@@ -360,8 +371,9 @@ class NvmeStore:
             io: how block data is read and written; `PosixFileIo` when None. The store closes it.
 
         Raises:
-            ConfigError: no path; the folder is another user's, world-writable, of another format
-                version, or in use by another process; or the capacity is below one segment.
+            ConfigError: no path, or no such codec; the folder is another user's, world-writable,
+                of another format version, or in use by another process; or the capacity is below
+                one segment.
             CapacityError, TierUnavailableError: the folder cannot be made or read.
         """
         if config.path is None:
@@ -372,6 +384,7 @@ class NvmeStore:
                 f"{config.segment_bytes}: raise the first or lower the second"
             )
         self._config = config
+        self._codec = codec_named(config.codec)
         self._root = config.path / "ns"
         self._lock = threading.Lock()
         self._tiers: dict[NamespaceId, NvmeTier] = {}
@@ -390,10 +403,17 @@ class NvmeStore:
         """Ids of all namespaces on the disk, open or not."""
         return list_namespaces(self._root)
 
-    def open_namespace(self, namespace: NamespaceId, layout: KvLayout) -> NvmeTier:
+    def open_namespace(
+        self, namespace: NamespaceId, layout: KvLayout, *, accepts_lossy: bool = False
+    ) -> NvmeTier:
         """Open a namespace, recovering it if need be, or create it.
 
         Opened twice it is the same tier, unless that was closed meanwhile.
+
+        Args:
+            namespace: its id.
+            layout: of its blocks.
+            accepts_lossy: whether a new one may get a codec that loses precision.
 
         Raises:
             LayoutMismatchError: it exists with another layout.
@@ -406,7 +426,8 @@ class NvmeStore:
                 raise TierUnavailableError(f"the data folder {self._config.path} is closed")
             tier = self._tiers.get(namespace)
             if tier is None or tier.is_closed:
-                tier = self._tiers[namespace] = self._open(namespace, layout)
+                codec = effective_codec(self._codec, layout, accepts_lossy=accepts_lossy)
+                tier = self._tiers[namespace] = self._open(namespace, layout, codec)
         if tier.layout != layout:
             raise LayoutMismatchError(
                 f"namespace {namespace.hex()[:8]} holds blocks of {tier.layout}, not of {layout}"
@@ -464,10 +485,10 @@ class NvmeStore:
         for _ in segment_numbers(folder / "segments"):
             budget.count_existing(superblock.segment_bytes)
 
-    def _open(self, namespace: NamespaceId, layout: KvLayout) -> NvmeTier:
+    def _open(self, namespace: NamespaceId, layout: KvLayout, codec: Codec) -> NvmeTier:
         folder = self._root / namespace.hex()
         if not folder.exists():
-            create_namespace(folder, self._new_superblock(namespace, layout), self._io)
+            create_namespace(folder, self._new_superblock(namespace, layout, codec), self._io)
         superblock = read_superblock(folder)
         if superblock.namespace != namespace:
             raise CorruptionError(f"{folder} has another namespace's superblock: run `ucm fsck`")
@@ -476,6 +497,9 @@ class NvmeStore:
                 f"namespace {namespace.hex()[:8]} holds blocks of {superblock.layout}, "
                 f"not of {layout}"
             )
+        if superblock.codec is not codec.codec_id:
+            kept = codec_of(superblock.codec).name
+            log.warning("namespace %s keeps its codec %s", namespace.hex()[:8], kept)
         with contextlib.ExitStack() as on_failure:
             segments = Segments(folder / "segments", superblock, self._io, self._budget)
             on_failure.callback(segments.close)
@@ -490,7 +514,11 @@ class NvmeStore:
             on_failure.pop_all()
         return tier
 
-    def _new_superblock(self, namespace: NamespaceId, layout: KvLayout) -> Superblock:
+    def _new_superblock(self, namespace: NamespaceId, layout: KvLayout, codec: Codec) -> Superblock:
         return Superblock(
-            namespace=namespace, layout=layout, segment_bytes=self._config.segment_bytes
+            namespace=namespace,
+            layout=layout,
+            segment_bytes=self._config.segment_bytes,
+            codec=codec.codec_id,
+            compact_bytes=compact_payload_bytes(layout, codec),
         )

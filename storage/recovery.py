@@ -259,7 +259,9 @@ def _open_index(files: NamespaceFiles) -> tuple[BlockIndex, bool, bool]:
 
 def _slot_table(files: NamespaceFiles, index: BlockIndex, result: Reconciliation) -> SlotTable:
     """The state of every slot, once what must go is durably gone."""
-    slots = SlotTable(files.segments.num_slots)
+    slots = SlotTable(0)
+    for segment in range(files.segments.num_segments):
+        append_segment(slots, files.segments, segment)
     if result.dropped:
         try:
             index.drop(dropped.key for dropped in result.dropped)
@@ -274,6 +276,15 @@ def _slot_table(files: NamespaceFiles, index: BlockIndex, result: Reconciliation
     slots.change(used, SlotState.FREE, SlotState.USED)
     slots.set_generations(used, [record.generation for record in result.kept])
     return slots
+
+
+def append_segment(slots: SlotTable, segments: Segments, segment: int) -> None:
+    """Append the slot numbers of the next segment to the table."""
+    numbers = segments.slots_of(segment)
+    num_real = segments.num_real_slots(segment)
+    full = segments.is_full_slot(SlotId(numbers.start))
+    slots.grow(num_real, full=full)
+    slots.grow(len(numbers) - num_real, SlotState.ABSENT, full=full)
 
 
 def _with_matching_headers(

@@ -3,6 +3,10 @@
     slot number    0 1 2 ... s-1 | s ... 2s-1 | ...      s = slots_per_segment
     file           0000.seg      | 0001.seg   | ...
 
+A namespace with a codec has segments of two classes: compact ones (`0001.compact.seg`) with slots
+for encoded blocks, and full ones for blocks that do not fit those. Both take s numbers; the last
+ones of a full segment stand for nothing (`storage.format`).
+
 A segment's disk space is reserved when it is created, so that a full disk shows then and not in
 the middle of a write. `SegmentBudget` is shared by all namespaces of a store. A segment whose
 fsync failed once is *retired*: nothing in it is read or written again until `fsck --repair`.
@@ -37,7 +41,7 @@ MAX_SEGMENTS = 10_000
 
 NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
-_NAME = re.compile(r"(\d{4})\.seg")
+_NAME = re.compile(r"(\d{4})(\.compact)?\.seg")
 
 
 def _free_bytes(folder: Path) -> int:
@@ -121,10 +125,23 @@ class SegmentBudget:
 
 def segment_numbers(folder: Path) -> list[int]:
     """Numbers of the segment files in `folder`, ascending; empty when there is no such folder."""
+    return sorted(segment_files(folder))
+
+
+def segment_files(folder: Path) -> dict[int, Path]:
+    """The segment files in `folder` by number; empty when there is no such folder.
+
+    Of two files with one number, which no crash leaves behind, the compact one counts.
+    """
     if not folder.is_dir():
-        return []
-    matches = (_NAME.fullmatch(entry.name) for entry in folder.iterdir())
-    return sorted(int(match[1]) for match in matches if match)
+        return {}
+    names = sorted(entry.name for entry in folder.iterdir() if _NAME.fullmatch(entry.name))
+    return {int(name[:4]): folder / name for name in reversed(names)}
+
+
+def segment_path(folder: Path, number: int, *, is_compact: bool) -> Path:
+    """Where a segment's file lies."""
+    return folder / f"{number:04d}{'.compact' if is_compact else ''}.seg"
 
 
 class Segments:
@@ -151,6 +168,8 @@ class Segments:
         self._superblock = superblock
         self._slot_bytes = superblock.slot_bytes
         self._slots_per_segment = superblock.slots_per_segment
+        self._full: list[bool] = []
+        """Whether a segment has full slots where slots are compact otherwise."""
         self._io = io
         self._budget = budget
         self._read_only = read_only
@@ -161,11 +180,12 @@ class Segments:
         self._full_at_free_bytes = -1
         """Free disk when a segment last found no room; -1 when it found some."""
         try:
-            numbers = segment_numbers(folder)
+            paths = segment_files(folder)
         except OSError as error:
             raise TierUnavailableError(f"cannot read {folder}: {error}") from error
-        for number in range(numbers[-1] + 1 if numbers else 0):
-            self._append(self._open_existing(number))
+        for number in range(max(paths, default=-1) + 1):
+            path = paths.get(number) or self._path(number)
+            self._append(self._open_existing(path), path)
 
     @property
     def num_segments(self) -> int:
@@ -215,10 +235,25 @@ class Segments:
         file = self._files[segment]
         if file is None or segment in self._retired:
             return None
-        return file, index * self._slot_bytes
+        if not self._full[segment]:
+            return file, index * self._slot_bytes
+        if index >= self._superblock.full_slots_per_segment:
+            return None
+        return file, index * self._superblock.full_slot_bytes
 
-    def grow(self) -> int:
-        """Create and preallocate one more segment.
+    def is_full_slot(self, slot: SlotId) -> bool:
+        """Whether the slot holds a block as it is though the namespace's others are encoded."""
+        segment = slot // self._slots_per_segment
+        return segment < len(self._full) and self._full[segment]
+
+    def num_real_slots(self, segment: int) -> int:
+        """Slots of a segment that have a place; its other numbers stand for nothing."""
+        if self._full[segment]:
+            return self._superblock.full_slots_per_segment
+        return self._slots_per_segment
+
+    def grow(self, *, full: bool = False) -> int:
+        """Create and preallocate one more segment; `full` where blocks are encoded otherwise.
 
         Returns:
             The number of new slots at the end; 0 when the budget or the disk has no room.
@@ -228,14 +263,16 @@ class Segments:
             number = self.num_segments
             if number >= MAX_SEGMENTS or not self._budget.reserve(size_bytes):
                 return 0
-            file = self._create(number)
+            is_compact = self._superblock.has_compact_slots and not full
+            path = segment_path(self._folder, number, is_compact=is_compact)
+            file = self._create(path)
             if file is None:
                 self._full_at_free_bytes = _free_bytes(self._folder)
                 self._budget.release(size_bytes)
                 return 0
             self._full_at_free_bytes = -1
-            self._append(file)
-            return self._superblock.slots_per_segment
+            self._append(file, path)
+            return self.num_real_slots(number)
 
     def sync(self, segments: Iterable[int]) -> set[int]:
         """Make writes to `segments` durable; one that fails is retired, not tried again.
@@ -270,17 +307,19 @@ class Segments:
                     self._io.close_file(file)
             self._files[number] = None
 
-    def _append(self, file: FileHandle | None) -> None:
+    def _append(self, file: FileHandle | None, path: Path) -> None:
         if file is None:
             self._retired.add(len(self._files))
+        is_compact = path == segment_path(self._folder, len(self._full), is_compact=True)
+        self._full.append(self._superblock.has_compact_slots and not is_compact)
         self._files.append(file)
         self._sync_locks.append(threading.Lock())
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"{number:04d}.seg"
+        is_compact = self._superblock.has_compact_slots
+        return segment_path(self._folder, number, is_compact=is_compact)
 
-    def _open_existing(self, number: int) -> FileHandle | None:
-        path = self._path(number)
+    def _open_existing(self, path: Path) -> FileHandle | None:
         create = not self._read_only and not path.exists()
         try:
             file = self._io.open(path, create=create, writable=not self._read_only)
@@ -299,8 +338,7 @@ class Segments:
             return None
         return file
 
-    def _create(self, number: int) -> FileHandle | None:
-        path = self._path(number)
+    def _create(self, path: Path) -> FileHandle | None:
         file: FileHandle | None = None
         try:
             file = self._io.open(path, create=True, writable=True)

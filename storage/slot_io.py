@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from ucm import checksum
 
+from .codec import CodecId
 from .file_io import IoRequest, aligned_buffer
 from .format import BLANK_HEADER, HEADER_BYTES, SlotHeader, decode_header, encode_header
 from .segments import NO_SPACE_ERRNOS
@@ -56,7 +57,7 @@ MAX_SPARES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Piece:
     """One block of a batch on its way."""
 
     position: int
@@ -95,8 +96,9 @@ class SlotIo:
                 continue
             view = _nth_header(headers, position)
             check = self._write_check(item, generations[position], view)
-            parts.append(_Part(position, *place, view, item.data.cast("B"), check))
-        for part, code in self._transfer(parts, self._io.write_batch):
+            parts.append(Piece(position, *place, view, item.data.cast("B"), check))
+        slot_bytes = self._superblock.full_slot_bytes
+        for part, code in transfer(parts, self._io.write_batch, slot_bytes):
             statuses[part.position] = status_of_errno(code)
         self._give_headers(headers)
         return statuses
@@ -113,33 +115,14 @@ class SlotIo:
                 continue
             view = _nth_header(headers, position)
             check = self._read_check(item, generations[position], view, (found, position))
-            parts.append(_Part(position, *place, view, item.into.cast("B"), check))
-        for part, code in self._transfer(parts, self._io.read_batch):
+            parts.append(Piece(position, *place, view, item.into.cast("B"), check))
+        slot_bytes = self._superblock.full_slot_bytes
+        for part, code in transfer(parts, self._io.read_batch, slot_bytes):
             status = status_of_errno(code)
             sums = found[part.position] if status is IoStatus.OK else ()
             outcomes[part.position] = ReadOutcome(status, sums)
         self._give_headers(headers)
         return outcomes
-
-    def _transfer(
-        self, parts: Sequence[_Part], batch: Callable[[Sequence[IoRequest]], list[int]]
-    ) -> list[tuple[_Part, int]]:
-        """Transfer every part, neighbours together; an `errno` for each of them.
-
-        The parts of a merged request that fails are tried again one by one, so that each gets its
-        own answer.
-        """
-        runs = adjacent_runs(parts, self._superblock.slot_bytes)
-        codes = batch([_request_of(run) for run in runs])
-        done = [(run[0], code) for run, code in zip(runs, codes, strict=True) if len(run) == 1]
-        again: list[_Part] = []
-        for run, code in zip(runs, codes, strict=True):
-            if len(run) > 1 and code == 0:
-                done += [(part, 0) for part in run]
-            elif len(run) > 1:
-                again += run
-        codes = batch([_request_of([part]) for part in again]) if again else []
-        return done + list(zip(again, codes, strict=True))
 
     def _take_headers(self, count: int) -> memoryview:
         """Memory for `count` headers, used before if possible: fresh pages cost 5 us each."""
@@ -185,13 +168,43 @@ class SlotIo:
 
         def check() -> bool:
             header = decode_header(self._superblock, item.slot, header_view)
-            if header is None or (header.key, header.generation) != (item.key, generation):
+            if header is None or header.codec is not CodecId.RAW:
+                return False
+            if (header.key, header.generation) != (item.key, generation):
                 return False
             checksums, position = found
             checksums[position] = header.checksums
             return checksum.verify(self._layout, item.into, header.checksums)
 
         return check
+
+
+def transfer(
+    parts: Sequence[Piece],
+    batch: Callable[[Sequence[IoRequest]], list[int]],
+    slot_bytes: int,
+) -> list[tuple[Piece, int]]:
+    """Transfer every part, neighbours together; an `errno` for each of them.
+
+    The parts of a merged request that fails are tried again one by one, so that each gets its own
+    answer.
+
+    Args:
+        parts: of one batch.
+        batch: `read_batch` or `write_batch` of a `FileIo`.
+        slot_bytes: from one slot to the next.
+    """
+    runs = adjacent_runs(parts, slot_bytes)
+    codes = batch([_request_of(run) for run in runs])
+    done = [(run[0], code) for run, code in zip(runs, codes, strict=True) if len(run) == 1]
+    again: list[Piece] = []
+    for run, code in zip(runs, codes, strict=True):
+        if len(run) > 1 and code == 0:
+            done += [(part, 0) for part in run]
+        elif len(run) > 1:
+            again += run
+    codes = batch([_request_of([part]) for part in again]) if again else []
+    return done + list(zip(again, codes, strict=True))
 
 
 def status_of_errno(code: int) -> IoStatus:
@@ -213,7 +226,7 @@ def _header_of(item: SlotWrite, generation: int) -> SlotHeader:
     )
 
 
-def adjacent_runs(parts: Sequence[_Part], slot_bytes: int) -> list[list[_Part]]:
+def adjacent_runs(parts: Sequence[Piece], slot_bytes: int) -> list[list[Piece]]:
     """Group parts whose slots lie together in one file, each group in the order of the file.
 
     Args:
@@ -222,7 +235,7 @@ def adjacent_runs(parts: Sequence[_Part], slot_bytes: int) -> list[list[_Part]]:
     """
     fair_share = len(parts) // REQUESTS_PER_BATCH
     limit = max(1, min(fair_share, MERGED_BYTES // slot_bytes, MERGED_SLOTS))
-    runs: list[list[_Part]] = []
+    runs: list[list[Piece]] = []
     for part in sorted(parts, key=lambda part: (part.file, part.offset)):
         last = runs[-1][-1] if runs and len(runs[-1]) < limit else None
         if last is not None and (part.file, part.offset) == (last.file, last.offset + slot_bytes):
@@ -232,7 +245,7 @@ def adjacent_runs(parts: Sequence[_Part], slot_bytes: int) -> list[list[_Part]]:
     return runs
 
 
-def _request_of(run: Sequence[_Part]) -> IoRequest:
+def _request_of(run: Sequence[Piece]) -> IoRequest:
     """One request for neighbours; its check fails if that of any of them does."""
     buffers = tuple(buffer for part in run for buffer in (part.header, part.data))
     checks = [part.check for part in run]

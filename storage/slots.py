@@ -36,6 +36,8 @@ class SlotState(enum.IntEnum):
     """Holds a block that can be read."""
     QUARANTINED = 3
     """Its bytes or its device failed; not read and not handed out."""
+    ABSENT = 4
+    """A number without a place: behind the last slot of a segment with larger slots."""
 
 
 _STATES = tuple(SlotState)
@@ -48,8 +50,11 @@ class SlotTable:
         self._lock = threading.Lock()
         self._states = np.zeros(num_slots, np.uint8)
         self._generations = np.zeros(num_slots, np.uint64)
-        self._counts = [num_slots, 0, 0, 0]
-        self._search_from = 0
+        self._full = np.zeros(num_slots, np.bool_)
+        """Slots of the second class, for what does not fit the others."""
+        self._counts = [num_slots] + [0] * (len(SlotState) - 1)
+        self._search_from = [0, 0]
+        """Where the search for a free slot of either class begins."""
 
     def __len__(self) -> int:
         return len(self._states)
@@ -62,28 +67,38 @@ class SlotTable:
         """How many slots are in `state`."""
         return self._counts[state]
 
-    def grow(self, num_slots: int, state: SlotState = SlotState.FREE) -> None:
-        """Append `num_slots` slots in `state`."""
+    def grow(
+        self, num_slots: int, state: SlotState = SlotState.FREE, *, full: bool = False
+    ) -> None:
+        """Append `num_slots` slots in `state`, of the second class if `full`."""
         with self._lock:
-            self._search_from = min(self._search_from, len(self._states))
+            self._search_from = [min(each, len(self._states)) for each in self._search_from]
+            self._full = np.concatenate([self._full, np.full(num_slots, full)])
             new_states = np.full(num_slots, state, np.uint8)
             self._states = np.concatenate([self._states, new_states])
             self._generations = np.concatenate([self._generations, np.zeros(num_slots, np.uint64)])
             self._counts[state] += num_slots
 
-    def allocate(self, count: int) -> list[SlotId]:
-        """Take up to `count` free slots, the lowest first, so that runs stay adjacent."""
+    def has_free(self, *, full: bool = False) -> bool:
+        """Whether `allocate` would find one; looks at all of them."""
+        with self._lock:
+            return bool(((self._states == SlotState.FREE) & (self._full == full)).any())
+
+    def allocate(self, count: int, *, full: bool = False) -> list[SlotId]:
+        """Take up to `count` free slots of a class, the lowest first, so that runs are adjacent."""
         with self._lock:
             found: list[int] = []
-            while len(found) < count and self._search_from < len(self._states):
-                start = self._search_from
-                window = self._states[start : start + SEARCH_WINDOW_SLOTS]
-                free = np.flatnonzero(window == SlotState.FREE)[: count - len(found)]
+            while len(found) < count and self._search_from[full] < len(self._states):
+                start = self._search_from[full]
+                end = start + SEARCH_WINDOW_SLOTS
+                window = self._states[start:end]
+                fits = (window == SlotState.FREE) & (self._full[start:end] == full)
+                free = np.flatnonzero(fits)[: count - len(found)]
                 found.extend((free + start).tolist())
-                self._search_from = start + len(window)
+                self._search_from[full] = start + len(window)
                 self._states[found] = SlotState.ALLOCATED
             if len(found) == count and found:
-                self._search_from = found[-1] + 1
+                self._search_from[full] = found[-1] + 1
             self._move_counts(SlotState.FREE, SlotState.ALLOCATED, len(found))
             return [SlotId(slot) for slot in found]
 
@@ -101,7 +116,7 @@ class SlotTable:
             found: list[SlotId] = list(dict.fromkeys(moved.tolist()))
             self._move_counts(expected, new, len(found))
             if new is SlotState.FREE and found:
-                self._search_from = min(self._search_from, int(moved.min()))
+                self._search_from = [min(each, int(moved.min())) for each in self._search_from]
             return found
 
     def quarantine(self, slots: Sequence[SlotId]) -> None:
@@ -155,8 +170,11 @@ class SlotTable:
             counted = np.bincount(self._states, minlength=len(SlotState)).tolist()
             if counted != self._counts:
                 return [f"slot counters say {self._counts}, the table {counted}"]
-            free = np.flatnonzero(self._states[: self._search_from] == SlotState.FREE)
-            return [f"free slot {free[0]} is behind the search"] if len(free) else []
+            for full, start in enumerate(self._search_from):
+                fits = (self._states[:start] == SlotState.FREE) & (self._full[:start] == full)
+                if fits.any():
+                    return [f"free slot {int(fits.argmax())} is behind the search"]
+            return []
 
     def _move_counts(self, source: SlotState, target: SlotState, count: int) -> None:
         self._counts[source] -= count

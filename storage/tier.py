@@ -36,6 +36,8 @@ class IoStatus(enum.StrEnum):
     """The device failed; the bytes are unknown."""
     FULL = "full"
     """The disk or the index has no room."""
+    OVERSIZE = "oversize"
+    """Encoded it does not fit its slot: write it again to one that `allocate(full=True)` gave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class SlotWrite:
     data: memoryview
     """`layout.block_bytes` long."""
     checksums: SlabChecksums
+    was_lossy: bool = False
+    """It came back from a lossy codec, which must not be applied to it a second time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ class ReadOutcome:
 
     status: IoStatus
     checksums: SlabChecksums = ()
+    is_lossy: bool = False
+    """The bytes are what a lossy codec made of those that were written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +119,13 @@ class Tier(Protocol):
         Orphans (whose parent is not in the tier) were removed at opening.
         """
 
-    def allocate(self, count: int) -> list[SlotId]:
-        """Hand out up to `count` free slots; fewer when there are not as many."""
+    def allocate(self, count: int, *, full: bool = False) -> list[SlotId]:
+        """Hand out up to `count` free slots; fewer when there are not as many.
+
+        Args:
+            count: how many.
+            full: slots for blocks whose write was answered OVERSIZE; all are where none is.
+        """
 
     def free(self, slots: Sequence[SlotId]) -> None:
         """Take back slots that were never successfully written."""

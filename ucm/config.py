@@ -62,6 +62,11 @@ class NvmeConfig:
     """Sum of all segments."""
     segment_bytes: int = 1 * GIB
     """Size of one preallocated segment file."""
+    codec: str = "raw"
+    """How new namespaces encode blocks on the disk: `raw`, `bp-zstd` (exact, a third smaller in
+    bfloat16), or `int8`, `fp8`, `int4`, which lose precision: they serve namespaces that accept a
+    loss, the others get `bp-zstd`. A namespace keeps the codec that it was made with. Memory is
+    always raw, because clients map it."""
     high_watermark: float = 0.95
     """As for memory."""
     low_watermark: float = 0.90

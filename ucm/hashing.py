@@ -27,7 +27,7 @@ from .errors import InvalidArgumentError
 from .layout import KvLayout
 from .types import KEY_BYTES, ROOT_KEY, BlockKey, NamespaceId
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Changes whenever the encoding or the meaning of a field does; old keys then never match."""
 
 Encodable: TypeAlias = Union[
@@ -118,6 +118,9 @@ class NamespaceSpec:
     """Where the adapter was loaded from; two adapters of one name differ by it."""
     cross_layer: str = "none"
     """Layout of KV shared across layers."""
+    accepts_lossy: bool = False
+    """Whether blocks may come back a little different, from a codec that loses precision; who
+    does not accept that never shares a block with who does."""
 
     def __post_init__(self) -> None:
         # 10000 and 10000.0 are one base, but two encodings

@@ -176,7 +176,9 @@ class LoadPath:
         del found.promotions[row]
         failure: LoadStatus | None = None
         if outcome.status is IoStatus.OK:
-            found.memory.adopt(promotion.target, promotion.key, outcome.checksums)
+            found.memory.adopt(
+                promotion.target, promotion.key, outcome.checksums, is_lossy=outcome.is_lossy
+            )
             index.place(row, TierKind.MEMORY, promotion.target)
         else:
             found.memory.free([promotion.target])

@@ -99,8 +99,10 @@ class Namespace:
 class NvmeStoreLike(Protocol):
     """What opens NVMe tiers; `ucm.storage.nvme.NvmeStore` is one."""
 
-    def open_namespace(self, namespace: NamespaceId, layout: KvLayout) -> Tier:
-        """Open or create the namespace's tier."""
+    def open_namespace(
+        self, namespace: NamespaceId, layout: KvLayout, *, accepts_lossy: bool = False
+    ) -> Tier:
+        """Open or create the namespace's tier; a new one may lose precision if that is accepted."""
 
     def close(self) -> None:
         """Give everything back."""
@@ -188,20 +190,23 @@ class NamespaceTable:
                     f"{self._max_namespaces} namespaces are in use, the limit: "
                     "raise service.max_namespaces"
                 )
-            opened = self._open_tiers(namespace, spec.layout)
+            opened = self._open_tiers(namespace, spec)
             with self.lock:
                 self._by_id[namespace] = opened
                 use(opened)  # if it raises, nobody has it open: it makes way when room is needed
             return opened
 
-    def _open_tiers(self, namespace: NamespaceId, layout: KvLayout) -> Namespace:
+    def _open_tiers(self, namespace: NamespaceId, spec: NamespaceSpec) -> Namespace:
+        layout = spec.layout
         memory = self._tiers.memory(layout, self._config.capacity_bytes // layout.block_bytes)
         opened = Namespace(namespace, layout, BlockIndex(), memory, None)
         opened.last_use_us = self._clock.now_us()
         if self._tiers.nvme is None:
             return opened
         try:
-            opened.nvme = self._tiers.nvme.open_namespace(namespace, layout)
+            opened.nvme = self._tiers.nvme.open_namespace(
+                namespace, layout, accepts_lossy=spec.accepts_lossy
+            )
             opened.index.load(opened.nvme.entries(), TierKind.NVME)
         except LayoutMismatchError:
             memory.close()

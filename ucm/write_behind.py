@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ucm.storage.tier import IoStatus, SlotId, SlotWrite
 
@@ -176,6 +177,7 @@ class WriteBehind:
         slots = self._allocate(found, len(writable))
         items = self._items(found, writable, slots, undeleted)
         statuses = self._write(found, items)
+        slots += self._write_oversize(found, items, statuses)
         failed = [status for status in _REFUSALS if status in statuses]
         for status in failed:
             count = statuses.count(status)
@@ -271,7 +273,8 @@ class WriteBehind:
                 source, key = index.slot(row, TierKind.MEMORY), index.key(row)
                 if source != NO_SLOT and key not in skip:
                     data, checksums = memory.view(source), memory.checksums(source)
-                    items.append(SlotWrite(slot, key, index.parent_key(row), data, checksums))
+                    parent, was_lossy = index.parent_key(row), memory.was_lossy(source)
+                    items.append(SlotWrite(slot, key, parent, data, checksums, was_lossy))
         return items
 
     def _write(self, found: Namespace, items: list[SlotWrite]) -> list[IoStatus]:
@@ -290,6 +293,29 @@ class WriteBehind:
         num_bytes = len(items) * found.layout.block_bytes
         metrics.add("ucm_io_bytes_total", num_bytes, tier="nvme", op="write")
         return statuses
+
+    def _write_oversize(
+        self, found: Namespace, items: list[SlotWrite], statuses: list[IoStatus]
+    ) -> list[SlotId]:
+        """Write what its codec made too long once more, to full slots, as far as there are any.
+
+        `items` and `statuses` are updated in place; returns the slots that were allocated.
+        """
+        positions = [i for i, status in enumerate(statuses) if status is IoStatus.OVERSIZE]
+        if not positions:
+            return []
+        assert found.nvme is not None
+        try:
+            slots = found.nvme.allocate(len(positions), full=True)
+        except (UcmError, OSError) as error:
+            _log.warning("no full slots for %d blocks: %s", len(positions), error)
+            return []
+        moved = positions[: len(slots)]
+        again = [replace(items[i], slot=slot) for i, slot in zip(moved, slots, strict=True)]
+        written = self._write(found, again)
+        for i, item, status in zip(moved, again, written, strict=True):
+            items[i], statuses[i] = item, status
+        return slots
 
     def _settle_locked(
         self, found: Namespace, items: list[SlotWrite], statuses: Sequence[IoStatus]

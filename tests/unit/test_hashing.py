@@ -31,10 +31,10 @@ LAYOUT = KvLayout(
 SPEC = NamespaceSpec(layout=LAYOUT, model_id="smollm2-135m", weights_digest="ab" * 32)
 NAMESPACE = SPEC.fingerprint()
 
-GOLDEN_NAMESPACE = "2c1f37cfcee0adbb3b882486e9c729fc77eddf5763693feb61f0b26d28086c22"
+GOLDEN_NAMESPACE = "677ed57f78425b4039784117b294f06b247c668b97f4d7fe7c96b8f8812b6fda"
 GOLDEN_KEYS = (
-    "b7f70a7f867b081e4d50d3b40a6b6242677bddd4bd93752fe574c935220edd94",
-    "d5e5b86b4215669d0256088be2c9673d40211b5b2d464bfeac637249033f3415",
+    "003f679a653044a057b0bffeba924041c57ef8d8afdf7d5c5a1cf06fbf6402d5",
+    "45dcbf4ba53d6f8a760bfe09ea6c86071e548a4c63e19ecbef092b4142065db3",
 )
 
 
@@ -124,7 +124,7 @@ class TestGoldenVectors:
 
     def test_a_key_is_the_documented_digest(self) -> None:
         tokens = struct.pack("<2i", 5, 6)
-        encoded = encode(["ucm.block", 1, NAMESPACE, ROOT_KEY, tokens, ["img"]])
+        encoded = encode(["ucm.block", 2, NAMESPACE, ROOT_KEY, tokens, ["img"]])
         assert block_key(NAMESPACE, ROOT_KEY, [5, 6], ["img"]) == hashlib.sha256(encoded).digest()
 
 
@@ -134,6 +134,7 @@ VALUES: dict[type, st.SearchStrategy[Any]] = {
     str: st.text(max_size=12),
     int: st.integers(0, 2**31),
     float: st.floats(allow_nan=False),
+    bool: st.booleans(),
 }
 
 

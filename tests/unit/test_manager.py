@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from ucm.embedded import EmbeddedCache
-from ucm.storage.tier import IoStatus
+from ucm.storage.tier import IoStatus, SlotId
 from ucm.testing.blocks import (
     TINY_LAYOUT,
     chain,
@@ -44,6 +44,12 @@ def store() -> Iterator[FakeStore]:
     made.cache.flush(timeout_s=5)
     assert made.manager.check_integrity() == []
     made.close()
+
+
+def no_slots(count: int, *, full: bool = False) -> list[SlotId]:
+    """What `allocate` answers on a disk without room."""
+    del count, full
+    return []
 
 
 def flushed_chain(store: FakeStore, num_blocks: int, seed: int = 0) -> list[BlockKey]:
@@ -332,7 +338,7 @@ class TestFullDisk:
     def test_a_disk_that_promised_slots_and_has_none_is_full(self, store: FakeStore) -> None:
         """Preallocation fails: the tier hands out fewer slots than it said were free."""
         usage = dataclasses.replace(store.tier.usage(), disk_is_full=True)
-        store.tier.allocate = lambda count: []  # type: ignore[method-assign]
+        store.tier.allocate = no_slots  # type: ignore[method-assign]
         store.tier.usage = lambda: usage  # type: ignore[method-assign]
         put(store.cache, store.handle, chain(store.handle.id, 2))
         assert not store.cache.flush(timeout_s=5)
@@ -343,7 +349,7 @@ class TestFullDisk:
     ) -> None:
         """Another namespace may have taken them in between."""
         allocate = store.tier.allocate
-        store.tier.allocate = lambda count: []  # type: ignore[method-assign]
+        store.tier.allocate = no_slots  # type: ignore[method-assign]
         keys = chain(store.handle.id, 2)
         put(store.cache, store.handle, keys)
         assert not store.cache.flush(timeout_s=5)

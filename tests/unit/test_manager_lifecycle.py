@@ -118,7 +118,9 @@ class TestNamespaces:
         entered, go_on = threading.Event(), threading.Event()
 
         class Slow(FakeDisk):
-            def open_namespace(self, namespace: NamespaceId, layout: KvLayout) -> FakeTier:
+            def open_namespace(
+                self, namespace: NamespaceId, layout: KvLayout, *, accepts_lossy: bool = False
+            ) -> FakeTier:
                 if namespace == tiny_spec("slow").fingerprint():
                     entered.set()
                     assert go_on.wait(10)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 
 from ucm.checksum import checksum
 from ucm.errors import ConfigError, CorruptionError, LayoutMismatchError
 from ucm.layout import MAX_LAYERS, KvDtype, KvLayout
+from ucm.storage.codec import CodecId
+from ucm.storage.codecs import CODEC_NAMES, codec_named
 from ucm.storage.format import (
     BLANK_HEADER,
     HEADER_BYTES,
     SlotHeader,
     Superblock,
+    compact_payload_bytes,
     decode_header,
     decode_superblock,
+    effective_codec,
     encode_header,
     encode_superblock,
     is_blank,
@@ -48,7 +53,7 @@ def encoded(header: SlotHeader = HEADER, superblock: Superblock = SUPERBLOCK) ->
 
 def test_golden_superblock() -> None:
     data = encode_superblock(SUPERBLOCK)
-    assert data[:16].hex() == "55434d53555045520100000000100000"
+    assert data[:16].hex() == "55434d53555045520200000000100000"
     assert struct.unpack_from("<QQQQ", data, 48) == (64 << 20, 1478656, 45, 0)
     assert struct.unpack_from("<IIIII", data, 80) == (30, 3, 64, 32, 0)
     assert hashlib.sha256(data).hexdigest() == SUPERBLOCK_SHA256
@@ -57,7 +62,7 @@ def test_golden_superblock() -> None:
 
 def test_golden_header() -> None:
     data = bytes(encoded())
-    assert data[:16].hex() == "55434d534c4f54000100000000000000"
+    assert data[:16].hex() == "55434d534c4f54000200000000000000"
     assert data[48:112] == HEADER.key + HEADER.parent
     assert struct.unpack_from("<QQIIIIQQ", data, 112) == (
         (1 << 40) + 5, 41, 30, 49152, 49152, 0, 0, 1474560,
@@ -67,8 +72,8 @@ def test_golden_header() -> None:
     assert decode_header(SUPERBLOCK, HEADER.slot, data) == HEADER
 
 
-SUPERBLOCK_SHA256 = "e348c3610c51417d5e7291d8f7ae8c94e98c603a379603c7b38a786355c5f7ef"
-HEADER_SHA256 = "20dc686279ee6fd8337366e3bb753f3aafc6467d3563c5577a0f2231046ff40f"
+SUPERBLOCK_SHA256 = "65fb5e08f4da6f6284b7af9e80751118995a73c250d65d17a8da708e21af505f"
+HEADER_SHA256 = "08b1fba4019c0d3f4327f8f5b0b136c74ed515249af7a74f93226ba09ad81853"
 
 
 def test_every_flipped_bit_is_noticed() -> None:
@@ -104,14 +109,14 @@ def test_blank_and_garbage_headers_are_none() -> None:
 
 def test_another_version_says_what_to_do() -> None:
     data = bytearray(encode_superblock(SUPERBLOCK))
-    struct.pack_into("<I", data, 8, 2)
+    struct.pack_into("<I", data, 8, 1)
     struct.pack_into("<Q", data, 4088, checksum(bytes(data[:4088])))
-    with pytest.raises(ConfigError, match=r"format 2.* 1: .*empty data folder"):
+    with pytest.raises(ConfigError, match=r"format 1.* 2: .*empty data folder"):
         decode_superblock(bytes(data), "it")
 
 
 def test_a_sealed_superblock_that_makes_no_sense_is_damaged() -> None:
-    for offset, value in ((80, 0), (96, 9), (56, 1), (64, 1), (48, 5)):
+    for offset, value in ((80, 0), (96, 9), (56, 1), (64, 1), (48, 5), (100, 1), (100, 9)):
         data = bytearray(encode_superblock(SUPERBLOCK))
         struct.pack_into("<I", data, offset, value)
         struct.pack_into("<Q", data, 4088, checksum(bytes(data[:4088])))
@@ -146,3 +151,66 @@ def test_what_cannot_be_is_refused() -> None:
     )
     with pytest.raises(LayoutMismatchError):
         encoded(short)
+
+
+COMPACT = Superblock(
+    namespace=SUPERBLOCK.namespace,
+    layout=LAYOUT,
+    segment_bytes=64 << 20,
+    codec=CodecId.INT8,
+    compact_bytes=compact_payload_bytes(LAYOUT, codec_named("int8")),
+)
+ENCODED_HEADER = replace(HEADER, codec=CodecId.INT8, encoded_bytes=404000)
+
+
+def test_golden_compact_superblock() -> None:
+    data = encode_superblock(COMPACT)
+    assert struct.unpack_from("<QQQQ", data, 48) == (64 << 20, 409600, 163, 0)
+    assert struct.unpack_from("<I", data, 100) == (CodecId.INT8,)
+    assert hashlib.sha256(data).hexdigest() == COMPACT_SHA256
+    assert decode_superblock(data, "it") == COMPACT
+
+
+def test_golden_encoded_header() -> None:
+    data = bytes(encoded(ENCODED_HEADER, COMPACT))
+    assert struct.unpack_from("<I", data, 12) == (CodecId.INT8,)
+    assert struct.unpack_from("<Q", data, 152) == (404000,)
+    assert decode_header(COMPACT, HEADER.slot, data) == ENCODED_HEADER
+    assert decode_header(SUPERBLOCK, HEADER.slot, data) is None, "this namespace has no codec"
+
+
+COMPACT_SHA256 = "647706cf53cfbca7cf941ea0b0dfac0ad4ffa5ce11fc8c943e1e92b103bb105d"
+
+
+def test_headers_of_another_codec_or_length_are_not_ours() -> None:
+    for change in (
+        {"codec": CodecId.INT4},
+        {"encoded_bytes": COMPACT.compact_bytes + 1},
+        {"encoded_bytes": 0},
+    ):
+        header = replace(ENCODED_HEADER, **change)
+        assert decode_header(COMPACT, HEADER.slot, bytes(encoded(header, COMPACT))) is None
+    full = bytes(encoded(HEADER, COMPACT))
+    assert decode_header(COMPACT, HEADER.slot, full) == HEADER, "a full slot's"
+
+
+def test_slots_are_as_small_as_the_codec_allows() -> None:
+    small = KvLayout(
+        num_layers=30, num_kv_heads=3, head_dim=64, block_tokens=32, dtype=KvDtype.BFLOAT16
+    )
+    sizes = {name: compact_payload_bytes(small, codec_named(name)) for name in CODEC_NAMES}
+    assert sizes == {"raw": 0, "bp-zstd": 557056, "int8": 405504, "fp8": 385024, "int4": 233472}
+
+
+def test_who_accepts_no_loss_gets_a_lossless_codec() -> None:
+    def chosen(name: str, *, accepts_lossy: bool, layout: KvLayout = LAYOUT) -> str:
+        return effective_codec(codec_named(name), layout, accepts_lossy=accepts_lossy).name
+
+    assert [chosen(name, accepts_lossy=True) for name in CODEC_NAMES] == list(CODEC_NAMES)
+    assert [chosen(name, accepts_lossy=False) for name in CODEC_NAMES] == [
+        "raw", "bp-zstd", "bp-zstd", "bp-zstd", "bp-zstd",
+    ]  # fmt: skip
+    page = KvLayout(num_layers=4, num_kv_heads=1, head_dim=2, block_tokens=1, dtype=KvDtype.FLOAT16)
+    assert chosen("int8", accepts_lossy=True, layout=page) == "int8", "four pages become one"
+    one = replace(page, num_layers=1)
+    assert chosen("int8", accepts_lossy=True, layout=one) == "raw", "a page cannot get smaller"

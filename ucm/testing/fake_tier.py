@@ -103,8 +103,9 @@ class FakeTier:
                 del waiting[slot]
                 yield TierEntry(block.key, block.parent, slot)
 
-    def allocate(self, count: int) -> list[SlotId]:
+    def allocate(self, count: int, *, full: bool = False) -> list[SlotId]:
         """See `Tier.allocate`."""
+        del full
         with self._lock:
             taken = self.blocks.keys() | self._allocated | self._quarantined
             free = [SlotId(n) for n in range(self._num_slots) if n not in taken][:count]
@@ -207,8 +208,11 @@ class FakeDisk:
         self.tiers: dict[NamespaceId, FakeTier] = {}
         self.open_error: Exception | None = None
 
-    def open_namespace(self, namespace: NamespaceId, layout: KvLayout) -> FakeTier:
-        """Open or create a namespace's tier."""
+    def open_namespace(
+        self, namespace: NamespaceId, layout: KvLayout, *, accepts_lossy: bool = False
+    ) -> FakeTier:
+        """Open or create a namespace's tier; it keeps every bit, whatever is accepted."""
+        del accepts_lossy
         if self.open_error is not None:
             raise self.open_error
         tier = self.tiers.setdefault(namespace, FakeTier(layout, self.num_slots, self.faults))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ucm.config import NvmeConfig
-from ucm.storage.format import HEADER_BYTES
+from ucm.storage.codecs import codec_named
+from ucm.storage.format import HEADER_BYTES, compact_payload_bytes
 from ucm.types import NamespaceId
 
 from .tier_conformance import LAYOUT
@@ -21,13 +22,21 @@ NAMESPACE = NamespaceId(b"conformance tests' namespace, id")
 SLOT_BYTES = HEADER_BYTES + LAYOUT.block_bytes
 
 
-def nvme_config(path: Path, num_slots: int, *, slots_per_segment: int = 4) -> NvmeConfig:
-    """A store of `num_slots` slots of the test layout, a multiple of `slots_per_segment`."""
+def nvme_config(
+    path: Path, num_slots: int, *, slots_per_segment: int = 4, codec: str = "raw"
+) -> NvmeConfig:
+    """A store of `num_slots` slots of the test layout, a multiple of `slots_per_segment`.
+
+    With a codec they are compact ones, and a segment has room for a full slot at least.
+    """
     assert num_slots % slots_per_segment == 0, (num_slots, slots_per_segment)
+    compact_bytes = compact_payload_bytes(LAYOUT, codec_named(codec))
+    slot_bytes = HEADER_BYTES + (compact_bytes or LAYOUT.block_bytes)
     return NvmeConfig(
         path=path,
-        capacity_bytes=num_slots * SLOT_BYTES,
-        segment_bytes=slots_per_segment * SLOT_BYTES,
+        codec=codec,
+        capacity_bytes=num_slots * slot_bytes,
+        segment_bytes=slots_per_segment * slot_bytes,
         io_threads=2,
         index_map_bytes=16 << 20,
     )

