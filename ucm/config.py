@@ -7,6 +7,7 @@ Sizes are bytes; a file or flag may say `4GiB`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,6 +109,24 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaConfig:
+    """What one tenant may hold over all its namespaces: `[quota.TENANT]`, in a file only.
+
+    `[quota."*"]` is for tenants that have no section of their own, `[quota.""]` for engines that
+    name no tenant. Reservations are for named tenants only and together at most the capacity.
+    """
+
+    memory_bytes: int = 0
+    """Most host memory; 0 is no limit. At its quota a tenant evicts its own blocks."""
+    memory_reserved_bytes: int = 0
+    """Host memory that no other tenant takes."""
+    nvme_bytes: int = 0
+    """Most disk space, in whole segments (rounded down); 0 is no limit."""
+    nvme_reserved_bytes: int = 0
+    """Disk space that no other tenant takes, in whole segments (rounded up)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The daemon's whole configuration, one section a component."""
 
@@ -117,3 +136,5 @@ class Config:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    quota: Mapping[str, QuotaConfig] = field(default_factory=dict)
+    """By the tenant's name."""

@@ -23,10 +23,11 @@ from .api import LookupResult, NamespaceHandle, SlabChecksums
 from .clock import Clock, SystemClock
 from .config import Config
 from .errors import CapacityError, TierUnavailableError
-from .grants import LoadGrants, ManagerStatus, NamespaceStatus, StoreGrants, TierStatus
+from .grants import LoadGrants, ManagerStatus, StoreGrants, TierStatus
 from .hashing import NamespaceSpec
 from .loads import LoadPath
 from .manager_state import MAX_WAIT_S, ManagerState, Session
+from .manager_status import check_namespace, namespace_statuses, tier_status
 from .metrics import Metrics
 from .namespaces import Namespace, NamespaceTable, TierFactory, tiers_of
 from .staging import Staging
@@ -64,16 +65,15 @@ class Manager:
             tiers: how tiers are made; those that `config` describes when None.
 
         Raises:
-            ConfigError: the folder belongs to another user, format version or running daemon.
+            ConfigError: the folder belongs to another user, format version or running daemon; or
+                the quotas cannot be kept.
         """
         self.config = config
         self.metrics = metrics or Metrics()
         clock = clock or SystemClock()
-        tiers = tiers or tiers_of(config.nvme)
+        tiers = tiers or tiers_of(config)
         self._has_nvme = tiers.nvme is not None
-        namespaces = NamespaceTable(
-            config.memory, config.service.max_namespaces, tiers, clock, self.metrics
-        )
+        namespaces = NamespaceTable(config, tiers, clock, self.metrics)
         self._state = ManagerState(config, namespaces, clock, self.metrics)
         self._pool = TransferPool(TRANSFER_THREADS, config.transfer.max_queued_transfers)
         self._write_behind = (
@@ -287,10 +287,11 @@ class Manager:
         """A snapshot; also refreshes the gauges. O(namespaces + leases)."""
         state, queue = self._state, self._write_behind
         with state.lock:
-            namespaces = tuple(_namespace_status(found) for found in state.namespaces)
+            namespaces = namespace_statuses(state.namespaces)
             tiers = self._tier_statuses_locked()
             word = "closed" if state.closed else "draining" if state.draining else "serving"
             problems = [each.problem for each in namespaces if each.problem]
+            problems += [each.memory_shortage for each in state.namespaces if each.memory_shortage]
             problems += [
                 f"{tier.kind}: stores stop, loads go on: {tier.reason}"
                 for tier in tiers
@@ -312,11 +313,11 @@ class Manager:
 
     def _tier_statuses_locked(self) -> tuple[TierStatus, ...]:
         found = list(self._state.namespaces)
-        memory = _tier_status(found, TierKind.MEMORY, self.config.memory.capacity_bytes, "")
+        memory = tier_status(found, TierKind.MEMORY, self.config.memory.capacity_bytes, "")
         if self._write_behind is None:
             return (memory,)
         reason = self._write_behind.health.reason
-        return (memory, _tier_status(found, TierKind.NVME, self.config.nvme.capacity_bytes, reason))
+        return (memory, tier_status(found, TierKind.NVME, self.config.nvme.capacity_bytes, reason))
 
     def _set_gauges(self, snapshot: ManagerStatus) -> None:
         metrics = self.metrics
@@ -337,47 +338,5 @@ class Manager:
             for session in state.sessions.values():
                 problems += session.staging.runs.check_integrity()
             for found in state.namespaces:
-                problems += _check_namespace(found)
+                problems += check_namespace(found)
         return problems
-
-
-def _namespace_status(found: Namespace) -> NamespaceStatus:
-    return NamespaceStatus(
-        id=found.id,
-        num_blocks=len(found.index),
-        memory_blocks=found.index.num_copies(TierKind.MEMORY),
-        nvme_blocks=found.index.num_copies(TierKind.NVME),
-        block_bytes=found.layout.block_bytes,
-        num_sessions=found.num_sessions,
-        problem=found.problem,
-    )
-
-
-def _tier_status(
-    namespaces: list[Namespace], kind: TierKind, capacity_bytes: int, reason: str
-) -> TierStatus:
-    usages = [
-        tier.usage()
-        for found in namespaces
-        if (tier := found.memory if kind is TierKind.MEMORY else found.nvme) is not None
-    ]
-    return TierStatus(
-        kind=kind,
-        used_bytes=sum(usage.used_slots * usage.slot_bytes for usage in usages),
-        capacity_bytes=capacity_bytes,
-        num_blocks=sum(found.index.num_copies(kind) for found in namespaces),
-        quarantined_slots=sum(usage.quarantined_slots for usage in usages),
-        writable=not reason,
-        reason=reason,
-    )
-
-
-def _check_namespace(found: Namespace) -> list[str]:
-    problems = found.index.check_integrity() + found.memory.check_integrity()
-    if found.nvme is not None:
-        problems += found.nvme.check_integrity()
-    held = found.promotions or found.num_copying
-    used, copies = found.memory.usage().used_slots, found.index.num_copies(TierKind.MEMORY)
-    if not held and used != copies:
-        problems.append(f"memory: {used} slots in use for {copies} blocks")
-    return [f"namespace {found.id.hex()[:8]}: {problem}" for problem in problems]

@@ -27,7 +27,7 @@ from . import __version__
 from .config import Config
 from .door import SessionTokens
 from .errors import CapacityError, InvalidArgumentError, PermissionDeniedError, UcmError
-from .grants import ManagerStatus, NamespaceStatus, TierStatus
+from .grants import ManagerStatus, NamespaceStatus, ShareStatus, TierStatus
 from .manager import Manager
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
@@ -381,4 +381,16 @@ def _namespace_to_wire(namespace: NamespaceStatus) -> pb.NamespaceStatus:
         block_bytes=namespace.block_bytes,
         num_sessions=namespace.num_sessions,
         problem=namespace.problem,
+        tenant=namespace.tenant,
+        shares=[_share_to_wire(share) for share in namespace.shares],
+        pinned_bytes=namespace.pinned_bytes,
+    )
+
+
+def _share_to_wire(share: ShareStatus) -> pb.TierShare:
+    return pb.TierShare(
+        tier=TIER_TO_WIRE[share.kind],
+        held_bytes=share.held_bytes,
+        quota_bytes=share.quota_bytes,
+        reserved_bytes=share.reserved_bytes,
     )
