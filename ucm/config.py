@@ -51,6 +51,10 @@ class MemoryConfig:
     """Eviction starts above this share of the capacity..."""
     low_watermark: float = 0.90
     """... and goes on down to this one, so that it runs in batches."""
+    max_pinned_share: float = 0.5
+    """Share of the memory a namespace can use that pins may keep, so that loads find room."""
+    max_pin_s: float = 4 * 3600.0
+    """Longest that a pin lasts; an engine that still needs it pins again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

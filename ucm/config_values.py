@@ -160,7 +160,7 @@ def _problem(name: str, value: Value) -> str:
         return "" if 0 < value < 2**31 else "expected more than 0 and less than 2GiB"
     if isinstance(value, tuple):
         return "" if all(0 <= item < _NO_UID for item in value) else "expected user ids"
-    if name.endswith("_watermark"):
+    if name.endswith(("_watermark", "_share")):
         assert isinstance(value, float)
         return "" if 0 < value <= 1 else "expected a share above 0 and up to 1"
     if isinstance(value, (int, float)) and name not in _MAY_BE_ZERO:

@@ -19,17 +19,19 @@ from collections.abc import Mapping, Sequence
 from ucm.storage.arena import Arena
 
 from . import __version__
-from .api import LookupResult, NamespaceHandle, SlabChecksums
+from .api import LookupResult, NamespaceHandle, PinLease, SlabChecksums
 from .clock import Clock, SystemClock
 from .config import Config
 from .errors import CapacityError, TierUnavailableError
 from .grants import LoadGrants, ManagerStatus, StoreGrants, TierStatus
 from .hashing import NamespaceSpec
+from .leases import LeaseKind
 from .loads import LoadPath
 from .manager_state import MAX_WAIT_S, ManagerState, Session
 from .manager_status import check_namespace, namespace_statuses, tier_status
 from .metrics import Metrics
 from .namespaces import Namespace, NamespaceTable, TierFactory, tiers_of
+from .pins import PinPath
 from .staging import Staging
 from .stores import StorePath
 from .transfer import TransferPool
@@ -80,6 +82,7 @@ class Manager:
             WriteBehind(self._state, config.nvme, self._pool) if self._has_nvme else None
         )
         self._loads = LoadPath(self._state, self._pool)
+        self._pins = PinPath(self._state, self._loads)
         self._stores = StorePath(self._state, self._write_behind)
         self._session_numbers = itertools.count(1)
         self.metrics.set("ucm_build_info", 1, version=__version__)
@@ -212,6 +215,23 @@ class Manager:
         """
         return self._stores.complete_store(session, lease_id, checksums)
 
+    def pin(
+        self,
+        session: SessionId,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        hold_s: float = 3600.0,
+        timeout_s: float,
+    ) -> PinLease:
+        """See `CacheApi.pin`.
+
+        Raises:
+            TierUnavailableError: the store drains or is closed.
+            LeaseExpiredError: it could not be loaded within a lease's life.
+        """
+        return self._pins.pin(session, namespace, keys, hold_s=hold_s, timeout_s=timeout_s)
+
     def release(self, session: SessionId, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""
         state = self._state
@@ -238,13 +258,18 @@ class Manager:
             self._state.expire_locked(self._state.clock.now_us())
 
     def drain(self, *, timeout_s: float = 0.0) -> bool:
-        """Refuse new stores and sessions and write out what was accepted; loads go on.
+        """Refuse new stores, pins and sessions and write out what was accepted; loads go on.
+
+        Pins end: nobody waits for them.
 
         Returns:
             Whether all of it is durable.
         """
         with self._state.lock:
             self._state.draining = True
+            for lease in self._state.leases.of_kind(LeaseKind.PIN):
+                self._state.leases.take(lease.session, lease.id)
+                self._state.undo_locked(lease)
         return self.flush(timeout_s=timeout_s)
 
     def close(self, *, timeout_s: float | None = None) -> bool:
@@ -324,6 +349,7 @@ class Manager:
         metrics.set("ucm_sessions", snapshot.num_sessions)
         metrics.set("ucm_leases", snapshot.num_leases)
         metrics.set("ucm_leased_bytes", snapshot.leased_bytes)
+        metrics.set("ucm_pinned_bytes", sum(each.pinned_bytes for each in snapshot.namespaces))
         metrics.set("ucm_write_queue_bytes", snapshot.write_queue_bytes)
         for tier in snapshot.tiers:
             kind = tier.kind.value

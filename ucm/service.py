@@ -277,6 +277,22 @@ class CacheService(pb_grpc.CacheServicer):
                 statuses=[STORE_STATUS_TO_WIRE[status] for status in statuses]
             )
 
+    def Pin(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.PinReply:
+        """Keep a prefix in memory."""
+        with _translated(context):
+            session = self._session(context)
+            keys = keys_from_wire(request.keys, limit=self._max_keys)
+            pin = self._manager.pin(
+                session,
+                NamespaceId(request.namespace),
+                keys,
+                hold_s=request.hold_s,
+                timeout_s=_checked_timeout(request.timeout_s),
+            )
+            if not context.is_active():
+                self._manager.release(session, pin.id)
+            return pb.PinReply(lease_id=pin.id, num_blocks=pin.num_blocks, hold_s=pin.hold_s)
+
     def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:
         """Drop leases."""
         with _translated(context):
