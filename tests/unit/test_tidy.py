@@ -55,6 +55,8 @@ LAYERS = {
     "ucm.transfer": 3,
     "ucm.placement": 3,
     "ucm.eviction": 3,
+    "ucm.admission": 3,
+    "ucm.ghost": 3,
     "ucm.leases": 3,
     "ucm.block_index": 3,
     "ucm.storage": 2,
