@@ -393,7 +393,7 @@ class TierShare(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., held_bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("version", "pid", "uptime_s", "state", "socket_path", "store_path", "num_sessions", "num_leases", "leased_bytes", "write_queue_blocks", "write_queue_bytes", "tiers", "namespaces", "problems")
+    __slots__ = ("version", "pid", "uptime_s", "state", "socket_path", "store_path", "num_sessions", "num_leases", "leased_bytes", "write_queue_blocks", "write_queue_bytes", "tiers", "namespaces", "problems", "rejected_admissions")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -408,6 +408,7 @@ class StatusReply(_message.Message):
     TIERS_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_ADMISSIONS_FIELD_NUMBER: _ClassVar[int]
     version: str
     pid: int
     uptime_s: float
@@ -422,7 +423,8 @@ class StatusReply(_message.Message):
     tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStatus]
     problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., socket_path: _Optional[str] = ..., store_path: _Optional[str] = ..., num_sessions: _Optional[int] = ..., num_leases: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., write_queue_blocks: _Optional[int] = ..., write_queue_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    rejected_admissions: int
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., socket_path: _Optional[str] = ..., store_path: _Optional[str] = ..., num_sessions: _Optional[int] = ..., num_leases: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., write_queue_blocks: _Optional[int] = ..., write_queue_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ..., rejected_admissions: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()

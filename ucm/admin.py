@@ -125,6 +125,7 @@ def _status_from_wire(reply: pb.StatusReply) -> ManagerStatus:
         tiers=tuple(_tier_from_wire(tier) for tier in reply.tiers),
         namespaces=tuple(_namespace_from_wire(item) for item in reply.namespaces),
         problems=tuple(reply.problems),
+        rejected_admissions=reply.rejected_admissions,
     )
 
 

@@ -14,14 +14,21 @@ Pure: time is an argument; nothing locks, logs or sleeps. One thread at a time.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
+from .config import NvmeConfig
+from .errors import ConfigError
 from .ghost import GhostSet
 from .types import BlockKey
 
 DEFAULT_WINDOW_S = 3600.0
 """Touches further apart do not count: 99 % of the reuse in public traces comes within 27 min."""
 _US_PER_S = 1_000_000
+
+
+MAX_REMEMBERED: Final = 1 << 20
+"""Blocks touched once that are remembered at most: 8 MiB."""
+_MIN_BLOCK_BYTES: Final = 64 << 10
 
 
 class Admission(Protocol):
@@ -70,3 +77,18 @@ class SecondTouch:
             return True
         self._once.add(key, now_s)
         return False
+
+
+def admission_of(config: NvmeConfig) -> Admission:
+    """The admission that the configuration names.
+
+    Raises:
+        ConfigError: it names none that there is.
+    """
+    if config.admission == "always":
+        return AlwaysAdmit()
+    if config.admission == "second-touch":
+        return SecondTouch(min(MAX_REMEMBERED, config.capacity_bytes // _MIN_BLOCK_BYTES))
+    raise ConfigError(
+        f"nvme.admission is {config.admission!r}, expected one of always, second-touch"
+    )

@@ -199,7 +199,11 @@ class CacheApi(Protocol):
         """Drop a lease of any kind, in any state. Unknown or expired ones are ignored."""
 
     def flush(self, *, timeout_s: float) -> bool:
-        """Wait until all that was accepted before this call is flushed; False on time-out."""
+        """Wait until all that was accepted before this call is flushed; False on time-out.
+
+        Blocks that the store's admission (`nvme.admission`) keeps from NVMe are not waited for:
+        they are in memory only until they are used again.
+        """
 
     def close(self) -> None:
         """End the session: all its leases and its staging memory go back. Idempotent."""

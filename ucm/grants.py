@@ -113,3 +113,5 @@ class ManagerStatus:
     namespaces: tuple[NamespaceStatus, ...]
     problems: tuple[str, ...]
     """What an operator should know, one clear line each; empty when all is well."""
+    rejected_admissions: int = 0
+    """Times that a block was stored or loaded and `nvme.admission` kept it from NVMe."""

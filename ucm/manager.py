@@ -179,7 +179,17 @@ class Manager:
         timeout_s: float,
     ) -> LoadGrants:
         """See `CacheApi.prepare_load`."""
-        return self._loads.prepare_load(session, namespace, keys, timeout_s=timeout_s)
+        grants = self._loads.prepare_load(session, namespace, keys, timeout_s=timeout_s)
+        self._note_use(namespace, [block.key for block in grants.blocks if block.tier is not None])
+        return grants
+
+    def _note_use(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> None:
+        """A use may admit to NVMe what only memory has."""
+        if self._write_behind is not None and not self._write_behind.admits_all:
+            with self._state.lock:
+                found = self._state.namespaces.get_locked(namespace)
+                if found is not None:
+                    self._write_behind.use_locked(found, keys)
 
     def complete_load(
         self, session: SessionId, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()
@@ -230,7 +240,9 @@ class Manager:
             TierUnavailableError: the store drains or is closed.
             LeaseExpiredError: it could not be loaded within a lease's life.
         """
-        return self._pins.pin(session, namespace, keys, hold_s=hold_s, timeout_s=timeout_s)
+        pin = self._pins.pin(session, namespace, keys, hold_s=hold_s, timeout_s=timeout_s)
+        self._note_use(namespace, keys[: pin.num_blocks])
+        return pin
 
     def release(self, session: SessionId, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""
@@ -329,6 +341,7 @@ class Manager:
                 leased_bytes=state.leases.num_bytes(),
                 write_queue_blocks=queue.num_queued if queue else 0,
                 write_queue_bytes=queue.queued_bytes if queue else 0,
+                rejected_admissions=queue.num_rejected if queue else 0,
                 tiers=tiers,
                 namespaces=namespaces,
                 problems=tuple(problems),

@@ -45,6 +45,13 @@ METRICS: Final[tuple[MetricSpec, ...]] = (
         "ucm_dropped_writes_total", "counter", "blocks", ("reason",), "Accepted, but not flushed."
     ),
     MetricSpec(
+        "ucm_rejected_admissions_total",
+        "counter",
+        "blocks",
+        (),
+        "Stored or loaded, but not written to NVMe: wanted too seldom (nvme.admission).",
+    ),
+    MetricSpec(
         "ucm_corrupt_blocks_total", "counter", "blocks", ("tier",), "Checksum failures: misses."
     ),
     MetricSpec(

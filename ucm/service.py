@@ -373,6 +373,7 @@ def status_to_wire(status: ManagerStatus) -> pb.StatusReply:
         tiers=[_tier_to_wire(tier) for tier in status.tiers],
         namespaces=[_namespace_to_wire(namespace) for namespace in status.namespaces],
         problems=status.problems,
+        rejected_admissions=status.rejected_admissions,
     )
 
 

@@ -136,6 +136,7 @@ def test_texts_that_are_no_sizes(text: str) -> None:
         ("[metrics]\nport = 70000\n", r"expected a port"),
         ("[log]\nlevel = 'loud'\n", r"expected one of DEBUG, INFO"),
         ("[log]\nlevel = 5\n", r"expected text"),
+        ("[nvme]\nadmission = 'never'\n", r"expected one of always, second-touch"),
         ("quota = 1\n", r"write \[quota.TENANT\]"),
         ("[quota]\nmemory_bytes = 1\n", r"quota.memory_bytes must be a tenant's section"),
         ("[quotas.a]\nmemory_bytes = 1\n", r"unknown section .* did you mean quota\?"),

@@ -55,6 +55,8 @@ def _show(found: DaemonStatus) -> None:
         f"{store.num_sessions} sessions, {store.num_leases} leases of "
         f"{format_bytes(store.leased_bytes)}, {format_bytes(store.write_queue_bytes)} to be flushed"
     )
+    if store.rejected_admissions:
+        console.print(f"{store.rejected_admissions} times a block was not admitted to NVMe")
     table = Table("tier", "used", "capacity", "blocks", "quarantined", "writable", box=None)
     for tier in store.tiers:
         table.add_row(
