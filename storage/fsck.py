@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from ucm.errors import ConfigError, CorruptionError, UcmError
 
 from . import index as index_file
+from .budget import SegmentBudget
 from .file_io import PosixFileIo, aligned_buffer
 from .folder import list_namespaces, locked_folder, read_superblock
 from .format import HEADER_BYTES
@@ -36,7 +37,7 @@ from .recovery import (
     reconcile,
     scan_headers,
 )
-from .segments import SegmentBudget, Segments, segment_numbers
+from .segments import Segments, segment_numbers
 from .slot_io import SlotIo
 from .tier import IoStatus, SlotId, SlotRead
 
@@ -215,7 +216,7 @@ class _NamespaceCheck:
 
     @contextlib.contextmanager
     def _opened(self, superblock: Superblock) -> Iterator[NamespaceFiles]:
-        budget = SegmentBudget(0)  # a check creates no segment
+        budget = SegmentBudget(0).of("")  # a check creates no segment
         folder, read_only = self._folder / "segments", not self._repair
         segments = Segments(folder, superblock, self._io, budget, read_only=read_only)
         data = self._folder / "index" / "data.mdb"

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import threading
 from typing import TYPE_CHECKING
 
@@ -37,30 +36,32 @@ from ucm.errors import (
 )
 from ucm.types import BlockKey, NamespaceId, TierKind
 
+from .budget import IdleSegments, SegmentBudget
 from .file_io import PosixFileIo
 from .folder import (
+    adopt,
     check_folder,
     create_namespace,
     drop_segment,
     list_namespaces,
     lock_folder,
     read_superblock,
-    translate_os_error,
+    survey,
 )
 from .format import Superblock
 from .index import IndexRecord
 from .recovery import NamespaceFiles, order_by_chain, recover
-from .segments import SegmentBudget, Segments, segment_numbers
+from .segments import Segments
 from .slot_io import SlotIo
 from .slots import SlotState
 from .tier import IoStatus, ReadOutcome, SlotId, TierEntry, TierUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from ucm.config import NvmeConfig
     from ucm.layout import KvLayout
+    from ucm.shares import Shares
 
     from .file_io import FileIo
     from .recovery import Recovered
@@ -72,7 +73,9 @@ log = logging.getLogger(__name__)
 class NvmeTier:
     """`Tier` over a namespace's segment files and index. Made by `NvmeStore`."""
 
-    def __init__(self, files: NamespaceFiles, recovered: Recovered) -> None:
+    def __init__(self, files: NamespaceFiles, recovered: Recovered, tenant: str = "") -> None:
+        self.tenant = tenant
+        """Whose quota its segments count against."""
         self._files = files
         self._superblock = files.superblock
         self._layout = files.superblock.layout
@@ -193,6 +196,7 @@ class NvmeTier:
             quarantined_slots=slots.count(SlotState.QUARANTINED),
             slot_bytes=self._superblock.slot_bytes,
             disk_is_full=self._segments.disk_is_full,
+            held_bytes=self.file_bytes,
         )
 
     def check_integrity(self) -> list[str]:
@@ -352,12 +356,15 @@ class NvmeStore:
     Thread-safe. Opening blocks on the disk.
     """
 
-    def __init__(self, config: NvmeConfig, io: FileIo | None = None) -> None:
+    def __init__(
+        self, config: NvmeConfig, io: FileIo | None = None, *, shares: Shares | None = None
+    ) -> None:
         """Take the folder.
 
         Args:
             config: limits and the path.
             io: how block data is read and written; `PosixFileIo` when None. The store closes it.
+            shares: quotas and reservations of tenants; none when None.
 
         Raises:
             ConfigError: no path; the folder is another user's, world-writable, of another format
@@ -379,7 +386,7 @@ class NvmeStore:
         self._lock_fd = lock_folder(config.path)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(os.close, self._lock_fd)
-            self._budget = self._survey()
+            self._budget = self._survey(shares)
             on_failure.pop_all()
         self._io = PosixFileIo(config.io_threads) if io is None else io
 
@@ -390,8 +397,10 @@ class NvmeStore:
         """Ids of all namespaces on the disk, open or not."""
         return list_namespaces(self._root)
 
-    def open_namespace(self, namespace: NamespaceId, layout: KvLayout) -> NvmeTier:
-        """Open a namespace, recovering it if need be, or create it.
+    def open_namespace(
+        self, namespace: NamespaceId, layout: KvLayout, tenant: str = ""
+    ) -> NvmeTier:
+        """Open a namespace, recovering it if need be, or create it. Its bytes are `tenant`'s.
 
         Opened twice it is the same tier, unless that was closed meanwhile.
 
@@ -406,7 +415,7 @@ class NvmeStore:
                 raise TierUnavailableError(f"the data folder {self._config.path} is closed")
             tier = self._tiers.get(namespace)
             if tier is None or tier.is_closed:
-                tier = self._tiers[namespace] = self._open(namespace, layout)
+                tier = self._tiers[namespace] = self._open(namespace, layout, tenant)
         if tier.layout != layout:
             raise LayoutMismatchError(
                 f"namespace {namespace.hex()[:8]} holds blocks of {tier.layout}, not of {layout}"
@@ -431,40 +440,27 @@ class NvmeStore:
                 os.close(self._lock_fd)
             self._lock_fd = -1
 
-    def _survey(self) -> SegmentBudget:
-        """Refuse other format versions, remove half-made namespaces, count what is there."""
-        budget = SegmentBudget(
-            self._config.capacity_bytes, idle_bytes=self._idle_bytes, drop_idle=self._drop_idle
-        )
-        try:
-            self._root.mkdir(mode=0o700, exist_ok=True)
-            for leftover in self._root.glob("*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            for namespace in self.namespaces():
-                self._count_segments(self._root / namespace.hex(), budget)
-        except OSError as error:
-            raise translate_os_error(error, f"cannot read the data folder {self._root}") from error
+    def _survey(self, shares: Shares | None) -> SegmentBudget:
+        """Count what is there."""
+        idle = IdleSegments(self._idle_bytes, self._drop_idle)
+        budget = SegmentBudget(self._config.capacity_bytes, shares=shares, idle=idle)
+        for tenant, size_bytes in survey(self._root):
+            budget.count_existing(tenant, size_bytes)
         return budget
 
-    def _idle_bytes(self) -> int:
-        tiers = [tier for tier in list(self._tiers.values()) if not tier.is_closed]
-        return self._budget.reserved_bytes - sum(tier.file_bytes for tier in tiers)
+    def _idle_bytes(self) -> dict[str, int]:
+        idle_bytes = self._budget.used_bytes_by_tenant()
+        for tier in list(self._tiers.values()):
+            if not tier.is_closed:
+                idle_bytes[tier.tenant] = idle_bytes.get(tier.tenant, 0) - tier.file_bytes
+        return idle_bytes
 
-    def _drop_idle(self) -> int:
+    def _drop_idle(self, tenants: Collection[str]) -> tuple[str, int]:
         with self._lock:
             in_use = {name for name, tier in self._tiers.items() if not tier.is_closed}
-            return 0 if self._lock_fd < 0 else drop_segment(self._root, in_use)
+            return ("", 0) if self._lock_fd < 0 else drop_segment(self._root, in_use, tenants)
 
-    def _count_segments(self, folder: Path, budget: SegmentBudget) -> None:
-        try:
-            superblock = read_superblock(folder)
-        except (CorruptionError, TierUnavailableError) as error:
-            log.warning("%s", error)
-            return
-        for _ in segment_numbers(folder / "segments"):
-            budget.count_existing(superblock.segment_bytes)
-
-    def _open(self, namespace: NamespaceId, layout: KvLayout) -> NvmeTier:
+    def _open(self, namespace: NamespaceId, layout: KvLayout, tenant: str) -> NvmeTier:
         folder = self._root / namespace.hex()
         if not folder.exists():
             create_namespace(folder, self._new_superblock(namespace, layout), self._io)
@@ -476,8 +472,12 @@ class NvmeStore:
                 f"namespace {namespace.hex()[:8]} holds blocks of {superblock.layout}, "
                 f"not of {layout}"
             )
+        budget = self._budget.of(tenant)
+        for old, size_bytes in adopt(folder, superblock, tenant, self._io):
+            self._budget.release(old, size_bytes)
+            budget.count_existing(size_bytes)
         with contextlib.ExitStack() as on_failure:
-            segments = Segments(folder / "segments", superblock, self._io, self._budget)
+            segments = Segments(folder / "segments", superblock, self._io, budget)
             on_failure.callback(segments.close)
             files = NamespaceFiles(
                 folder=folder,
@@ -486,7 +486,7 @@ class NvmeStore:
                 io=self._io,
                 index_map_bytes=self._config.index_map_bytes,
             )
-            tier = NvmeTier(files, recover(files))
+            tier = NvmeTier(files, recover(files), tenant)
             on_failure.pop_all()
         return tier
 

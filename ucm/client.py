@@ -33,6 +33,7 @@ from .api import (
     LoadLease,
     LookupResult,
     NamespaceHandle,
+    PinLease,
     SlabChecksums,
     StoreLease,
     StoreSlot,
@@ -217,6 +218,24 @@ class RemoteCache:
         )
         reply = self._call(self._stub.CompleteStore, request)
         return tuple(_words(reply.statuses, STORE_STATUS_FROM_WIRE))
+
+    def pin(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        hold_s: float = 3600.0,
+        timeout_s: float,
+    ) -> PinLease:
+        """See `CacheApi.pin`."""
+        request = pb.PinRequest(
+            namespace=namespace,
+            keys=_checked(keys),
+            hold_s=hold_s,
+            timeout_s=_daemon_timeout_s(timeout_s),
+        )
+        reply = self._call(self._stub.Pin, request, timeout_s=timeout_s)
+        return PinLease(LeaseId(reply.lease_id), reply.num_blocks, reply.hold_s)
 
     def release(self, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""

@@ -32,6 +32,7 @@ _UNITS: Final = {
     "t": 1 << 40, "tb": 10**12, "tib": 1 << 40, "ti": 1 << 40,
 }  # fmt: skip
 _LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR")
+ADMISSIONS: Final = ("always", "second-touch")
 _NO_UID: Final = 2**32 - 1
 _MAY_BE_ZERO: Final = frozenset({"metrics.port"})
 
@@ -152,6 +153,8 @@ def check_value(name: str, value: Value, *, origin: str) -> None:
 def _problem(name: str, value: Value) -> str:
     if name == "log.level":
         return "" if value in _LOG_LEVELS else f"expected one of {', '.join(_LOG_LEVELS)}"
+    if name == "nvme.admission":
+        return "" if value in ADMISSIONS else f"expected one of {', '.join(ADMISSIONS)}"
     if name == "metrics.port":
         assert isinstance(value, int)
         return "" if 0 <= value < 65536 else "expected a port, 1 to 65535, or 0 for none"
@@ -160,7 +163,7 @@ def _problem(name: str, value: Value) -> str:
         return "" if 0 < value < 2**31 else "expected more than 0 and less than 2GiB"
     if isinstance(value, tuple):
         return "" if all(0 <= item < _NO_UID for item in value) else "expected user ids"
-    if name.endswith("_watermark"):
+    if name.endswith(("_watermark", "_share")):
         assert isinstance(value, float)
         return "" if 0 < value <= 1 else "expected a share above 0 and up to 1"
     if isinstance(value, (int, float)) and name not in _MAY_BE_ZERO:

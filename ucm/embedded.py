@@ -20,6 +20,7 @@ from .api import (
     LoadLease,
     LookupResult,
     NamespaceHandle,
+    PinLease,
     SlabChecksums,
     StoreLease,
     StoreSlot,
@@ -107,6 +108,17 @@ class EmbeddedCache:
     ) -> tuple[StoreStatus, ...]:
         """See `CacheApi.complete_store`."""
         return self.manager.complete_store(self._session, lease_id, checksums)
+
+    def pin(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        hold_s: float = 3600.0,
+        timeout_s: float,
+    ) -> PinLease:
+        """See `CacheApi.pin`."""
+        return self.manager.pin(self._session, namespace, keys, hold_s=hold_s, timeout_s=timeout_s)
 
     def release(self, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""

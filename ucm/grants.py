@@ -68,6 +68,18 @@ class TierStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareStatus:
+    """What a namespace costs in one tier, and what its tenant may hold there in all."""
+
+    kind: TierKind
+    held_bytes: int
+    """Memory that was ever touched, or disk space of segments."""
+    quota_bytes: int
+    """0 is no limit."""
+    reserved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class NamespaceStatus:
     """One open namespace."""
 
@@ -79,6 +91,11 @@ class NamespaceStatus:
     num_sessions: int
     problem: str
     """What is wrong with its NVMe tier; empty when all is well."""
+    tenant: str = ""
+    shares: tuple[ShareStatus, ...] = ()
+    """One for each tier."""
+    pinned_bytes: int = 0
+    """Kept in memory by pin leases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,3 +113,5 @@ class ManagerStatus:
     namespaces: tuple[NamespaceStatus, ...]
     problems: tuple[str, ...]
     """What an operator should know, one clear line each; empty when all is well."""
+    rejected_admissions: int = 0
+    """Times that a block was stored or loaded and `nvme.admission` kept it from NVMe."""

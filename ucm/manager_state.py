@@ -125,6 +125,11 @@ class ManagerState:
         """Give back what an ended lease holds: pins and staging memory."""
         namespace = self.namespaces.get_locked(lease.namespace)
         assert namespace is not None, "a namespace with leases is not closed"
+        if lease.kind is LeaseKind.PIN:
+            namespace.pinned.subtract(lease.rows)
+            for row in lease.rows:
+                if not namespace.pinned[row]:
+                    del namespace.pinned[row]
         for row in lease.rows:
             namespace.index.unpin(row)
         lease.rows.clear()

@@ -27,7 +27,7 @@ from . import __version__
 from .config import Config
 from .door import SessionTokens
 from .errors import CapacityError, InvalidArgumentError, PermissionDeniedError, UcmError
-from .grants import ManagerStatus, NamespaceStatus, TierStatus
+from .grants import ManagerStatus, NamespaceStatus, ShareStatus, TierStatus
 from .manager import Manager
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
@@ -277,6 +277,22 @@ class CacheService(pb_grpc.CacheServicer):
                 statuses=[STORE_STATUS_TO_WIRE[status] for status in statuses]
             )
 
+    def Pin(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.PinReply:
+        """Keep a prefix in memory."""
+        with _translated(context):
+            session = self._session(context)
+            keys = keys_from_wire(request.keys, limit=self._max_keys)
+            pin = self._manager.pin(
+                session,
+                NamespaceId(request.namespace),
+                keys,
+                hold_s=request.hold_s,
+                timeout_s=_checked_timeout(request.timeout_s),
+            )
+            if not context.is_active():
+                self._manager.release(session, pin.id)
+            return pb.PinReply(lease_id=pin.id, num_blocks=pin.num_blocks, hold_s=pin.hold_s)
+
     def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:
         """Drop leases."""
         with _translated(context):
@@ -357,6 +373,7 @@ def status_to_wire(status: ManagerStatus) -> pb.StatusReply:
         tiers=[_tier_to_wire(tier) for tier in status.tiers],
         namespaces=[_namespace_to_wire(namespace) for namespace in status.namespaces],
         problems=status.problems,
+        rejected_admissions=status.rejected_admissions,
     )
 
 
@@ -381,4 +398,16 @@ def _namespace_to_wire(namespace: NamespaceStatus) -> pb.NamespaceStatus:
         block_bytes=namespace.block_bytes,
         num_sessions=namespace.num_sessions,
         problem=namespace.problem,
+        tenant=namespace.tenant,
+        shares=[_share_to_wire(share) for share in namespace.shares],
+        pinned_bytes=namespace.pinned_bytes,
+    )
+
+
+def _share_to_wire(share: ShareStatus) -> pb.TierShare:
+    return pb.TierShare(
+        tier=TIER_TO_WIRE[share.kind],
+        held_bytes=share.held_bytes,
+        quota_bytes=share.quota_bytes,
+        reserved_bytes=share.reserved_bytes,
     )

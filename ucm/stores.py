@@ -65,6 +65,10 @@ class StorePath:
             state.hold_locked(lease, found, plan.hold)
             for row in plan.hold:
                 found.index.touch(row, now_us)
+            if self._write_behind is not None:
+                pairs = zip(keys, plan.statuses, strict=True)
+                again = [key for key, status in pairs if status is StoreStatus.PRESENT]
+                self._write_behind.use_locked(found, again)
             wanted = StoreStatus.WANTED in plan.statuses
             refused = wanted and self._refuses_locked(found, now_us)
             staging = None if refused else state.session_locked(session).staging
