@@ -75,6 +75,10 @@ class MemoryTier:
         """The slab checksums of the block in `slot`."""
         return tuple(self._arena.checksums[slot].tolist())
 
+    def packed_checksums(self, slots: Sequence[SlotId]) -> bytes:
+        """The checksums of the blocks in `slots`, as little-endian 64-bit words back to back."""
+        return self._arena.checksums[slots].astype("<u8", copy=False).tobytes() if slots else b""
+
     def generation(self, slot: SlotId) -> int:
         """How often the slot was handed out; a reader that outlives its lease sees it change."""
         return self._arena.slots.generation(slot)

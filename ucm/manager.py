@@ -180,7 +180,7 @@ class Manager:
     ) -> LoadGrants:
         """See `CacheApi.prepare_load`."""
         grants = self._loads.prepare_load(session, namespace, keys, timeout_s=timeout_s)
-        self._note_use(namespace, [block.key for block in grants.blocks if block.tier is not None])
+        self._note_use(namespace, keys[: len(grants.offsets)])
         return grants
 
     def _note_use(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> None:
