@@ -13,6 +13,9 @@ from pathlib import Path
 MIB = 1 << 20
 GIB = 1 << 30
 
+POLICY_NAMES = ("tree-gdsf", "lru", "s3-fifo")
+"""Eviction policies, the default first."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
@@ -50,6 +53,9 @@ class MemoryConfig:
     """Eviction starts above this share of the capacity..."""
     low_watermark: float = 0.90
     """... and goes on down to this one, so that it runs in batches."""
+    policy: str = "tree-gdsf"
+    """Who goes first: `tree-gdsf` keeps what is dear to recompute and often used, `lru` what was
+    used last, `s3-fifo` what was used twice. All keep whole prefixes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +72,8 @@ class NvmeConfig:
     """As for memory."""
     low_watermark: float = 0.90
     """As for memory."""
+    policy: str = "tree-gdsf"
+    """As for memory."""
     io_threads: int = 8
     """Threads of preadv/pwritev; 8 to 16 reach the ceiling of one device."""
     write_queue_bytes: int = 1 * GIB
@@ -77,6 +85,19 @@ class NvmeConfig:
     index_map_bytes: int = 4 * GIB
     """Address space of one namespace's LMDB index; sparse. Records take at most a quarter, so that
     deletions always find room: some four million blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictionConfig:
+    """What tree-GDSF takes a hit to be worth; the other policies do not ask."""
+
+    attention_tokens: float = 8192.0
+    """Position in a prompt at which attention costs the engine as much as the weights, which is
+    P / (2*L*H*D) for P weights, L layers and H query heads of size D: 3000 for SmolLM2-135M, 25000
+    for 7B models. The policy takes a root, so the middle serves both."""
+    nvme_load_share: float = 0.1
+    """Time to load a block from NVMe over the time to compute it at the beginning of a prompt:
+    0.001 for an engine on a CPU, 0.3 for one on a fast GPU beside a slow disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +135,7 @@ class Config:
     service: ServiceConfig = field(default_factory=ServiceConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     nvme: NvmeConfig = field(default_factory=NvmeConfig)
+    eviction: EvictionConfig = field(default_factory=EvictionConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -23,6 +23,7 @@ from .api import LookupResult, NamespaceHandle, SlabChecksums
 from .clock import Clock, SystemClock
 from .config import Config
 from .errors import CapacityError, TierUnavailableError
+from .eviction_policies import policies_of
 from .grants import LoadGrants, ManagerStatus, NamespaceStatus, StoreGrants, TierStatus
 from .hashing import NamespaceSpec
 from .loads import LoadPath
@@ -72,7 +73,12 @@ class Manager:
         tiers = tiers or tiers_of(config.nvme)
         self._has_nvme = tiers.nvme is not None
         namespaces = NamespaceTable(
-            config.memory, config.service.max_namespaces, tiers, clock, self.metrics
+            config.memory,
+            config.service.max_namespaces,
+            tiers,
+            clock,
+            self.metrics,
+            policies=policies_of(config),
         )
         self._state = ManagerState(config, namespaces, clock, self.metrics)
         self._pool = TransferPool(TRANSFER_THREADS, config.transfer.max_queued_transfers)

@@ -21,6 +21,7 @@ from .clock import Clock
 from .config import MemoryConfig, NvmeConfig
 from .errors import CapacityError, LayoutMismatchError, TierUnavailableError, UcmError
 from .eviction import Watermarks
+from .eviction_policies import PolicyFactory
 from .hashing import NamespaceSpec
 from .layout import KvLayout
 from .metrics import Metrics
@@ -141,6 +142,8 @@ class NamespaceTable:
         tiers: TierFactory,
         clock: Clock,
         metrics: Metrics,
+        *,
+        policies: PolicyFactory,
     ) -> None:
         self.lock = threading.Lock()
         self._config = config
@@ -149,6 +152,7 @@ class NamespaceTable:
         self._tiers = tiers
         self._clock = clock
         self._metrics = metrics
+        self._policies = policies
         self._opening = threading.Lock()
         self._closed = False
         self._by_id: dict[NamespaceId, Namespace] = {}
@@ -196,7 +200,7 @@ class NamespaceTable:
 
     def _open_tiers(self, namespace: NamespaceId, layout: KvLayout) -> Namespace:
         memory = self._tiers.memory(layout, self._config.capacity_bytes // layout.block_bytes)
-        opened = Namespace(namespace, layout, BlockIndex(), memory, None)
+        opened = Namespace(namespace, layout, BlockIndex(self._policies(layout)), memory, None)
         opened.last_use_us = self._clock.now_us()
         if self._tiers.nvme is None:
             return opened
@@ -209,7 +213,7 @@ class NamespaceTable:
         except (UcmError, OSError) as error:
             if opened.nvme is not None:  # it opened, but does not say what it holds
                 _close_nvme(opened)
-                opened.nvme, opened.index = None, BlockIndex()
+                opened.nvme, opened.index = None, BlockIndex(self._policies(layout))
             opened.problem = f"namespace {namespace.hex()[:8]} runs without NVMe: {error}"
             _log.warning("%s", opened.problem)
         return opened
