@@ -26,6 +26,7 @@ from .clock import Clock
 from .config import Config
 from .errors import CapacityError, LayoutMismatchError, TierUnavailableError, UcmError
 from .eviction import Watermarks
+from .eviction_policies import policies_of
 from .hashing import NamespaceSpec
 from .layout import KvLayout
 from .metrics import Metrics
@@ -158,6 +159,8 @@ class NamespaceTable:
         self.shares = memory_shares(config)
         self.nvme_shares = nvme_shares(config)
         self._watermarks = Watermarks(config.memory.high_watermark, config.memory.low_watermark)
+        self._memory = config.memory
+        self._policies = policies_of(config)
         self._max_namespaces = config.service.max_namespaces
         self._tiers = tiers
         self._clock = clock
@@ -217,7 +220,9 @@ class NamespaceTable:
                 f"{layout.block_bytes} bytes: raise its memory_bytes in [quota]"
             )
         memory = self._tiers.memory(layout, num_slots)
-        opened = Namespace(namespace, layout, BlockIndex(), memory, None, tenant)
+        opened = Namespace(
+            namespace, layout, BlockIndex(self._policies(layout)), memory, None, tenant
+        )
         opened.last_use_us = self._clock.now_us()
         if self._tiers.nvme is None:
             return opened
@@ -230,7 +235,7 @@ class NamespaceTable:
         except (UcmError, OSError) as error:
             if opened.nvme is not None:  # it opened, but does not say what it holds
                 _close_nvme(opened)
-                opened.nvme, opened.index = None, BlockIndex()
+                opened.nvme, opened.index = None, BlockIndex(self._policies(layout))
             opened.problem = f"namespace {namespace.hex()[:8]} runs without NVMe: {error}"
             _log.warning("%s", opened.problem)
         return opened
@@ -337,10 +342,10 @@ class NamespaceTable:
 
     def _prefault_locked(self, namespace: Namespace) -> None:
         """Have memory made ready for the next slots, more for a namespace that uses more."""
-        block_bytes, limit_bytes = namespace.layout.block_bytes, self._config.prefault_bytes
+        block_bytes, limit_bytes = namespace.layout.block_bytes, self._memory.prefault_bytes
         handed_bytes = namespace.handed_slots * block_bytes
         ahead_bytes = min(limit_bytes, max(limit_bytes // 4, handed_bytes))
-        ahead_bytes = min(ahead_bytes, self._config.capacity_bytes // 8)
+        ahead_bytes = min(ahead_bytes, self._memory.capacity_bytes // 8)
         if ahead_bytes < STEP_BYTES:
             return  # the touches that it saves are not worth a thread
         allowed = namespace.touched_slots + self._growable_locked(namespace)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from ucm.clock import SystemClock
-from ucm.config import MIB, MemoryConfig
+from ucm.config import MIB, Config, MemoryConfig
 from ucm.layout import KvDtype, KvLayout
 from ucm.metrics import Metrics
 from ucm.namespaces import Namespace, NamespaceTable, TierFactory
@@ -23,8 +23,8 @@ PREFAULT_MIB = 24
 
 
 def make_table(prefault_mib: int) -> NamespaceTable:
-    config = MemoryConfig(capacity_bytes=CAPACITY_MIB * MIB, prefault_bytes=prefault_mib * MIB)
-    return NamespaceTable(config, 4, TierFactory(), SystemClock(), Metrics())
+    memory = MemoryConfig(capacity_bytes=CAPACITY_MIB * MIB, prefault_bytes=prefault_mib * MIB)
+    return NamespaceTable(Config(memory=memory), TierFactory(), SystemClock(), Metrics())
 
 
 @pytest.fixture
