@@ -84,7 +84,7 @@ FORBIDDEN = {
 }
 HEAVY_IMPORTS = {
     "torch": ("ucm.engine", "ucm.kernels", "ucm.connectors", "ucm.bench", "ucm.cli", "ucm.testing"),
-    "lmdb": ("ucm.storage.index",),
+    "lmdb": ("ucm.storage.index", "ucm.bench.storage_peers"),
     "grpc": ("ucm.protos", "ucm.service", "ucm.daemon", "ucm.client", "ucm.admin", "ucm.testing"),
     "transformers": ("ucm.bench",),
 }
