@@ -144,8 +144,8 @@ class NvmeTier:
             checksum.check_block_length(self._layout, item.data)
             if self._slots.state(item.slot) in (SlotState.FREE, SlotState.USED):
                 raise InvalidArgumentError(f"slot {item.slot} was not allocated to be written")
-        if not items:
-            return []
+        if not items or not self._index.is_usable:
+            return [IoStatus.IO_ERROR] * len(items)
         try:
             first_generation = self._take_generations(len(items))
         except UcmError as error:
@@ -286,6 +286,8 @@ class NvmeTier:
             log.warning("%r: %d blocks could not be committed: %s", self, len(good), error)
             for position in good:
                 statuses[position] = _status_of(error)
+            if not self._index.is_usable:  # the records may be durable: their blocks must stay
+                self._slots.quarantine([record.slot for record in records])
             return
         for record in records:
             self._slots.set_generation(record.slot, record.generation)

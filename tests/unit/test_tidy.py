@@ -76,7 +76,7 @@ FORBIDDEN = {
 }
 HEAVY_IMPORTS = {
     "torch": ("ucm.engine", "ucm.kernels", "ucm.connectors", "ucm.bench", "ucm.cli", "ucm.testing"),
-    "lmdb": ("ucm.storage.index",),
+    "lmdb": ("ucm.storage.index", "ucm.testing.faulty_index"),
     "grpc": ("ucm.protos", "ucm.service", "ucm.daemon", "ucm.client", "ucm.admin", "ucm.testing"),
     "transformers": ("ucm.bench",),
 }
