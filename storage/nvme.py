@@ -147,8 +147,8 @@ class NvmeTier:
             checksum.check_block_length(self._layout, item.data)
             if state in (SlotState.FREE, SlotState.USED):
                 raise InvalidArgumentError(f"slot {item.slot} was not allocated to be written")
-        if not items:
-            return []
+        if not items or not self._index.is_usable:
+            return [IoStatus.IO_ERROR] * len(items)
         try:
             first_generation = self._take_generations(len(items))
         except UcmError as error:
@@ -291,6 +291,8 @@ class NvmeTier:
             log.warning("%r: %d blocks could not be committed: %s", self, len(good), error)
             for position in good:
                 statuses[position] = _status_of(error)
+            if not self._index.is_usable:  # the records may be durable: their blocks must stay
+                self._slots.quarantine([record.slot for record in records])
             return
         slots = [record.slot for record in records]
         self._slots.set_generations(slots, [record.generation for record in records])

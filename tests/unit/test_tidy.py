@@ -84,7 +84,7 @@ FORBIDDEN = {
 }
 HEAVY_IMPORTS = {
     "torch": ("ucm.engine", "ucm.kernels", "ucm.connectors", "ucm.bench", "ucm.cli", "ucm.testing"),
-    "lmdb": ("ucm.storage.index", "ucm.bench.storage_peers"),
+    "lmdb": ("ucm.storage.index", "ucm.bench.storage_peers", "ucm.testing.faulty_index"),
     "grpc": ("ucm.protos", "ucm.service", "ucm.daemon", "ucm.client", "ucm.admin", "ucm.testing"),
     "transformers": ("ucm.bench",),
 }
