@@ -169,6 +169,23 @@ def effective_codec(configured: Codec, layout: KvLayout, *, accepts_lossy: bool)
     return codec if compact_payload_bytes(layout, codec) else RAW
 
 
+def new_superblock(
+    namespace: NamespaceId, layout: KvLayout, codec: Codec, *, segment_bytes: int
+) -> Superblock:
+    """The superblock of a namespace that is about to be made.
+
+    Raises:
+        ConfigError: a block does not fit a segment.
+    """
+    return Superblock(
+        namespace=namespace,
+        layout=layout,
+        segment_bytes=segment_bytes,
+        codec=codec.codec_id,
+        compact_bytes=compact_payload_bytes(layout, codec),
+    )
+
+
 def encode_superblock(superblock: Superblock) -> bytes:
     """The 4096 bytes of `superblock`."""
     layout = superblock.layout

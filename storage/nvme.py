@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import threading
 from typing import TYPE_CHECKING
 
@@ -37,31 +36,34 @@ from ucm.errors import (
 )
 from ucm.types import BlockKey, NamespaceId, TierKind
 
+from .budget import IdleSegments, SegmentBudget
 from .codecs import codec_named, codec_of
+from .contradictions import find_contradictions
 from .encoded_io import slot_io_for
 from .file_io import PosixFileIo
 from .folder import (
+    adopt,
     check_folder,
     create_namespace,
     drop_segment,
     list_namespaces,
     lock_folder,
     read_superblock,
-    translate_os_error,
+    survey,
 )
-from .format import Superblock, compact_payload_bytes, effective_codec
+from .format import effective_codec, new_superblock
 from .index import IndexRecord
 from .recovery import NamespaceFiles, append_segment, order_by_chain, recover
-from .segments import SegmentBudget, Segments, segment_numbers
+from .segments import Segments
 from .slots import SlotState
 from .tier import IoStatus, ReadOutcome, SlotId, TierEntry, TierUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from ucm.config import NvmeConfig
     from ucm.layout import KvLayout
+    from ucm.shares import Shares
 
     from .codec import Codec
     from .file_io import FileIo
@@ -74,7 +76,9 @@ log = logging.getLogger(__name__)
 class NvmeTier:
     """`Tier` over a namespace's segment files and index. Made by `NvmeStore`."""
 
-    def __init__(self, files: NamespaceFiles, recovered: Recovered) -> None:
+    def __init__(self, files: NamespaceFiles, recovered: Recovered, tenant: str = "") -> None:
+        self.tenant = tenant
+        """Whose quota its segments count against."""
         self._files = files
         self._superblock = files.superblock
         self._layout = files.superblock.layout
@@ -152,8 +156,8 @@ class NvmeTier:
             checksum.check_block_length(self._layout, item.data)
             if state in (SlotState.FREE, SlotState.USED):
                 raise InvalidArgumentError(f"slot {item.slot} was not allocated to be written")
-        if not items:
-            return []
+        if not items or not self._index.is_usable:
+            return [IoStatus.IO_ERROR] * len(items)
         try:
             first_generation = self._take_generations(len(items))
         except UcmError as error:
@@ -201,27 +205,12 @@ class NvmeTier:
             quarantined_slots=slots.count(SlotState.QUARANTINED),
             slot_bytes=self._superblock.slot_bytes,
             disk_is_full=self._segments.disk_is_full,
+            held_bytes=self.file_bytes,
         )
 
     def check_integrity(self) -> list[str]:
         """See `Tier.check_integrity`. Compares every record with the slot table; call it idle."""
-        problems = self._slots.check_integrity()
-        if len(self._slots) != self._segments.num_slots:
-            problems.append(f"{len(self._slots)} slots known, {self._segments.num_slots} in files")
-        try:
-            records = list(self._index.records())
-        except UcmError as error:
-            return [*problems, str(error)]
-        taken: set[SlotId] = set()
-        for record in records:
-            if not isinstance(record, IndexRecord):
-                problems.append(f"the record of {record.hex()[:8]} is damaged")
-            elif self._segments.locate(record.slot) is not None:
-                problems += self._record_problems(record, taken)
-        if len(taken) != self._slots.count(SlotState.USED):
-            used = self._slots.count(SlotState.USED)
-            problems.append(f"{used} slots used, {len(taken)} of them in the index")
-        return problems
+        return find_contradictions(self._index, self._slots, self._segments)
 
     def close(self) -> None:
         """See `Tier.close`."""
@@ -298,6 +287,8 @@ class NvmeTier:
             log.warning("%r: %d blocks could not be committed: %s", self, len(good), error)
             for position in good:
                 statuses[position] = _status_of(error)
+            if not self._index.is_usable:  # the records may be durable: their blocks must stay
+                self._slots.quarantine([record.slot for record in records])
             return
         slots = [record.slot for record in records]
         self._slots.set_generations(slots, [record.generation for record in records])
@@ -339,19 +330,6 @@ class NvmeTier:
         except UcmError as error:
             log.warning("%r: slot %d is not quarantined for good: %s", self, slot, error)
 
-    def _record_problems(self, record: IndexRecord, taken: set[SlotId]) -> list[str]:
-        slot, state = record.slot, self._slots.state(record.slot)
-        if state is SlotState.QUARANTINED:
-            return []
-        if slot in taken:
-            return [f"two records for slot {slot}"]
-        taken.add(slot)
-        if state is not SlotState.USED:
-            return [f"slot {slot} has a record and is {state.name}"]
-        if self._slots.generation(slot) != record.generation:
-            return [f"slot {slot} has another generation than its record"]
-        return []
-
 
 def _status_of(error: UcmError) -> IoStatus:
     return IoStatus.FULL if isinstance(error, CapacityError) else IoStatus.IO_ERROR
@@ -363,12 +341,15 @@ class NvmeStore:
     Thread-safe. Opening blocks on the disk.
     """
 
-    def __init__(self, config: NvmeConfig, io: FileIo | None = None) -> None:
+    def __init__(
+        self, config: NvmeConfig, io: FileIo | None = None, *, shares: Shares | None = None
+    ) -> None:
         """Take the folder.
 
         Args:
             config: limits and the path.
             io: how block data is read and written; `PosixFileIo` when None. The store closes it.
+            shares: quotas and reservations of tenants; none when None.
 
         Raises:
             ConfigError: no path, or no such codec; the folder is another user's, world-writable,
@@ -392,7 +373,7 @@ class NvmeStore:
         self._lock_fd = lock_folder(config.path)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(os.close, self._lock_fd)
-            self._budget = self._survey()
+            self._budget = self._survey(shares)
             on_failure.pop_all()
         self._io = PosixFileIo(config.io_threads) if io is None else io
 
@@ -404,15 +385,21 @@ class NvmeStore:
         return list_namespaces(self._root)
 
     def open_namespace(
-        self, namespace: NamespaceId, layout: KvLayout, *, accepts_lossy: bool = False
+        self,
+        namespace: NamespaceId,
+        layout: KvLayout,
+        tenant: str = "",
+        *,
+        accepts_lossy: bool = False,
     ) -> NvmeTier:
-        """Open a namespace, recovering it if need be, or create it.
+        """Open a namespace, recovering it if need be, or create it. Its bytes are `tenant`'s.
 
         Opened twice it is the same tier, unless that was closed meanwhile.
 
         Args:
             namespace: its id.
             layout: of its blocks.
+            tenant: who its bytes count for.
             accepts_lossy: whether a new one may get a codec that loses precision.
 
         Raises:
@@ -427,7 +414,7 @@ class NvmeStore:
             tier = self._tiers.get(namespace)
             if tier is None or tier.is_closed:
                 codec = effective_codec(self._codec, layout, accepts_lossy=accepts_lossy)
-                tier = self._tiers[namespace] = self._open(namespace, layout, codec)
+                tier = self._tiers[namespace] = self._open(namespace, layout, tenant, codec)
         if tier.layout != layout:
             raise LayoutMismatchError(
                 f"namespace {namespace.hex()[:8]} holds blocks of {tier.layout}, not of {layout}"
@@ -452,43 +439,34 @@ class NvmeStore:
                 os.close(self._lock_fd)
             self._lock_fd = -1
 
-    def _survey(self) -> SegmentBudget:
-        """Refuse other format versions, remove half-made namespaces, count what is there."""
-        budget = SegmentBudget(
-            self._config.capacity_bytes, idle_bytes=self._idle_bytes, drop_idle=self._drop_idle
-        )
-        try:
-            self._root.mkdir(mode=0o700, exist_ok=True)
-            for leftover in self._root.glob("*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            for namespace in self.namespaces():
-                self._count_segments(self._root / namespace.hex(), budget)
-        except OSError as error:
-            raise translate_os_error(error, f"cannot read the data folder {self._root}") from error
+    def _survey(self, shares: Shares | None) -> SegmentBudget:
+        """Count what is there."""
+        idle = IdleSegments(self._idle_bytes, self._drop_idle)
+        budget = SegmentBudget(self._config.capacity_bytes, shares=shares, idle=idle)
+        for tenant, size_bytes in survey(self._root):
+            budget.count_existing(tenant, size_bytes)
         return budget
 
-    def _idle_bytes(self) -> int:
-        tiers = [tier for tier in list(self._tiers.values()) if not tier.is_closed]
-        return self._budget.reserved_bytes - sum(tier.file_bytes for tier in tiers)
+    def _idle_bytes(self) -> dict[str, int]:
+        idle_bytes = self._budget.used_bytes_by_tenant()
+        for tier in list(self._tiers.values()):
+            if not tier.is_closed:
+                idle_bytes[tier.tenant] = idle_bytes.get(tier.tenant, 0) - tier.file_bytes
+        return idle_bytes
 
-    def _drop_idle(self) -> int:
+    def _drop_idle(self, tenants: Collection[str]) -> tuple[str, int]:
         with self._lock:
             in_use = {name for name, tier in self._tiers.items() if not tier.is_closed}
-            return 0 if self._lock_fd < 0 else drop_segment(self._root, in_use)
+            return ("", 0) if self._lock_fd < 0 else drop_segment(self._root, in_use, tenants)
 
-    def _count_segments(self, folder: Path, budget: SegmentBudget) -> None:
-        try:
-            superblock = read_superblock(folder)
-        except (CorruptionError, TierUnavailableError) as error:
-            log.warning("%s", error)
-            return
-        for _ in segment_numbers(folder / "segments"):
-            budget.count_existing(superblock.segment_bytes)
-
-    def _open(self, namespace: NamespaceId, layout: KvLayout, codec: Codec) -> NvmeTier:
+    def _open(
+        self, namespace: NamespaceId, layout: KvLayout, tenant: str, codec: Codec
+    ) -> NvmeTier:
         folder = self._root / namespace.hex()
         if not folder.exists():
-            create_namespace(folder, self._new_superblock(namespace, layout, codec), self._io)
+            size_bytes = self._config.segment_bytes
+            made = new_superblock(namespace, layout, codec, segment_bytes=size_bytes)
+            create_namespace(folder, made, self._io)
         superblock = read_superblock(folder)
         if superblock.namespace != namespace:
             raise CorruptionError(f"{folder} has another namespace's superblock: run `ucm fsck`")
@@ -500,8 +478,12 @@ class NvmeStore:
         if superblock.codec is not codec.codec_id:
             kept = codec_of(superblock.codec).name
             log.warning("namespace %s keeps its codec %s", namespace.hex()[:8], kept)
+        budget = self._budget.of(tenant)
+        for old, size_bytes in adopt(folder, superblock, tenant, self._io):
+            self._budget.release(old, size_bytes)
+            budget.count_existing(size_bytes)
         with contextlib.ExitStack() as on_failure:
-            segments = Segments(folder / "segments", superblock, self._io, self._budget)
+            segments = Segments(folder / "segments", superblock, self._io, budget)
             on_failure.callback(segments.close)
             files = NamespaceFiles(
                 folder=folder,
@@ -510,15 +492,6 @@ class NvmeStore:
                 io=self._io,
                 index_map_bytes=self._config.index_map_bytes,
             )
-            tier = NvmeTier(files, recover(files))
+            tier = NvmeTier(files, recover(files), tenant)
             on_failure.pop_all()
         return tier
-
-    def _new_superblock(self, namespace: NamespaceId, layout: KvLayout, codec: Codec) -> Superblock:
-        return Superblock(
-            namespace=namespace,
-            layout=layout,
-            segment_bytes=self._config.segment_bytes,
-            codec=codec.codec_id,
-            compact_bytes=compact_payload_bytes(layout, codec),
-        )

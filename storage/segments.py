@@ -8,7 +8,7 @@ for encoded blocks, and full ones for blocks that do not fit those. Both take s 
 ones of a full segment stand for nothing (`storage.format`).
 
 A segment's disk space is reserved when it is created, so that a full disk shows then and not in
-the middle of a write. `SegmentBudget` is shared by all namespaces of a store. A segment whose
+the middle of a write; `budget.py` says whether there may be one more. A segment whose
 fsync failed once is *retired*: nothing in it is read or written again until `fsck --repair`.
 Syncs of one segment are serialised with its retirement: of two threads that sync it, the kernel
 tells only one of a failure, and the other must learn of it before it commits.
@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING
 from ucm.errors import TierUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
+    from .budget import TenantBudget
     from .file_io import FileHandle, FileIo
     from .format import Superblock
     from .tier import SlotId
@@ -51,76 +52,6 @@ def _free_bytes(folder: Path) -> int:
     except OSError:
         return 0
     return disk.f_bavail * disk.f_frsize
-
-
-class SegmentBudget:
-    """Bytes of segments that all namespaces of a store may have. Thread-safe.
-
-    Segments of namespaces that nobody has open make way when there is no room otherwise: after a
-    change of model, say, the old one's blocks must not keep the new one's out for ever.
-    """
-
-    def __init__(
-        self,
-        capacity_bytes: int,
-        *,
-        idle_bytes: Callable[[], int] = lambda: 0,
-        drop_idle: Callable[[], int] = lambda: 0,
-    ) -> None:
-        """Begin with nothing reserved.
-
-        Args:
-            capacity_bytes: the limit.
-            idle_bytes: how much of what is reserved could make way; must not block.
-            drop_idle: makes one segment go; its bytes, 0 when there is none. May block.
-        """
-        self._capacity_bytes = capacity_bytes
-        self._idle_bytes = idle_bytes
-        self._drop_idle = drop_idle
-        self._reserved_bytes = 0
-        self._stuck_bytes = 0
-        """Idle bytes of which none could be dropped when that was tried."""
-        self._lock = threading.Lock()
-
-    @property
-    def reserved_bytes(self) -> int:
-        """What all segments take."""
-        return self._reserved_bytes
-
-    @property
-    def remaining_bytes(self) -> int:
-        """What may still be reserved; 0 when the capacity was lowered below what is there."""
-        idle_bytes = self._idle_bytes()
-        if idle_bytes == self._stuck_bytes:
-            idle_bytes = 0
-        return max(0, self._capacity_bytes - self._reserved_bytes + idle_bytes)
-
-    def reserve(self, size_bytes: int) -> bool:
-        """Take `size_bytes` if there are as many or idle segments can make way. May block."""
-        while not self._take(size_bytes):
-            dropped_bytes = self._drop_idle()
-            if not dropped_bytes:
-                self._stuck_bytes = self._idle_bytes()
-                return False
-            self.release(dropped_bytes)
-        return True
-
-    def _take(self, size_bytes: int) -> bool:
-        with self._lock:
-            if self._reserved_bytes + size_bytes > self._capacity_bytes:
-                return False
-            self._reserved_bytes += size_bytes
-            return True
-
-    def count_existing(self, size_bytes: int) -> None:
-        """Count a segment that is on the disk already, even above the capacity."""
-        with self._lock:
-            self._reserved_bytes += size_bytes
-
-    def release(self, size_bytes: int) -> None:
-        """Give `size_bytes` back."""
-        with self._lock:
-            self._reserved_bytes -= size_bytes
 
 
 def segment_numbers(folder: Path) -> list[int]:
@@ -152,7 +83,7 @@ class Segments:
         folder: Path,
         superblock: Superblock,
         io: FileIo,
-        budget: SegmentBudget,
+        budget: TenantBudget,
         *,
         read_only: bool = False,
     ) -> None:

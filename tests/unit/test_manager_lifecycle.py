@@ -119,12 +119,17 @@ class TestNamespaces:
 
         class Slow(FakeDisk):
             def open_namespace(
-                self, namespace: NamespaceId, layout: KvLayout, *, accepts_lossy: bool = False
+                self,
+                namespace: NamespaceId,
+                layout: KvLayout,
+                tenant: str = "",
+                *,
+                accepts_lossy: bool = False,
             ) -> FakeTier:
                 if namespace == tiny_spec("slow").fingerprint():
                     entered.set()
                     assert go_on.wait(10)
-                return super().open_namespace(namespace, layout)
+                return super().open_namespace(namespace, layout, tenant)
 
         store = FakeStore(small_store_config(memory_blocks=4), disk=Slow())
         other = EmbeddedCache(store.manager, owns_manager=False)

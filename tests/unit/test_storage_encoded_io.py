@@ -241,7 +241,7 @@ def test_segments_of_idle_namespaces_make_way_in_either_class(
     tier.allocate(1, full=True)
     opened[0].close()
     root = path / "ns"
-    assert drop_segment(root, set()) == 32768
+    assert drop_segment(root, set(), {""}) == ("", 32768)
     assert list(segment_files(root / FOLDER / "segments")) == [0]
 
 

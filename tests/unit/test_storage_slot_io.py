@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ucm.storage.budget import SegmentBudget
 from ucm.storage.file_io import IoRequest, PosixFileIo, aligned_buffer
 from ucm.storage.format import Superblock
-from ucm.storage.segments import SegmentBudget, Segments
+from ucm.storage.segments import Segments
 from ucm.storage.slot_io import MERGED_BYTES, REQUESTS_PER_BATCH, SlotIo
 from ucm.storage.tier import IoStatus, SlotId, SlotRead, SlotWrite
 from ucm.testing.nvme import NAMESPACE, SLOT_BYTES, quick_folder
@@ -63,7 +64,7 @@ def segments(io: SpyFileIo, folder: Path) -> Iterator[Segments]:
     superblock = Superblock(
         namespace=NAMESPACE, layout=LAYOUT, segment_bytes=SEGMENT_SLOTS * SLOT_BYTES
     )
-    budget = SegmentBudget(NUM_SLOTS * SLOT_BYTES)
+    budget = SegmentBudget(NUM_SLOTS * SLOT_BYTES).of("")
     segments = Segments(folder, superblock, io, budget)
     while segments.grow():
         pass
