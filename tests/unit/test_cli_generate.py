@@ -162,3 +162,14 @@ def test_a_benchmark_needs_a_model(
     code, _, err = run_cli(["bench", "engine", "--model", "/no/such"], monkeypatch, capsys)
     assert code == 2
     assert "no model at /no/such" in err
+
+
+def test_who_accepts_a_loss_has_a_namespace_of_his_own(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "store"
+    arguments = ["generate", "--model", str(tiny), "--prompt", "cache " * 40, "--max-tokens", "1"]
+    for flags in ([], ["--accept-lossy"], ["--accept-lossy"]):
+        code, _, err = run_cli([*arguments, "--cache", str(folder), *flags], monkeypatch, capsys)
+        assert code == 0, err
+    assert len(list((folder / "ns").iterdir())) == 2

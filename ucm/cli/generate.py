@@ -51,6 +51,10 @@ class GenerateOptions:
             metavar="SOCKET|PATH", help="A daemon's socket, or a folder to use without a daemon."
         ),
     ] = None
+    accept_lossy: Annotated[
+        bool,
+        typer.Option("--accept-lossy", help="Use blocks that a codec of the cache made smaller."),
+    ] = False
     max_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer, at most.")] = 128
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0
     seed: Annotated[int, typer.Option(min=0, help="Of the random draws.")] = 0
@@ -170,6 +174,7 @@ def _open_session(
         dtype=kv_dtype(options.dtype),
         block_tokens=block_tokens,
     )
+    spec = dataclasses.replace(spec, accepts_lossy=options.accept_lossy)
     session = CacheSession(factory, spec, SessionOptions(deadline_s=options.deadline_s))
     try:
         session.connect(CONNECT_TIMEOUT_S)
