@@ -32,6 +32,7 @@ _UNITS: Final = {
     "t": 1 << 40, "tb": 10**12, "tib": 1 << 40, "ti": 1 << 40,
 }  # fmt: skip
 _LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR")
+_IO_KINDS: Final = ("auto", "posix", "kvikio-compat", "gds")
 _NO_UID: Final = 2**32 - 1
 _MAY_BE_ZERO: Final = frozenset({"metrics.port"})
 
@@ -152,6 +153,8 @@ def check_value(name: str, value: Value, *, origin: str) -> None:
 def _problem(name: str, value: Value) -> str:
     if name == "log.level":
         return "" if value in _LOG_LEVELS else f"expected one of {', '.join(_LOG_LEVELS)}"
+    if name == "nvme.io":
+        return "" if value in _IO_KINDS else f"expected one of {', '.join(_IO_KINDS)}"
     if name == "metrics.port":
         assert isinstance(value, int)
         return "" if 0 <= value < 65536 else "expected a port, 1 to 65535, or 0 for none"

@@ -7,12 +7,14 @@ nothing uses is closed whole; what it has on NVMe stays and is found again at it
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ucm.storage.io_choice import IoChoice, open_file_io
 from ucm.storage.memory import MemoryTier
 from ucm.storage.tier import SlotId, Tier
 
@@ -112,19 +114,28 @@ class TierFactory:
 
     memory: Callable[[KvLayout, int], MemoryTier] = MemoryTier
     nvme: NvmeStoreLike | None = None
+    nvme_io: IoChoice | None = None
+    """How `nvme` reaches its device; None when the maker of the store decided."""
 
 
 def tiers_of(config: NvmeConfig) -> TierFactory:
     """The real tiers: an arena, and the NVMe store of `config` if it has a path.
 
     Raises:
-        ConfigError: the folder belongs to another user, format version or running daemon.
+        ConfigError: the folder belongs to another user, format version or running daemon, or
+            `nvme.io` is not possible here.
     """
     if config.path is None:
         return TierFactory()
     from ucm.storage.nvme import NvmeStore  # needs LMDB, which memory alone does not
 
-    return TierFactory(nvme=NvmeStore(config))
+    io, choice = open_file_io(config)
+    _log.info("NVMe tier: %s: %s", choice.kind, choice.reason)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(io.close)
+        store = NvmeStore(config, io)
+        on_failure.pop_all()
+    return TierFactory(nvme=store, nvme_io=choice)
 
 
 class NamespaceTable:

@@ -65,5 +65,8 @@ def _show(found: DaemonStatus) -> None:
             "yes" if tier.writable else f"no: {tier.reason}",
         )
     console.print(table)
+    for tier in store.tiers:
+        if tier.io:
+            console.print(f"{tier.kind.value} through {tier.io}: {tier.io_reason}", markup=False)
     for problem in store.problems:
         console.print(f"problem: {problem}", style="bold red")
