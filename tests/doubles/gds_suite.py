@@ -310,6 +310,50 @@ def test_a_call_that_raises_leaves_nothing_in_flight(
         assert io.inflight_bytes == 0
 
 
+def test_closing_waits_and_what_comes_later_is_refused(
+    make_io: Callable[..., GdsFileIo], tmp_path: Path
+) -> None:
+    """No call hangs because of another that closes."""
+    io = make_io(max_inflight_bytes=PAGE)
+    file, data = new_file(io, tmp_path)
+    with DOUBLES.device_memory(MIB) as buffer, DOUBLES.slow_transfers(50_000):
+        parts = [buffer[n * 64 * PAGE : (n + 1) * 64 * PAGE] for n in range(4)]
+        batch = [DeviceRequest(file, n * 64 * PAGE, (part,)) for n, part in enumerate(parts)]
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(io.read_batch, batch)
+            while not io.inflight_bytes:
+                pass
+            io.close()
+            codes = running.result(timeout=10)
+        assert codes[0] == 0
+        assert codes == sorted(codes)
+        assert codes[-1] == errno.EBADF
+        assert device_bytes(parts[0]) == data[: 64 * PAGE]
+        assert io.read_batch(batch) == [errno.EBADF] * 4
+
+
+def test_a_large_request_is_not_starved(make_io: Callable[..., GdsFileIo], tmp_path: Path) -> None:
+    """Small ones that keep coming do not overtake it for ever."""
+    io = make_io(max_inflight_bytes=32 * PAGE, io_threads=4)
+    file, _ = new_file(io, tmp_path)
+    stop = threading.Event()
+    with DOUBLES.device_memory(MIB) as buffer, DOUBLES.slow_transfers(1000):
+        io.registry.ensure(buffer)
+
+        def keep_busy(part: DeviceBuffer) -> None:
+            while not stop.is_set():
+                assert io.read_batch([DeviceRequest(file, 0, (part,))]) == [0]
+
+        parts = [buffer[n * 16 * PAGE : (n + 1) * 16 * PAGE] for n in range(4)]
+        with ThreadPoolExecutor(5) as pool:
+            small = [pool.submit(keep_busy, part) for part in parts]
+            large = pool.submit(io.read_batch, [DeviceRequest(file, 0, (buffer,))])
+            assert large.result(timeout=10) == [0]
+            stop.set()
+            for future in small:
+                future.result(timeout=10)
+
+
 def test_a_device_buffer_is_what_its_array_is() -> None:
     """Contiguous bytes; slices keep the allocation that is registered."""
 
