@@ -80,6 +80,7 @@ HEAVY_IMPORTS = {
     "lmdb": ("ucm.storage.index",),
     "grpc": ("ucm.protos", "ucm.service", "ucm.daemon", "ucm.client", "ucm.admin", "ucm.testing"),
     "transformers": ("ucm.bench",),
+    "kvikio": ("ucm.storage.gds", "ucm.storage.gpu_probe"),
 }
 BANNED_NAMES = re.compile(r"(^|_)(utils?|common|helpers?|misc|manager2)$|_v[0-9]+$|_new$")
 BANNED_CALLS = re.compile(
