@@ -85,10 +85,14 @@ class StorageBenchOptions:
     lookup_keys: tuple[int, ...] = (1_000, 10_000)
     index_blocks: int = 1_000_000
     index_openings: int = 3
-    index_build_budget_s: float = 120.0
-    """An index that takes longer to fill stays smaller; its `blocks` says so."""
+    index_budget_s: float = 120.0
+    """An index that would take longer to open stays smaller; its `blocks` says so."""
     clients: tuple[int, ...] = (1, 4, 16)
     client_processes: int = 4
+    memory_chains: int = 8
+    """Chains of 8 MiB that clients load from host memory."""
+    disk_chains: int = 64
+    """Chains that clients of a daemon with little memory load from the disk; 0 leaves that out."""
     cell_s: float = 4.0
     """How long a number of clients runs, with and without stores, each."""
     ceiling_candidates: int = 3
@@ -111,8 +115,9 @@ class StorageBenchOptions:
             peer_bytes=32 * MIB,
             index_blocks=200_000,
             index_openings=1,
-            index_build_budget_s=4.0,
+            index_budget_s=6.0,
             client_processes=2,
+            disk_chains=0,
             cell_s=0.5,
             ceiling_candidates=1,
             thorough_scouting=False,

@@ -24,7 +24,7 @@ from ucm.layout import KvLayout, round_up
 from ucm.storage.format import HEADER_BYTES
 from ucm.storage.nvme import NvmeStore
 from ucm.storage.tier import IoStatus, SlotId, SlotRead, SlotWrite
-from ucm.types import ROOT_KEY, BlockKey, LoadStatus, StoreStatus
+from ucm.types import ROOT_KEY, BlockKey, StoreStatus
 
 from .storage_ceilings import Scout, Target
 from .storage_measure import (
@@ -40,7 +40,16 @@ from .storage_measure import (
     medians,
     rounded,
 )
-from .storage_payload import Audit, BlockBuffer, Payload, bench_chain, bench_spec, require
+from .storage_payload import (
+    Audit,
+    BlockBuffer,
+    Payload,
+    bench_chain,
+    bench_spec,
+    copy_verified,
+    fill_slot,
+    require,
+)
 
 if TYPE_CHECKING:
     from ucm.embedded import EmbeddedCache
@@ -250,10 +259,7 @@ class WholeStore:
             lease = cache.prepare_store(handle.id, parent, [keys[n] for n in part])
             sums = {}
             for number, slot in zip(part, lease.slots, strict=True):
-                require(slot.data is not None, f"a block was not wanted: {slot.status}")
-                assert slot.data is not None
-                slot.data[:] = self._buffer.blocks[number]
-                sums[slot.key] = checksum.block_checksums(self._layout, slot.data)
+                sums[slot.key] = fill_slot(self._layout, slot, self._buffer.blocks[number])
             statuses = cache.complete_store(lease.id, sums)
             require(set(statuses) == {StoreStatus.ACCEPTED}, f"stores ended with {set(statuses)}")
         require(cache.flush(timeout_s=TIMEOUT_S), "the store did not flush")
@@ -269,12 +275,7 @@ class WholeStore:
             wanted = [keys[n] for n in part]
             lease = cache.prepare_load(handle.id, wanted, timeout_s=TIMEOUT_S)
             for number, block in zip(part, lease.blocks, strict=True):
-                require(block.status is LoadStatus.READY, f"a load ended with {block.status}")
-                assert block.data is not None
-                into = self._buffer.blocks[number]
-                into[:] = block.data
-                ok = checksum.verify(self._layout, into, block.checksums)
-                require(ok, "a block failed its checksum after the copy")
+                copy_verified(self._layout, block, self._buffer.blocks[number])
             cache.complete_load(lease.id)
         rate = gb_s(self.nbytes, begin)
         return rate, time.process_time() - cpu
