@@ -139,7 +139,12 @@ def _nvme_phase(
     found: Result = {}
     for number, slab in enumerate(options.slabs):
         share_s = (end_s - time.perf_counter()) / (len(options.slabs) - number)
-        plan = NvmePlan(scout=scout, rounds=options.nvme.within(share_s), progress=say)
+        plan = NvmePlan(
+            scout=scout,
+            rounds=options.nvme.within(share_s),
+            whole_store_once=options.whole_store_once,
+            progress=say,
+        )
         say(f"nvme {slab}: looking for the ceiling")
         found[slab] = measure_nvme(folder / "nvme", slab, options.size_bytes, plan, audit)
     return found

@@ -34,6 +34,7 @@ from .storage_measure import (
     Progress,
     Result,
     Samples,
+    Task,
     best,
     gb_s,
     interleave,
@@ -66,6 +67,8 @@ class NvmePlan:
 
     scout: Scout
     rounds: Plan
+    whole_store_once: bool
+    """Run the whole store once, not in every round."""
     progress: Progress
 
 
@@ -95,13 +98,16 @@ def measure_nvme(
         plan.progress(f"nvme {slab}: {', '.join(trial.name for trial in trials)} beside ours")
         whole = WholeStore(folder / "store", layout, num_blocks, audit)
         whole.max_rounds = plan.rounds.repeats + 1
-        tasks = [
+        tasks: list[Task] = [
             lambda: plan.scout.ceiling.measure(target, trials),
             lambda: {"store": tier.store()},
             tier.load,
-            whole.round_trip,
         ]
-        samples = interleave(tasks, plan.rounds)
+        if plan.whole_store_once:
+            samples = interleave(tasks, plan.rounds)
+            samples |= {name: [value] for name, value in whole.round_trip().items()}
+        else:
+            samples = interleave([*tasks, whole.round_trip], plan.rounds)
     finally:
         tier.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -130,6 +136,7 @@ def _result(samples: Samples, num_blocks: int, layout: KvLayout) -> Result:
     return {
         **rounded(figures),
         "n": len(samples["load"]),
+        "end_to_end_n": len(samples["end_to_end_load"]),
         "blocks": num_blocks,
         "block_bytes": layout.block_bytes,
         "ceiling_read": read_name.partition(":")[2],

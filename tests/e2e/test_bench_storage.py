@@ -49,6 +49,7 @@ def result(folder: Path) -> dict[str, Any]:
         cell_s=0.2,
         ceiling_candidates=1,
         thorough_scouting=False,
+        whole_store_once=True,
         dram=ONCE,
         nvme=ONCE,
         lookup=Plan(repeats=5, budget_s=1),
