@@ -15,9 +15,10 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 LAYERS, TOKENS, HEADS = 16, 32, 4
 THREADS = 8
@@ -28,6 +29,7 @@ class LocalBackends:
     """Both backends over one pool of memory, as LMCache itself sets them up."""
 
     def __init__(self, folder: Path, num_blocks: int, block_bytes: int) -> None:
+        import torch
         from lmcache.utils import CacheEngineKey
         from lmcache.v1.config import LMCacheEngineConfig
         from lmcache.v1.memory_management import MemoryFormat
@@ -58,6 +60,7 @@ class LocalBackends:
         )
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, daemon=True).start()
+        self._dtype = torch.bfloat16
         self._shape = torch.Size([2, LAYERS, TOKENS, hidden])
         self._format = MemoryFormat.KV_2LTD
         self.cpu: Any = LocalCPUBackend(config, metadata, "cpu")
@@ -70,7 +73,7 @@ class LocalBackends:
         """Memory objects with the bytes of `blocks` [num_blocks, block_bytes]."""
         found = []
         for block in blocks:
-            item = self.cpu.allocate(self._shape, torch.bfloat16, self._format)
+            item = self.cpu.allocate(self._shape, self._dtype, self._format)
             as_bytes(item).copy_(block)
             found.append(item)
         return found
@@ -78,6 +81,8 @@ class LocalBackends:
 
 def as_bytes(item: Any) -> torch.Tensor:
     """The bytes of a memory object."""
+    import torch
+
     tensor: torch.Tensor = item.tensor
     return tensor.flatten().view(torch.uint8)
 
@@ -147,7 +152,8 @@ def main() -> int:
     """Serve rounds until the input ends."""
     settings = json.loads(sys.argv[1])
     try:
-        import lmcache
+        import lmcache  # before torch, which takes seconds: it may not be there
+        import torch
 
         raw = bytearray(Path(settings["source"]).read_bytes())
         source = torch.frombuffer(raw, dtype=torch.uint8).view(-1, settings["block_bytes"])
