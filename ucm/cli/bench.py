@@ -66,6 +66,10 @@ def storage(
     size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes of one NVMe round; default 512MiB.")
     ] = None,
+    lmcache_python: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Interpreter of an environment that has LMCache."),
+    ] = None,
     allow_tmpfs: Annotated[
         bool, typer.Option("--allow-tmpfs", help="Measure even where files are memory.")
     ] = False,
@@ -78,7 +82,7 @@ def storage(
     from ucm.bench.storage_measure import StorageBenchOptions
     from ucm.bench.storage_report import storage_bench_report
 
-    options = StorageBenchOptions(path=path, allow_tmpfs=allow_tmpfs)
+    options = StorageBenchOptions(path=path, allow_tmpfs=allow_tmpfs, lmcache_python=lmcache_python)
     if size is not None:
         try:
             options = replace(options, size_bytes=parse_size(size))
