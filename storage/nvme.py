@@ -50,6 +50,7 @@ from .folder import (
 )
 from .format import Superblock
 from .index import IndexRecord
+from .integrity import record_problems
 from .recovery import NamespaceFiles, order_by_chain, recover
 from .segments import Segments
 from .slot_io import SlotIo
@@ -57,7 +58,7 @@ from .slots import SlotState
 from .tier import IoStatus, ReadOutcome, SlotId, TierEntry, TierUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from ucm.config import NvmeConfig
     from ucm.layout import KvLayout
@@ -84,6 +85,8 @@ class NvmeTier:
         self._index = recovered.index
         self._slots = recovered.slots
         self._was_rebuilt = recovered.was_rebuilt
+        self._unchanged = recovered.table
+        """What is in the tier, until somebody asks or changes it."""
         self._last_generation = recovered.last_generation
         self._has_epoch = False
         self._is_closed = False
@@ -118,12 +121,16 @@ class NvmeTier:
         """Disk space of its segments."""
         return self._segments.num_segments * self._superblock.segment_bytes
 
-    def entries(self) -> Iterator[TierEntry]:
-        """See `Tier.entries`. Reads the index again at each call; nothing of it stays in memory.
+    def entries(self) -> Iterable[TierEntry]:
+        """See `Tier.entries`. Nothing of it stays in memory: a second call reads the index again.
 
         Raises:
             TierUnavailableError: the index cannot be read.
         """
+        table, self._unchanged = self._unchanged, None
+        return self._read_entries() if table is None or self._is_closed else table
+
+    def _read_entries(self) -> Iterator[TierEntry]:
         records = [item for item in self._index.records() if isinstance(item, IndexRecord)]
         readable = [item for item in records if self._slots.state(item.slot) is SlotState.USED]
         for record in order_by_chain(readable)[0]:
@@ -149,6 +156,7 @@ class NvmeTier:
                 raise InvalidArgumentError(f"slot {item.slot} was not allocated to be written")
         if not items or not self._index.is_usable:
             return [IoStatus.IO_ERROR] * len(items)
+        self._unchanged = None
         try:
             first_generation = self._take_generations(len(items))
         except UcmError as error:
@@ -179,6 +187,7 @@ class NvmeTier:
         used = [item for item in items if self._slots.state(item[0]) is SlotState.USED]
         if not used:
             return
+        self._unchanged = None
         try:
             gone = self._index.delete(used)
         except UcmError as error:
@@ -208,16 +217,7 @@ class NvmeTier:
             records = list(self._index.records())
         except UcmError as error:
             return [*problems, str(error)]
-        taken: set[SlotId] = set()
-        for record in records:
-            if not isinstance(record, IndexRecord):
-                problems.append(f"the record of {record.hex()[:8]} is damaged")
-            elif self._segments.locate(record.slot) is not None:
-                problems += self._record_problems(record, taken)
-        if len(taken) != self._slots.count(SlotState.USED):
-            used = self._slots.count(SlotState.USED)
-            problems.append(f"{used} slots used, {len(taken)} of them in the index")
-        return problems
+        return problems + record_problems(records, self._slots, self._segments)
 
     def close(self) -> None:
         """See `Tier.close`."""
@@ -315,6 +315,7 @@ class NvmeTier:
 
     def _retire(self, segment: int) -> None:
         """A sync failed: the segment's blocks are missing from now on."""
+        self._unchanged = None
         self._slots.quarantine([SlotId(slot) for slot in self._segments.slots_of(segment)])
         try:
             self._index.retire(segment, "fdatasync failed")
@@ -323,6 +324,7 @@ class NvmeTier:
 
     def _quarantine(self, slot: SlotId, key: BlockKey, generation: int) -> None:
         """Bar a slot that does not hold what the index says; not one that was asked wrongly."""
+        self._unchanged = None
         try:
             record = self._index.find(key)
             if record is None or (record.slot, record.generation) != (slot, generation):
@@ -333,19 +335,6 @@ class NvmeTier:
             self._index.quarantine(slot, key, "bad checksum or header")
         except UcmError as error:
             log.warning("%r: slot %d is not quarantined for good: %s", self, slot, error)
-
-    def _record_problems(self, record: IndexRecord, taken: set[SlotId]) -> list[str]:
-        slot, state = record.slot, self._slots.state(record.slot)
-        if state is SlotState.QUARANTINED:
-            return []
-        if slot in taken:
-            return [f"two records for slot {slot}"]
-        taken.add(slot)
-        if state is not SlotState.USED:
-            return [f"slot {slot} has a record and is {state.name}"]
-        if self._slots.generation(slot) != record.generation:
-            return [f"slot {slot} has another generation than its record"]
-        return []
 
 
 def _status_of(error: UcmError) -> IoStatus:

@@ -20,11 +20,15 @@ import re
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ucm.errors import TierUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from .budget import TenantBudget
     from .file_io import FileHandle, FileIo
@@ -147,6 +151,14 @@ class Segments:
         if file is None or segment in self._retired:
             return None
         return file, index * self._slot_bytes
+
+    def are_there(self, slots: NDArray[np.int64]) -> bool:
+        """Whether `locate` would find every one of `slots`."""
+        lost = [n for n, file in enumerate(self._files) if file is None or n in self._retired]
+        if not len(slots):
+            return True
+        is_lost = bool(np.isin(slots // self._slots_per_segment, lost).any())
+        return int(slots.min()) >= 0 and int(slots.max()) < self.num_slots and not is_lost
 
     def grow(self) -> int:
         """Create and preallocate one more segment.
