@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ucm.storage.nvme import NvmeStore
-from ucm.storage.tier import IoStatus
+from ucm.storage.tier import IoStatus, SlotId
 from ucm.testing.faulty_io import FaultyFileIo
 from ucm.testing.lanes import IS_DEEP, LANE
 from ucm.testing.nvme import NAMESPACE, nvme_config, quick_folder
@@ -39,7 +39,7 @@ def run(path: Path, chance: random.Random) -> None:
     io = FaultyFileIo(seed=chance.randrange(1000))
     store = NvmeStore(nvme_config(path, NUM_SLOTS), io)
     tier = store.open_namespace(NAMESPACE, LAYOUT)
-    slots = {}
+    slots: dict[int | str, SlotId] = {}
     for name in range(chance.randint(1, 12)):
         slots.update(put(tier, [name]))
     (slot,) = tier.allocate(1)
