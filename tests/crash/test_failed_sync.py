@@ -54,9 +54,9 @@ def run(path: Path, chance: random.Random) -> None:
         tier.delete([(slots.pop(victim), make_key(victim))])
     assert first == 0
     assert tier.usage().quarantined_slots == SLOTS_PER_SEGMENT
-    for name, place in slots.items():
+    for stored, place in slots.items():
         wanted = IoStatus.IO_ERROR if place // SLOTS_PER_SEGMENT == lost else IoStatus.OK
-        assert get(tier, place, name) is wanted
+        assert get(tier, place, stored) is wanted
     later = put(tier, [f"later {number}" for number in range(6)])
     assert all(place // SLOTS_PER_SEGMENT != lost for place in later.values())
     assert tier.check_integrity() == []
