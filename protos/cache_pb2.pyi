@@ -191,22 +191,22 @@ class LookupRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    keys: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class LookupReply(_message.Message):
     __slots__ = ("tiers",)
     TIERS_FIELD_NUMBER: _ClassVar[int]
-    tiers: _containers.RepeatedScalarFieldContainer[Tier]
-    def __init__(self, tiers: _Optional[_Iterable[_Union[Tier, str]]] = ...) -> None: ...
+    tiers: bytes
+    def __init__(self, tiers: _Optional[bytes] = ...) -> None: ...
 
 class PrefetchRequest(_message.Message):
     __slots__ = ("namespace", "keys")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    keys: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class PrefetchReply(_message.Message):
     __slots__ = ("queued",)
@@ -220,9 +220,9 @@ class PrepareLoadRequest(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    keys: bytes
     timeout_s: float
-    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class PrepareLoadReply(_message.Message):
     __slots__ = ("lease_id", "timeout_s", "statuses", "tiers", "offsets", "checksums")
@@ -234,19 +234,19 @@ class PrepareLoadReply(_message.Message):
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
     timeout_s: float
-    statuses: _containers.RepeatedScalarFieldContainer[LoadStatus]
-    tiers: _containers.RepeatedScalarFieldContainer[Tier]
+    statuses: bytes
+    tiers: bytes
     offsets: _containers.RepeatedScalarFieldContainer[int]
     checksums: bytes
-    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[_Iterable[_Union[LoadStatus, str]]] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ...) -> None: ...
 
 class CompleteLoadRequest(_message.Message):
     __slots__ = ("lease_id", "corrupt")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     CORRUPT_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
-    corrupt: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, lease_id: _Optional[bytes] = ..., corrupt: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    corrupt: bytes
+    def __init__(self, lease_id: _Optional[bytes] = ..., corrupt: _Optional[bytes] = ...) -> None: ...
 
 class CompleteLoadReply(_message.Message):
     __slots__ = ()
@@ -259,8 +259,8 @@ class PrepareStoreRequest(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     parent: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, namespace: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    keys: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class PrepareStoreReply(_message.Message):
     __slots__ = ("lease_id", "timeout_s", "statuses", "offsets")
@@ -270,9 +270,9 @@ class PrepareStoreReply(_message.Message):
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
     timeout_s: float
-    statuses: _containers.RepeatedScalarFieldContainer[StoreStatus]
+    statuses: bytes
     offsets: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[_Iterable[_Union[StoreStatus, str]]] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CompleteStoreRequest(_message.Message):
     __slots__ = ("lease_id", "keys", "checksums")
@@ -280,15 +280,37 @@ class CompleteStoreRequest(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    keys: bytes
     checksums: bytes
-    def __init__(self, lease_id: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ..., checksums: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, lease_id: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., checksums: _Optional[bytes] = ...) -> None: ...
 
 class CompleteStoreReply(_message.Message):
     __slots__ = ("statuses",)
     STATUSES_FIELD_NUMBER: _ClassVar[int]
-    statuses: _containers.RepeatedScalarFieldContainer[StoreStatus]
-    def __init__(self, statuses: _Optional[_Iterable[_Union[StoreStatus, str]]] = ...) -> None: ...
+    statuses: bytes
+    def __init__(self, statuses: _Optional[bytes] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("namespace", "keys", "hold_s", "timeout_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    HOLD_S_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    keys: bytes
+    hold_s: float
+    timeout_s: float
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., hold_s: _Optional[float] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class PinReply(_message.Message):
+    __slots__ = ("lease_id", "num_blocks", "hold_s")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOLD_S_FIELD_NUMBER: _ClassVar[int]
+    lease_id: bytes
+    num_blocks: int
+    hold_s: float
+    def __init__(self, lease_id: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., hold_s: _Optional[float] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("lease_ids",)
@@ -339,7 +361,7 @@ class TierStatus(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., writable: bool = ..., reason: _Optional[str] = ..., io: _Optional[str] = ..., io_reason: _Optional[str] = ...) -> None: ...
 
 class NamespaceStatus(_message.Message):
-    __slots__ = ("namespace", "num_blocks", "memory_blocks", "nvme_blocks", "block_bytes", "num_sessions", "problem")
+    __slots__ = ("namespace", "num_blocks", "memory_blocks", "nvme_blocks", "block_bytes", "num_sessions", "problem", "tenant", "shares", "pinned_bytes")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -347,6 +369,9 @@ class NamespaceStatus(_message.Message):
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     num_blocks: int
     memory_blocks: int
@@ -354,10 +379,25 @@ class NamespaceStatus(_message.Message):
     block_bytes: int
     num_sessions: int
     problem: str
-    def __init__(self, namespace: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., memory_blocks: _Optional[int] = ..., nvme_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_sessions: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+    tenant: str
+    shares: _containers.RepeatedCompositeFieldContainer[TierShare]
+    pinned_bytes: int
+    def __init__(self, namespace: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., memory_blocks: _Optional[int] = ..., nvme_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_sessions: _Optional[int] = ..., problem: _Optional[str] = ..., tenant: _Optional[str] = ..., shares: _Optional[_Iterable[_Union[TierShare, _Mapping]]] = ..., pinned_bytes: _Optional[int] = ...) -> None: ...
+
+class TierShare(_message.Message):
+    __slots__ = ("tier", "held_bytes", "quota_bytes", "reserved_bytes")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    tier: Tier
+    held_bytes: int
+    quota_bytes: int
+    reserved_bytes: int
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., held_bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("version", "pid", "uptime_s", "state", "socket_path", "store_path", "num_sessions", "num_leases", "leased_bytes", "write_queue_blocks", "write_queue_bytes", "tiers", "namespaces", "problems")
+    __slots__ = ("version", "pid", "uptime_s", "state", "socket_path", "store_path", "num_sessions", "num_leases", "leased_bytes", "write_queue_blocks", "write_queue_bytes", "tiers", "namespaces", "problems", "rejected_admissions")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -372,6 +412,7 @@ class StatusReply(_message.Message):
     TIERS_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_ADMISSIONS_FIELD_NUMBER: _ClassVar[int]
     version: str
     pid: int
     uptime_s: float
@@ -386,7 +427,8 @@ class StatusReply(_message.Message):
     tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStatus]
     problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., socket_path: _Optional[str] = ..., store_path: _Optional[str] = ..., num_sessions: _Optional[int] = ..., num_leases: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., write_queue_blocks: _Optional[int] = ..., write_queue_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    rejected_admissions: int
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., socket_path: _Optional[str] = ..., store_path: _Optional[str] = ..., num_sessions: _Optional[int] = ..., num_leases: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., write_queue_blocks: _Optional[int] = ..., write_queue_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStatus, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ..., rejected_admissions: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ()

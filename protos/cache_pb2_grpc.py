@@ -66,6 +66,11 @@ class CacheStub(object):
                 request_serializer=ucm_dot_protos_dot_cache__pb2.CompleteStoreRequest.SerializeToString,
                 response_deserializer=ucm_dot_protos_dot_cache__pb2.CompleteStoreReply.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/ucm.v1.Cache/Pin',
+                request_serializer=ucm_dot_protos_dot_cache__pb2.PinRequest.SerializeToString,
+                response_deserializer=ucm_dot_protos_dot_cache__pb2.PinReply.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/ucm.v1.Cache/Release',
                 request_serializer=ucm_dot_protos_dot_cache__pb2.ReleaseRequest.SerializeToString,
@@ -123,8 +128,15 @@ class CacheServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Keep the cached prefix of a chain in host memory; answers when it is there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
-        """Drop leases of either kind, in any state; unknown ones are ignored.
+        """Drop leases of any kind, in any state; unknown ones are ignored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -169,6 +181,11 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.CompleteStore,
                     request_deserializer=ucm_dot_protos_dot_cache__pb2.CompleteStoreRequest.FromString,
                     response_serializer=ucm_dot_protos_dot_cache__pb2.CompleteStoreReply.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=ucm_dot_protos_dot_cache__pb2.PinRequest.FromString,
+                    response_serializer=ucm_dot_protos_dot_cache__pb2.PinReply.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -345,6 +362,33 @@ class Cache(object):
             '/ucm.v1.Cache/CompleteStore',
             ucm_dot_protos_dot_cache__pb2.CompleteStoreRequest.SerializeToString,
             ucm_dot_protos_dot_cache__pb2.CompleteStoreReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ucm.v1.Cache/Pin',
+            ucm_dot_protos_dot_cache__pb2.PinRequest.SerializeToString,
+            ucm_dot_protos_dot_cache__pb2.PinReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,6 +3,7 @@
 PATH/            0700, owned by the daemon's user
     lock         flock, held for as long as the store is open; holds the pid
     ns/<hex>/    one namespace each; see `format.py`
+        tenant   UTF-8, whose quota it counts against; missing for the nameless tenant
     quarantine/  namespaces that `ucm fsck --repair` moved aside
 """
 
@@ -30,7 +31,7 @@ from .format import SUPERBLOCK_BYTES, decode_superblock, encode_superblock
 from .segments import NO_SPACE_ERRNOS, segment_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
+    from collections.abc import Collection, Container, Iterator
     from pathlib import Path
 
     from .file_io import FileIo
@@ -147,9 +148,64 @@ def read_superblock(folder: Path) -> Superblock:
             data = file.read(SUPERBLOCK_BYTES + 1)
     except FileNotFoundError as error:
         raise CorruptionError(f"{path} is missing: run `ucm fsck --repair`") from error
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise CorruptionError(f"{path} is no file: run `ucm fsck --repair`") from error
     except OSError as error:
         raise translate_os_error(error, f"cannot read {path}") from error
     return decode_superblock(data, str(path))
+
+
+def read_tenant(folder: Path) -> str:
+    """Whose namespace it is; the nameless tenant's when the folder does not say."""
+    try:
+        return (folder / "tenant").read_bytes().decode("utf-8", "surrogatepass")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def adopt(folder: Path, superblock: Superblock, tenant: str, io: FileIo) -> list[tuple[str, int]]:
+    """Note that a namespace is `tenant`'s; a folder of an older release names none.
+
+    Returns:
+        For each segment that counted as another's until now: whose, and its bytes.
+    """
+    before = read_tenant(folder)
+    if before == tenant:
+        return []
+    try:
+        io.replace_file(folder / "tenant", tenant.encode("utf-8", "surrogatepass"))
+    except OSError as error:
+        log.warning("%s: its tenant is not noted for the next start: %s", folder, error)
+    return [(before, superblock.segment_bytes) for _ in segment_numbers(folder / "segments")]
+
+
+def survey(root: Path) -> list[tuple[str, int]]:
+    """Make `root` if need be, remove half-made namespaces, and list every segment.
+
+    Returns:
+        For each segment of each namespace: whose it is, and its bytes.
+
+    Raises:
+        ConfigError: a namespace is of another format version.
+        CapacityError, TierUnavailableError: the folder cannot be made or read.
+    """
+    found: list[tuple[str, int]] = []
+    try:
+        root.mkdir(mode=0o700, exist_ok=True)
+        for leftover in root.glob("*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for namespace in list_namespaces(root):
+            folder = root / namespace.hex()
+            try:
+                size_bytes = read_superblock(folder).segment_bytes
+            except (CorruptionError, TierUnavailableError) as error:
+                log.warning("%s", error)
+                continue
+            tenant = read_tenant(folder)
+            found += [(tenant, size_bytes) for _ in segment_numbers(folder / "segments")]
+    except OSError as error:
+        raise translate_os_error(error, f"cannot read the data folder {root}") from error
+    return found
 
 
 def create_namespace(folder: Path, superblock: Superblock, io: FileIo) -> None:
@@ -170,7 +226,9 @@ def create_namespace(folder: Path, superblock: Superblock, io: FileIo) -> None:
         raise translate_os_error(error, f"cannot create {folder}") from error
 
 
-def drop_segment(root: Path, in_use: Container[NamespaceId]) -> int:
+def drop_segment(
+    root: Path, in_use: Container[NamespaceId], tenants: Collection[str]
+) -> tuple[str, int]:
     """Delete the last segment of the namespace that was opened longest ago.
 
     The blocks in it are missing when it is next opened; with the last one it goes as a whole.
@@ -178,21 +236,25 @@ def drop_segment(root: Path, in_use: Container[NamespaceId]) -> int:
     Args:
         root: the folder of namespaces; its lock is held.
         in_use: namespaces that are open, so not to be touched.
+        tenants: whose may go.
 
     Returns:
-        The bytes that are free now; 0 when there is no segment that may go.
+        Whose it was and the bytes that are free now; 0 when there is no segment that may go.
     """
     idle = [root / each.hex() for each in list_namespaces(root) if each not in in_use]
     for folder in sorted(idle, key=_last_opening_s):
+        tenant = read_tenant(folder)
+        if tenant not in tenants:
+            continue
         try:
             numbers = segment_numbers(folder / "segments")
             if numbers:
                 size_bytes = read_superblock(folder).segment_bytes
                 _drop_last(folder, numbers)
-                return size_bytes
+                return tenant, size_bytes
         except (OSError, UcmError) as error:
             log.warning("%s cannot make way: %s", folder, error)
-    return 0
+    return "", 0
 
 
 def _drop_last(folder: Path, numbers: list[int]) -> None:

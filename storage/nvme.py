@@ -1,9 +1,8 @@
 """The NVMe tier: one namespace's blocks in slots of preallocated files.
 
-Envelope: a read is one preadv a slot (4 KiB header and the block, contiguous) straight into the
-caller's memory; a write is one pwritev a slot, then once a batch an fdatasync for each segment
-touched and one index commit (two flushes). Bytes move once; the checksum reads them once more at
-30 GB/s. The device is the limit.
+Envelope: slots that lie together are one preadv straight into the callers' memory, or one pwritev
+from it; a write is then, once a batch, an fdatasync for each segment touched and one index commit
+(two flushes). Bytes move once; the checksum reads them once more. The device is the limit.
 
     write    slabs and header -> fdatasync -> index commit -> readable        (a crash: not there)
     delete   index commit -> header blanked, fdatasync -> slot free           (a crash: not there)
@@ -22,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import threading
 from typing import TYPE_CHECKING
 
@@ -38,30 +36,32 @@ from ucm.errors import (
 )
 from ucm.types import BlockKey, NamespaceId, TierKind
 
+from .budget import IdleSegments, SegmentBudget
 from .file_io import PosixFileIo
 from .folder import (
+    adopt,
     check_folder,
     create_namespace,
     drop_segment,
     list_namespaces,
     lock_folder,
     read_superblock,
-    translate_os_error,
+    survey,
 )
 from .format import Superblock
 from .index import IndexRecord
 from .recovery import NamespaceFiles, order_by_chain, recover
-from .segments import SegmentBudget, Segments, segment_numbers
+from .segments import Segments
 from .slot_io import SlotIo
 from .slots import SlotState
 from .tier import IoStatus, ReadOutcome, SlotId, TierEntry, TierUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from ucm.config import NvmeConfig
     from ucm.layout import KvLayout
+    from ucm.shares import Shares
 
     from .file_io import FileIo
     from .recovery import Recovered
@@ -73,7 +73,9 @@ log = logging.getLogger(__name__)
 class NvmeTier:
     """`Tier` over a namespace's segment files and index. Made by `NvmeStore`."""
 
-    def __init__(self, files: NamespaceFiles, recovered: Recovered) -> None:
+    def __init__(self, files: NamespaceFiles, recovered: Recovered, tenant: str = "") -> None:
+        self.tenant = tenant
+        """Whose quota its segments count against."""
         self._files = files
         self._superblock = files.superblock
         self._layout = files.superblock.layout
@@ -140,12 +142,13 @@ class NvmeTier:
 
     def write(self, items: Sequence[SlotWrite]) -> list[IoStatus]:
         """See `Tier.write`. Durable; FULL and IO_ERROR leave nothing visible."""
-        for item in items:
+        states = self._slots.states(item.slot for item in items)
+        for item, state in zip(items, states, strict=True):
             checksum.check_block_length(self._layout, item.data)
-            if self._slots.state(item.slot) in (SlotState.FREE, SlotState.USED):
+            if state in (SlotState.FREE, SlotState.USED):
                 raise InvalidArgumentError(f"slot {item.slot} was not allocated to be written")
-        if not items:
-            return []
+        if not items or not self._index.is_usable:
+            return [IoStatus.IO_ERROR] * len(items)
         try:
             first_generation = self._take_generations(len(items))
         except UcmError as error:
@@ -160,9 +163,10 @@ class NvmeTier:
         """See `Tier.read`. `into` holds garbage where the outcome is not OK."""
         for item in items:
             checksum.check_block_length(self._layout, item.into)
-        outcomes = [ReadOutcome(self._status_of_unreadable(item.slot)) for item in items]
-        readable = [i for i, outcome in enumerate(outcomes) if outcome.status is IoStatus.OK]
-        generations = [self._slots.generation(items[i].slot) for i in readable]
+        states = self._slots.states(item.slot for item in items)
+        outcomes = [ReadOutcome(self._status(*each)) for each in zip(items, states, strict=True)]
+        readable = [i for i, state in enumerate(states) if state is SlotState.USED]
+        generations = self._slots.generations([items[i].slot for i in readable])
         results = self._slot_io.read([items[i] for i in readable], generations)
         for i, generation, outcome in zip(readable, generations, results, strict=True):
             outcomes[i] = outcome
@@ -192,6 +196,7 @@ class NvmeTier:
             quarantined_slots=slots.count(SlotState.QUARANTINED),
             slot_bytes=self._superblock.slot_bytes,
             disk_is_full=self._segments.disk_is_full,
+            held_bytes=self.file_bytes,
         )
 
     def check_integrity(self) -> list[str]:
@@ -236,11 +241,11 @@ class NvmeTier:
                 self._slots.grow(self._segments.grow())
             return self._slots.count(SlotState.FREE) > 0
 
-    def _status_of_unreadable(self, slot: SlotId) -> IoStatus:
+    def _status(self, item: SlotRead, state: SlotState) -> IoStatus:
         """Why a slot cannot be read; OK if it can."""
-        if self._slots.state(slot) is SlotState.USED:
+        if state is SlotState.USED:
             return IoStatus.OK
-        is_lost = slot < len(self._slots) and self._segments.locate(slot) is None
+        is_lost = item.slot < len(self._slots) and self._segments.locate(item.slot) is None
         return IoStatus.IO_ERROR if is_lost else IoStatus.CORRUPT
 
     def _take_generations(self, count: int) -> int:
@@ -263,7 +268,7 @@ class NvmeTier:
         failed = self._segments.sync(written)
         for segment in failed:
             self._retire(segment)
-        for position, item in enumerate(items):
+        for position, item in enumerate(items if failed else ()):
             if self._segments.segment_of(item.slot) in failed:
                 statuses[position] = IoStatus.IO_ERROR
 
@@ -286,12 +291,12 @@ class NvmeTier:
             log.warning("%r: %d blocks could not be committed: %s", self, len(good), error)
             for position in good:
                 statuses[position] = _status_of(error)
+            if not self._index.is_usable:  # the records may be durable: their blocks must stay
+                self._slots.quarantine([record.slot for record in records])
             return
-        for record in records:
-            self._slots.set_generation(record.slot, record.generation)
-        used = self._slots.change(
-            [record.slot for record in records], SlotState.ALLOCATED, SlotState.USED
-        )
+        slots = [record.slot for record in records]
+        self._slots.set_generations(slots, [record.generation for record in records])
+        used = set(self._slots.change(slots, SlotState.ALLOCATED, SlotState.USED))
         for position in good:
             if items[position].slot not in used:  # its segment was retired meanwhile
                 statuses[position] = IoStatus.IO_ERROR
@@ -353,12 +358,15 @@ class NvmeStore:
     Thread-safe. Opening blocks on the disk.
     """
 
-    def __init__(self, config: NvmeConfig, io: FileIo | None = None) -> None:
+    def __init__(
+        self, config: NvmeConfig, io: FileIo | None = None, *, shares: Shares | None = None
+    ) -> None:
         """Take the folder.
 
         Args:
             config: limits and the path.
             io: how block data is read and written; `PosixFileIo` when None. The store closes it.
+            shares: quotas and reservations of tenants; none when None.
 
         Raises:
             ConfigError: no path; the folder is another user's, world-writable, of another format
@@ -380,7 +388,7 @@ class NvmeStore:
         self._lock_fd = lock_folder(config.path)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(os.close, self._lock_fd)
-            self._budget = self._survey()
+            self._budget = self._survey(shares)
             on_failure.pop_all()
         self._io = PosixFileIo(config.io_threads) if io is None else io
 
@@ -391,8 +399,10 @@ class NvmeStore:
         """Ids of all namespaces on the disk, open or not."""
         return list_namespaces(self._root)
 
-    def open_namespace(self, namespace: NamespaceId, layout: KvLayout) -> NvmeTier:
-        """Open a namespace, recovering it if need be, or create it.
+    def open_namespace(
+        self, namespace: NamespaceId, layout: KvLayout, tenant: str = ""
+    ) -> NvmeTier:
+        """Open a namespace, recovering it if need be, or create it. Its bytes are `tenant`'s.
 
         Opened twice it is the same tier, unless that was closed meanwhile.
 
@@ -407,7 +417,7 @@ class NvmeStore:
                 raise TierUnavailableError(f"the data folder {self._config.path} is closed")
             tier = self._tiers.get(namespace)
             if tier is None or tier.is_closed:
-                tier = self._tiers[namespace] = self._open(namespace, layout)
+                tier = self._tiers[namespace] = self._open(namespace, layout, tenant)
         if tier.layout != layout:
             raise LayoutMismatchError(
                 f"namespace {namespace.hex()[:8]} holds blocks of {tier.layout}, not of {layout}"
@@ -432,40 +442,27 @@ class NvmeStore:
                 os.close(self._lock_fd)
             self._lock_fd = -1
 
-    def _survey(self) -> SegmentBudget:
-        """Refuse other format versions, remove half-made namespaces, count what is there."""
-        budget = SegmentBudget(
-            self._config.capacity_bytes, idle_bytes=self._idle_bytes, drop_idle=self._drop_idle
-        )
-        try:
-            self._root.mkdir(mode=0o700, exist_ok=True)
-            for leftover in self._root.glob("*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            for namespace in self.namespaces():
-                self._count_segments(self._root / namespace.hex(), budget)
-        except OSError as error:
-            raise translate_os_error(error, f"cannot read the data folder {self._root}") from error
+    def _survey(self, shares: Shares | None) -> SegmentBudget:
+        """Count what is there."""
+        idle = IdleSegments(self._idle_bytes, self._drop_idle)
+        budget = SegmentBudget(self._config.capacity_bytes, shares=shares, idle=idle)
+        for tenant, size_bytes in survey(self._root):
+            budget.count_existing(tenant, size_bytes)
         return budget
 
-    def _idle_bytes(self) -> int:
-        tiers = [tier for tier in list(self._tiers.values()) if not tier.is_closed]
-        return self._budget.reserved_bytes - sum(tier.file_bytes for tier in tiers)
+    def _idle_bytes(self) -> dict[str, int]:
+        idle_bytes = self._budget.used_bytes_by_tenant()
+        for tier in list(self._tiers.values()):
+            if not tier.is_closed:
+                idle_bytes[tier.tenant] = idle_bytes.get(tier.tenant, 0) - tier.file_bytes
+        return idle_bytes
 
-    def _drop_idle(self) -> int:
+    def _drop_idle(self, tenants: Collection[str]) -> tuple[str, int]:
         with self._lock:
             in_use = {name for name, tier in self._tiers.items() if not tier.is_closed}
-            return 0 if self._lock_fd < 0 else drop_segment(self._root, in_use)
+            return ("", 0) if self._lock_fd < 0 else drop_segment(self._root, in_use, tenants)
 
-    def _count_segments(self, folder: Path, budget: SegmentBudget) -> None:
-        try:
-            superblock = read_superblock(folder)
-        except (CorruptionError, TierUnavailableError) as error:
-            log.warning("%s", error)
-            return
-        for _ in segment_numbers(folder / "segments"):
-            budget.count_existing(superblock.segment_bytes)
-
-    def _open(self, namespace: NamespaceId, layout: KvLayout) -> NvmeTier:
+    def _open(self, namespace: NamespaceId, layout: KvLayout, tenant: str) -> NvmeTier:
         folder = self._root / namespace.hex()
         if not folder.exists():
             create_namespace(folder, self._new_superblock(namespace, layout), self._io)
@@ -477,8 +474,12 @@ class NvmeStore:
                 f"namespace {namespace.hex()[:8]} holds blocks of {superblock.layout}, "
                 f"not of {layout}"
             )
+        budget = self._budget.of(tenant)
+        for old, size_bytes in adopt(folder, superblock, tenant, self._io):
+            self._budget.release(old, size_bytes)
+            budget.count_existing(size_bytes)
         with contextlib.ExitStack() as on_failure:
-            segments = Segments(folder / "segments", superblock, self._io, self._budget)
+            segments = Segments(folder / "segments", superblock, self._io, budget)
             on_failure.callback(segments.close)
             files = NamespaceFiles(
                 folder=folder,
@@ -487,7 +488,7 @@ class NvmeStore:
                 io=self._io,
                 index_map_bytes=self._config.index_map_bytes,
             )
-            tier = NvmeTier(files, recover(files))
+            tier = NvmeTier(files, recover(files), tenant)
             on_failure.pop_all()
         return tier
 

@@ -4,7 +4,7 @@
     file           0000.seg      | 0001.seg   | ...
 
 A segment's disk space is reserved when it is created, so that a full disk shows then and not in
-the middle of a write. `SegmentBudget` is shared by all namespaces of a store. A segment whose
+the middle of a write; `budget.py` says whether there may be one more. A segment whose
 fsync failed once is *retired*: nothing in it is read or written again until `fsck --repair`.
 Syncs of one segment are serialised with its retirement: of two threads that sync it, the kernel
 tells only one of a failure, and the other must learn of it before it commits.
@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING
 from ucm.errors import TierUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
+    from .budget import TenantBudget
     from .file_io import FileHandle, FileIo
     from .format import Superblock
     from .tier import SlotId
@@ -49,76 +50,6 @@ def _free_bytes(folder: Path) -> int:
     return disk.f_bavail * disk.f_frsize
 
 
-class SegmentBudget:
-    """Bytes of segments that all namespaces of a store may have. Thread-safe.
-
-    Segments of namespaces that nobody has open make way when there is no room otherwise: after a
-    change of model, say, the old one's blocks must not keep the new one's out for ever.
-    """
-
-    def __init__(
-        self,
-        capacity_bytes: int,
-        *,
-        idle_bytes: Callable[[], int] = lambda: 0,
-        drop_idle: Callable[[], int] = lambda: 0,
-    ) -> None:
-        """Begin with nothing reserved.
-
-        Args:
-            capacity_bytes: the limit.
-            idle_bytes: how much of what is reserved could make way; must not block.
-            drop_idle: makes one segment go; its bytes, 0 when there is none. May block.
-        """
-        self._capacity_bytes = capacity_bytes
-        self._idle_bytes = idle_bytes
-        self._drop_idle = drop_idle
-        self._reserved_bytes = 0
-        self._stuck_bytes = 0
-        """Idle bytes of which none could be dropped when that was tried."""
-        self._lock = threading.Lock()
-
-    @property
-    def reserved_bytes(self) -> int:
-        """What all segments take."""
-        return self._reserved_bytes
-
-    @property
-    def remaining_bytes(self) -> int:
-        """What may still be reserved; 0 when the capacity was lowered below what is there."""
-        idle_bytes = self._idle_bytes()
-        if idle_bytes == self._stuck_bytes:
-            idle_bytes = 0
-        return max(0, self._capacity_bytes - self._reserved_bytes + idle_bytes)
-
-    def reserve(self, size_bytes: int) -> bool:
-        """Take `size_bytes` if there are as many or idle segments can make way. May block."""
-        while not self._take(size_bytes):
-            dropped_bytes = self._drop_idle()
-            if not dropped_bytes:
-                self._stuck_bytes = self._idle_bytes()
-                return False
-            self.release(dropped_bytes)
-        return True
-
-    def _take(self, size_bytes: int) -> bool:
-        with self._lock:
-            if self._reserved_bytes + size_bytes > self._capacity_bytes:
-                return False
-            self._reserved_bytes += size_bytes
-            return True
-
-    def count_existing(self, size_bytes: int) -> None:
-        """Count a segment that is on the disk already, even above the capacity."""
-        with self._lock:
-            self._reserved_bytes += size_bytes
-
-    def release(self, size_bytes: int) -> None:
-        """Give `size_bytes` back."""
-        with self._lock:
-            self._reserved_bytes -= size_bytes
-
-
 def segment_numbers(folder: Path) -> list[int]:
     """Numbers of the segment files in `folder`, ascending; empty when there is no such folder."""
     if not folder.is_dir():
@@ -135,7 +66,7 @@ class Segments:
         folder: Path,
         superblock: Superblock,
         io: FileIo,
-        budget: SegmentBudget,
+        budget: TenantBudget,
         *,
         read_only: bool = False,
     ) -> None:
@@ -149,6 +80,8 @@ class Segments:
         """
         self._folder = folder
         self._superblock = superblock
+        self._slot_bytes = superblock.slot_bytes
+        self._slots_per_segment = superblock.slots_per_segment
         self._io = io
         self._budget = budget
         self._read_only = read_only
@@ -198,7 +131,7 @@ class Segments:
 
     def segment_of(self, slot: SlotId) -> int:
         """Which segment a slot lies in."""
-        return slot // self._superblock.slots_per_segment
+        return slot // self._slots_per_segment
 
     def slots_of(self, segment: int) -> range:
         """The slot numbers of a segment."""
@@ -207,13 +140,13 @@ class Segments:
 
     def locate(self, slot: SlotId) -> tuple[FileHandle, int] | None:
         """File and byte offset of a slot's header; None when retired, or when there is no such."""
-        if not 0 <= slot < self.num_slots:
+        segment, index = divmod(slot, self._slots_per_segment)
+        if not 0 <= segment < len(self._files):
             return None
-        segment, index = divmod(slot, self._superblock.slots_per_segment)
         file = self._files[segment]
         if file is None or segment in self._retired:
             return None
-        return file, index * self._superblock.slot_bytes
+        return file, index * self._slot_bytes
 
     def grow(self) -> int:
         """Create and preallocate one more segment.

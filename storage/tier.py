@@ -89,6 +89,8 @@ class TierUsage:
     """Bytes that one slot occupies, header included."""
     disk_is_full: bool = False
     """The disk refused room that the capacity allows; `free_slots` counts without it."""
+    held_bytes: int = 0
+    """Disk space of its files."""
 
     @property
     def total_slots(self) -> int:

@@ -13,11 +13,11 @@ from typing import Any, Final, Self
 import grpc
 
 from .errors import PermissionDeniedError, TierUnavailableError, UcmError
-from .grants import ManagerStatus, NamespaceStatus, TierStatus
+from .grants import ManagerStatus, NamespaceStatus, ShareStatus, TierStatus
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
 from .sockets import admin_path, check_path_length, grpc_target
-from .types import NamespaceId
+from .types import NamespaceId, TierKind
 from .wire import ERROR_METADATA, TIER_FROM_WIRE, error_from_wire
 
 _GRACE_S: Final = 1.0
@@ -125,15 +125,20 @@ def _status_from_wire(reply: pb.StatusReply) -> ManagerStatus:
         tiers=tuple(_tier_from_wire(tier) for tier in reply.tiers),
         namespaces=tuple(_namespace_from_wire(item) for item in reply.namespaces),
         problems=tuple(reply.problems),
+        rejected_admissions=reply.rejected_admissions,
     )
 
 
-def _tier_from_wire(tier: pb.TierStatus) -> TierStatus:
-    kind = TIER_FROM_WIRE.get(tier.tier)
+def _kind_from_wire(tier: pb.Tier) -> TierKind:
+    kind = TIER_FROM_WIRE.get(tier)
     if kind is None:
         raise TierUnavailableError("the daemon has a tier that this release does not know")
+    return kind
+
+
+def _tier_from_wire(tier: pb.TierStatus) -> TierStatus:
     return TierStatus(
-        kind=kind,
+        kind=_kind_from_wire(tier.tier),
         used_bytes=tier.used_bytes,
         capacity_bytes=tier.capacity_bytes,
         num_blocks=tier.num_blocks,
@@ -154,4 +159,16 @@ def _namespace_from_wire(namespace: pb.NamespaceStatus) -> NamespaceStatus:
         block_bytes=namespace.block_bytes,
         num_sessions=namespace.num_sessions,
         problem=namespace.problem,
+        tenant=namespace.tenant,
+        shares=tuple(_share_from_wire(share) for share in namespace.shares),
+        pinned_bytes=namespace.pinned_bytes,
+    )
+
+
+def _share_from_wire(share: pb.TierShare) -> ShareStatus:
+    return ShareStatus(
+        kind=_kind_from_wire(share.tier),
+        held_bytes=share.held_bytes,
+        quota_bytes=share.quota_bytes,
+        reserved_bytes=share.reserved_bytes,
     )

@@ -101,6 +101,17 @@ class StoreLease:
     timeout_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class PinLease:
+    """A prefix that stays in host memory."""
+
+    id: LeaseId
+    num_blocks: int
+    """Leading keys that are pinned: fewer than asked for where the chain is not cached."""
+    hold_s: float
+    """How long it lasts; the store may allow less than was asked for."""
+
+
 class CacheApi(Protocol):
     """A tiered block cache as a client sees it. All sizes in bytes, all times in seconds."""
 
@@ -166,11 +177,33 @@ class CacheApi(Protocol):
             LeaseExpiredError: too late; nothing of the lease was stored.
         """
 
+    def pin(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        hold_s: float = 3600.0,
+        timeout_s: float,
+    ) -> PinLease:
+        """Keep the cached prefix of `keys` in host memory, a system prompt for instance.
+
+        Blocks until it is there, at most `timeout_s`; what is not there by then is not pinned.
+        It ends by `release`, after `hold_s`, or with the session.
+
+        Raises:
+            CapacityError: more of the namespace's memory would be pinned than is allowed.
+            InvalidArgumentError: `hold_s` is not above 0.
+        """
+
     def release(self, lease_id: LeaseId) -> None:
-        """Drop a lease of either kind, in any state. Unknown or expired ones are ignored."""
+        """Drop a lease of any kind, in any state. Unknown or expired ones are ignored."""
 
     def flush(self, *, timeout_s: float) -> bool:
-        """Wait until all that was accepted before this call is flushed; False on time-out."""
+        """Wait until all that was accepted before this call is flushed; False on time-out.
+
+        Blocks that the store's admission (`nvme.admission`) keeps from NVMe are not waited for:
+        they are in memory only until they are used again.
+        """
 
     def close(self) -> None:
         """End the session: all its leases and its staging memory go back. Idempotent."""

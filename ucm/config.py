@@ -7,11 +7,15 @@ Sizes are bytes; a file or flag may say `4GiB`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 MIB = 1 << 20
 GIB = 1 << 30
+
+POLICY_NAMES = ("tree-gdsf", "lru", "s3-fifo")
+"""Eviction policies, the default first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +49,22 @@ class MemoryConfig:
     """The host-memory tier."""
 
     capacity_bytes: int = 4 * GIB
-    """Sum over all namespaces' arenas. Sparse until used."""
+    """Sum over all namespaces' arenas. Sparse until used, but for `prefault_bytes`."""
+    prefault_bytes: int = 256 * MIB
+    """How far ahead of use each namespace's memory is made real, in the background, so that stores
+    and loads do not wait for the kernel to find pages (5 us each); at most an eighth of the
+    capacity, and a quarter of this before the first use. Counts as used. 0 switches it off."""
     high_watermark: float = 0.95
     """Eviction starts above this share of the capacity..."""
     low_watermark: float = 0.90
     """... and goes on down to this one, so that it runs in batches."""
+    max_pinned_share: float = 0.5
+    """Share of the memory a namespace can use that pins may keep, so that loads find room."""
+    max_pin_s: float = 4 * 3600.0
+    """Longest that a pin lasts; an engine that still needs it pins again."""
+    policy: str = "tree-gdsf"
+    """Who goes first: `tree-gdsf` keeps what is dear to recompute and often used, `lru` what was
+    used last, `s3-fifo` what was used twice. All keep whole prefixes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +81,13 @@ class NvmeConfig:
     """As for memory."""
     low_watermark: float = 0.90
     """As for memory."""
+    admission: str = "always"
+    """Which blocks are written: `always` each, or `second-touch` those that are stored or loaded
+    again within an hour. That saves the disk most writes (in public traces 58 to 76 % of blocks
+    are never used again) and costs a miss where a block's first reuse finds it gone from memory.
+    A flush waits for what was admitted, not for the rest."""
+    policy: str = "tree-gdsf"
+    """As for memory."""
     io: str = "auto"
     """What device memory can be read into: none (`posix`), directly (`gds`, GPUDirect Storage),
     through pinned buffers (`kvikio-compat`); `auto` takes the best that works here. Host memory is
@@ -81,6 +103,19 @@ class NvmeConfig:
     index_map_bytes: int = 4 * GIB
     """Address space of one namespace's LMDB index; sparse. Records take at most a quarter, so that
     deletions always find room: some four million blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictionConfig:
+    """What tree-GDSF takes a hit to be worth; the other policies do not ask."""
+
+    attention_tokens: float = 8192.0
+    """Position in a prompt at which attention costs the engine as much as the weights, which is
+    P / (2*L*H*D) for P weights, L layers and H query heads of size D: 3000 for SmolLM2-135M, 25000
+    for 7B models. The policy takes a root, so the middle serves both."""
+    nvme_load_share: float = 0.1
+    """Time to load a block from NVMe over the time to compute it at the beginning of a prompt:
+    0.001 for an engine on a CPU, 0.3 for one on a fast GPU beside a slow disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,12 +147,33 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaConfig:
+    """What one tenant may hold over all its namespaces: `[quota.TENANT]`, in a file only.
+
+    `[quota."*"]` is for tenants that have no section of their own, `[quota.""]` for engines that
+    name no tenant. Reservations are for named tenants only and together at most the capacity.
+    """
+
+    memory_bytes: int = 0
+    """Most host memory; 0 is no limit. At its quota a tenant evicts its own blocks."""
+    memory_reserved_bytes: int = 0
+    """Host memory that no other tenant takes."""
+    nvme_bytes: int = 0
+    """Most disk space, in whole segments (rounded down); 0 is no limit."""
+    nvme_reserved_bytes: int = 0
+    """Disk space that no other tenant takes, in whole segments (rounded up)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The daemon's whole configuration, one section a component."""
 
     service: ServiceConfig = field(default_factory=ServiceConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     nvme: NvmeConfig = field(default_factory=NvmeConfig)
+    eviction: EvictionConfig = field(default_factory=EvictionConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    quota: Mapping[str, QuotaConfig] = field(default_factory=dict)
+    """By the tenant's name."""

@@ -21,22 +21,34 @@ import platformdirs
 
 from .config import (
     Config,
+    EvictionConfig,
     LogConfig,
     MemoryConfig,
     MetricsConfig,
     NvmeConfig,
+    QuotaConfig,
     ServiceConfig,
     TransferConfig,
 )
 from .config_values import FieldType, Value, check_value, closest, parse_value
 from .errors import ConfigError
+from .shares import memory_shares, nvme_shares
 
-Section = ServiceConfig | MemoryConfig | NvmeConfig | TransferConfig | MetricsConfig | LogConfig
+Section = (
+    ServiceConfig
+    | MemoryConfig
+    | NvmeConfig
+    | EvictionConfig
+    | TransferConfig
+    | MetricsConfig
+    | LogConfig
+)
 
 SECTIONS: Final[Mapping[str, type[Section]]] = {
     "service": ServiceConfig,
     "memory": MemoryConfig,
     "nvme": NvmeConfig,
+    "eviction": EvictionConfig,
     "transfer": TransferConfig,
     "metrics": MetricsConfig,
     "log": LogConfig,
@@ -51,7 +63,8 @@ class LoadedConfig:
 
     config: Config
     origins: Mapping[str, str]
-    """`section.field` -> `default`, `file PATH`, `environment NAME` or `command line`."""
+    """`section.field` -> `default`, `file PATH`, `environment NAME` or `command line`; of quotas
+    `quota.TENANT` -> `file PATH`."""
 
 
 def load_config(
@@ -75,8 +88,10 @@ def load_config(
     values: dict[str, Value] = _defaults(env)
     origins = dict.fromkeys(values, "default")
     path = config_path or _find_file(env)
+    tables = _read_tables(path) if path else {}
+    quotas = _read_quotas(tables.pop("quota", {}), f"file {path}")
     layers = (
-        _read_file(path) if path else {},
+        _read_file(tables, f"file {path}"),
         _read_environment(env),
         {_known(name, "command line"): (text, "command line") for name, text in overrides.items()}
         if overrides
@@ -90,7 +105,10 @@ def load_config(
     for name, value in values.items():
         check_value(name, value, origin=origins[name])
     _check_watermarks(values, origins)
-    return LoadedConfig(_build(values), MappingProxyType(origins))
+    origins |= {f"quota.{tenant}": f"file {path}" for tenant in quotas}
+    config = _build(values, quotas)
+    _check_quotas(config, f"file {path}")
+    return LoadedConfig(config, MappingProxyType(origins))
 
 
 def default_socket_path(environ: Mapping[str, str]) -> Path:
@@ -136,26 +154,55 @@ def _find_file(environ: Mapping[str, str]) -> Path | None:
     return None
 
 
-def _read_file(path: Path) -> dict[str, tuple[object, str]]:
-    origin = f"file {path}"
+def _read_tables(path: Path) -> dict[str, object]:
     try:
         with path.open("rb") as file:
-            tables = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{origin} is not valid TOML: {error}") from error
+        raise ConfigError(f"file {path} is not valid TOML: {error}") from error
+
+
+def _read_file(tables: Mapping[str, object], origin: str) -> dict[str, tuple[object, str]]:
     found: dict[str, tuple[object, str]] = {}
     for section, table in tables.items():
         if section not in SECTIONS:
             raise ConfigError(
-                f"{origin}: unknown section [{section}]{closest(section, list(SECTIONS))}"
+                f"{origin}: unknown section [{section}]{closest(section, [*SECTIONS, 'quota'])}"
             )
         if not isinstance(table, dict):
             raise ConfigError(f"{origin}: {section} must be a section: write [{section}]")
         for key, raw in table.items():
             found[_known(f"{section}.{key}", origin)] = (raw, origin)
     return found
+
+
+def _read_quotas(tables: object, origin: str) -> dict[str, QuotaConfig]:
+    """The sections `[quota.TENANT]` by tenant."""
+    if not isinstance(tables, dict):
+        raise ConfigError(f"{origin}: quota must be sections: write [quota.TENANT]")
+    known = [item.name for item in fields(QuotaConfig)]
+    quotas: dict[str, QuotaConfig] = {}
+    for tenant, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(
+                f"{origin}: quota.{tenant} must be a tenant's section: write [quota.TENANT] with "
+                f"{', '.join(known)}"
+            )
+        values: dict[str, int] = {}
+        for key, raw in table.items():
+            name = f"quota.{tenant}.{key}"
+            if key not in known:
+                hint = closest(key, known)
+                raise ConfigError(f"{origin}: unknown key {key!r} in [quota.{tenant}]{hint}")
+            value = parse_value(name, raw, int, origin=origin, base=Path.cwd())
+            assert isinstance(value, int)
+            if not 0 <= value < 2**63:
+                raise ConfigError(f"{origin}: {name} is {value}, expected 0 (no limit) or more")
+            values[key] = value
+        quotas[tenant] = QuotaConfig(**values)
+    return quotas
 
 
 def env_name(name: str) -> str:
@@ -165,7 +212,7 @@ def env_name(name: str) -> str:
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, tuple[object, str]]:
     by_env = {env_name(name): name for name in FIELD_TYPES}
-    sections = tuple(f"{ENV_PREFIX}{section.upper()}_" for section in SECTIONS)
+    sections = tuple(f"{ENV_PREFIX}{section.upper()}_" for section in (*SECTIONS, "quota"))
     found: dict[str, tuple[object, str]] = {}
     for variable, text in environ.items():
         if variable in by_env:
@@ -203,9 +250,17 @@ def _check_watermarks(values: Mapping[str, Value], origins: Mapping[str, str]) -
             )
 
 
-def _build(values: Mapping[str, Value]) -> Config:
+def _check_quotas(config: Config, origin: str) -> None:
+    try:
+        memory_shares(config)
+        nvme_shares(config)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
+
+
+def _build(values: Mapping[str, Value], quotas: Mapping[str, QuotaConfig]) -> Config:
     parts: dict[str, Section] = {}
     for section, cls in SECTIONS.items():
         own = {item.name: values[f"{section}.{item.name}"] for item in fields(cls)}
         parts[section] = cls(**own)  # type: ignore[arg-type]  # parse_value made the types
-    return Config(**parts)  # type: ignore[arg-type]
+    return Config(**parts, quota=quotas)  # type: ignore[arg-type]

@@ -16,20 +16,21 @@ from ucm.storage.arena import Arena
 from ucm.storage.tier import SlotId
 
 from .api import (
-    LoadedBlock,
     LoadLease,
     LookupResult,
     NamespaceHandle,
+    PinLease,
     SlabChecksums,
     StoreLease,
     StoreSlot,
 )
 from .config import Config
 from .errors import TierUnavailableError
-from .grants import LoadGrant, StoreGrant
+from .grants import StoreGrant
 from .hashing import NamespaceSpec
 from .manager import Manager
-from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus
+from .types import BlockKey, LeaseId, NamespaceId, StoreStatus
+from .wire import checksums_from_wire
 
 
 class EmbeddedCache:
@@ -81,7 +82,9 @@ class EmbeddedCache:
         """See `CacheApi.prepare_load`."""
         grants = self.manager.prepare_load(self._session, namespace, keys, timeout_s=timeout_s)
         arena = self._arenas[namespace]
-        blocks = tuple(_loaded_block(arena, grant) for grant in grants.blocks)
+        views = [_ready_view(arena, offset) for offset in grants.offsets]
+        checksums = checksums_from_wire(grants.checksums, num_blocks=len(views))
+        blocks = grants.loaded_blocks(keys, views, checksums)
         return LoadLease(grants.lease_id, blocks, grants.timeout_s)
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
@@ -108,6 +111,17 @@ class EmbeddedCache:
         """See `CacheApi.complete_store`."""
         return self.manager.complete_store(self._session, lease_id, checksums)
 
+    def pin(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        hold_s: float = 3600.0,
+        timeout_s: float,
+    ) -> PinLease:
+        """See `CacheApi.pin`."""
+        return self.manager.pin(self._session, namespace, keys, hold_s=hold_s, timeout_s=timeout_s)
+
     def release(self, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""
         self.manager.release(self._session, lease_id)
@@ -129,11 +143,8 @@ class EmbeddedCache:
             self.manager.close()
 
 
-def _loaded_block(arena: Arena, grant: LoadGrant) -> LoadedBlock:
-    if grant.status is not LoadStatus.READY:
-        return LoadedBlock(grant.key, grant.status)
-    data = arena.view(SlotId(grant.offset // arena.slot_bytes)).toreadonly()
-    return LoadedBlock(grant.key, grant.status, grant.tier, data, grant.checksums)
+def _ready_view(arena: Arena, offset: int) -> memoryview:
+    return arena.view(SlotId(offset // arena.slot_bytes)).toreadonly()
 
 
 def open_embedded(path: Path | str | None, config: Config | None = None) -> EmbeddedCache:

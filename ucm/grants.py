@@ -6,32 +6,45 @@ door passed; embedded mode turns them into views at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .api import SlabChecksums
+from .api import LoadedBlock, SlabChecksums
 from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus, TierKind
 
 
 @dataclass(frozen=True, slots=True)
-class LoadGrant:
-    """One key of a load: where its bytes lie in the namespace's arena."""
-
-    key: BlockKey
-    status: LoadStatus
-    tier: TierKind | None = None
-    """Where it was found when the load was prepared; None unless READY."""
-    offset: int = -1
-    """Byte offset of the block in the arena; -1 unless READY."""
-    checksums: SlabChecksums = ()
-
-
-@dataclass(frozen=True, slots=True)
 class LoadGrants:
-    """A load lease: one entry for every key asked for, in order."""
+    """A load lease, in columns: objects for each block would cost more than the plan.
+
+    The READY blocks are the first ones, and only they have a tier, an offset and checksums.
+    """
 
     lease_id: LeaseId
-    blocks: tuple[LoadGrant, ...]
+    statuses: tuple[LoadStatus, ...]
+    """One for every key asked for, in order."""
+    tiers: tuple[TierKind, ...]
+    """Where each READY block was found when the load was prepared."""
+    offsets: tuple[int, ...]
+    """Byte offset of each READY block in the namespace's arena."""
+    checksums: bytes
+    """Of the READY blocks, packed as they travel: see `ucm.wire.checksums_from_wire`."""
     timeout_s: float
+
+    def loaded_blocks(
+        self, keys: Sequence[BlockKey], views: Sequence[memoryview], sums: Sequence[SlabChecksums]
+    ) -> tuple[LoadedBlock, ...]:
+        """The lease's blocks for a client.
+
+        Args:
+            keys: those asked for.
+            views: bytes of the READY blocks, read-only.
+            sums: their checksums.
+        """
+        num_ready = len(views)
+        ready = map(LoadedBlock, keys, self.statuses, self.tiers, views, sums)
+        others = map(LoadedBlock, keys[num_ready:], self.statuses[num_ready:])
+        return (*ready, *others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,18 @@ class TierStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareStatus:
+    """What a namespace costs in one tier, and what its tenant may hold there in all."""
+
+    kind: TierKind
+    held_bytes: int
+    """Memory that was ever touched, or disk space of segments."""
+    quota_bytes: int
+    """0 is no limit."""
+    reserved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class NamespaceStatus:
     """One open namespace."""
 
@@ -83,6 +108,11 @@ class NamespaceStatus:
     num_sessions: int
     problem: str
     """What is wrong with its NVMe tier; empty when all is well."""
+    tenant: str = ""
+    shares: tuple[ShareStatus, ...] = ()
+    """One for each tier."""
+    pinned_bytes: int = 0
+    """Kept in memory by pin leases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,3 +130,5 @@ class ManagerStatus:
     namespaces: tuple[NamespaceStatus, ...]
     problems: tuple[str, ...]
     """What an operator should know, one clear line each; empty when all is well."""
+    rejected_admissions: int = 0
+    """Times that a block was stored or loaded and `nvme.admission` kept it from NVMe."""

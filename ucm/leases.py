@@ -29,6 +29,8 @@ class LeaseKind(enum.Enum):
 
     LOAD = "load"
     STORE = "store"
+    PIN = "pin"
+    """A load that stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,11 @@ class LeaseTable:
         if not self._num_leases:
             self._deadlines.clear()
         return leases
+
+    def of_kind(self, kind: LeaseKind) -> list[Lease]:
+        """Every lease of that kind. O(leases)."""
+        leases = (lease for held in self._by_session.values() for lease in held.values())
+        return [lease for lease in leases if lease.kind is kind]
 
     def of_namespace(self, namespace: NamespaceId) -> int:
         """Number of leases in a namespace. O(leases)."""

@@ -20,16 +20,19 @@ from dataclasses import replace
 from ucm.storage.arena import Arena
 
 from . import __version__
-from .api import LookupResult, NamespaceHandle, SlabChecksums
+from .api import LookupResult, NamespaceHandle, PinLease, SlabChecksums
 from .clock import Clock, SystemClock
 from .config import Config
 from .errors import CapacityError, TierUnavailableError
-from .grants import LoadGrants, ManagerStatus, NamespaceStatus, StoreGrants, TierStatus
+from .grants import LoadGrants, ManagerStatus, StoreGrants, TierStatus
 from .hashing import NamespaceSpec
+from .leases import LeaseKind
 from .loads import LoadPath
 from .manager_state import MAX_WAIT_S, ManagerState, Session
+from .manager_status import check_namespace, namespace_statuses, tier_status
 from .metrics import Metrics
 from .namespaces import Namespace, NamespaceTable, TierFactory, tiers_of
+from .pins import PinPath
 from .staging import Staging
 from .stores import StorePath
 from .transfer import TransferPool
@@ -65,23 +68,23 @@ class Manager:
             tiers: how tiers are made; those that `config` describes when None.
 
         Raises:
-            ConfigError: the folder belongs to another user, format version or running daemon.
+            ConfigError: the folder belongs to another user, format version or running daemon; or
+                the quotas cannot be kept.
         """
         self.config = config
         self.metrics = metrics or Metrics()
         clock = clock or SystemClock()
-        tiers = tiers or tiers_of(config.nvme)
+        tiers = tiers or tiers_of(config)
         self._has_nvme = tiers.nvme is not None
         self._nvme_io = tiers.nvme_io
-        namespaces = NamespaceTable(
-            config.memory, config.service.max_namespaces, tiers, clock, self.metrics
-        )
+        namespaces = NamespaceTable(config, tiers, clock, self.metrics)
         self._state = ManagerState(config, namespaces, clock, self.metrics)
         self._pool = TransferPool(TRANSFER_THREADS, config.transfer.max_queued_transfers)
         self._write_behind = (
             WriteBehind(self._state, config.nvme, self._pool) if self._has_nvme else None
         )
         self._loads = LoadPath(self._state, self._pool)
+        self._pins = PinPath(self._state, self._loads)
         self._stores = StorePath(self._state, self._write_behind)
         self._session_numbers = itertools.count(1)
         self.metrics.set("ucm_build_info", 1, version=__version__)
@@ -109,6 +112,7 @@ class Manager:
                 )
             session = SessionId(next(self._session_numbers))
             staging = Staging(service.staging_bytes)
+            staging.prefault(min(self.config.memory.prefault_bytes, service.staging_bytes) // 8)
             state.sessions[session] = Session(session, client, staging)
         return session
 
@@ -178,7 +182,17 @@ class Manager:
         timeout_s: float,
     ) -> LoadGrants:
         """See `CacheApi.prepare_load`."""
-        return self._loads.prepare_load(session, namespace, keys, timeout_s=timeout_s)
+        grants = self._loads.prepare_load(session, namespace, keys, timeout_s=timeout_s)
+        self._note_use(namespace, keys[: len(grants.offsets)])
+        return grants
+
+    def _note_use(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> None:
+        """A use may admit to NVMe what only memory has."""
+        if self._write_behind is not None and not self._write_behind.admits_all:
+            with self._state.lock:
+                found = self._state.namespaces.get_locked(namespace)
+                if found is not None:
+                    self._write_behind.use_locked(found, keys)
 
     def complete_load(
         self, session: SessionId, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()
@@ -214,6 +228,25 @@ class Manager:
         """
         return self._stores.complete_store(session, lease_id, checksums)
 
+    def pin(
+        self,
+        session: SessionId,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        hold_s: float = 3600.0,
+        timeout_s: float,
+    ) -> PinLease:
+        """See `CacheApi.pin`.
+
+        Raises:
+            TierUnavailableError: the store drains or is closed.
+            LeaseExpiredError: it could not be loaded within a lease's life.
+        """
+        pin = self._pins.pin(session, namespace, keys, hold_s=hold_s, timeout_s=timeout_s)
+        self._note_use(namespace, keys[: pin.num_blocks])
+        return pin
+
     def release(self, session: SessionId, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""
         state = self._state
@@ -240,13 +273,18 @@ class Manager:
             self._state.expire_locked(self._state.clock.now_us())
 
     def drain(self, *, timeout_s: float = 0.0) -> bool:
-        """Refuse new stores and sessions and write out what was accepted; loads go on.
+        """Refuse new stores, pins and sessions and write out what was accepted; loads go on.
+
+        Pins end: nobody waits for them.
 
         Returns:
             Whether all of it is durable.
         """
         with self._state.lock:
             self._state.draining = True
+            for lease in self._state.leases.of_kind(LeaseKind.PIN):
+                self._state.leases.take(lease.session, lease.id)
+                self._state.undo_locked(lease)
         return self.flush(timeout_s=timeout_s)
 
     def close(self, *, timeout_s: float | None = None) -> bool:
@@ -289,10 +327,11 @@ class Manager:
         """A snapshot; also refreshes the gauges. O(namespaces + leases)."""
         state, queue = self._state, self._write_behind
         with state.lock:
-            namespaces = tuple(_namespace_status(found) for found in state.namespaces)
+            namespaces = namespace_statuses(state.namespaces)
             tiers = self._tier_statuses_locked()
             word = "closed" if state.closed else "draining" if state.draining else "serving"
             problems = [each.problem for each in namespaces if each.problem]
+            problems += [each.memory_shortage for each in state.namespaces if each.memory_shortage]
             problems += [
                 f"{tier.kind}: stores stop, loads go on: {tier.reason}"
                 for tier in tiers
@@ -305,6 +344,7 @@ class Manager:
                 leased_bytes=state.leases.num_bytes(),
                 write_queue_blocks=queue.num_queued if queue else 0,
                 write_queue_bytes=queue.queued_bytes if queue else 0,
+                rejected_admissions=queue.num_rejected if queue else 0,
                 tiers=tiers,
                 namespaces=namespaces,
                 problems=tuple(problems),
@@ -314,11 +354,11 @@ class Manager:
 
     def _tier_statuses_locked(self) -> tuple[TierStatus, ...]:
         found = list(self._state.namespaces)
-        memory = _tier_status(found, TierKind.MEMORY, self.config.memory.capacity_bytes, "")
+        memory = tier_status(found, TierKind.MEMORY, self.config.memory.capacity_bytes, "")
         if self._write_behind is None:
             return (memory,)
         reason = self._write_behind.health.reason
-        nvme = _tier_status(found, TierKind.NVME, self.config.nvme.capacity_bytes, reason)
+        nvme = tier_status(found, TierKind.NVME, self.config.nvme.capacity_bytes, reason)
         if self._nvme_io is not None:
             nvme = replace(nvme, io=self._nvme_io.kind.value, io_reason=self._nvme_io.reason)
         return (memory, nvme)
@@ -328,6 +368,7 @@ class Manager:
         metrics.set("ucm_sessions", snapshot.num_sessions)
         metrics.set("ucm_leases", snapshot.num_leases)
         metrics.set("ucm_leased_bytes", snapshot.leased_bytes)
+        metrics.set("ucm_pinned_bytes", sum(each.pinned_bytes for each in snapshot.namespaces))
         metrics.set("ucm_write_queue_bytes", snapshot.write_queue_bytes)
         for tier in snapshot.tiers:
             kind = tier.kind.value
@@ -342,47 +383,5 @@ class Manager:
             for session in state.sessions.values():
                 problems += session.staging.runs.check_integrity()
             for found in state.namespaces:
-                problems += _check_namespace(found)
+                problems += check_namespace(found)
         return problems
-
-
-def _namespace_status(found: Namespace) -> NamespaceStatus:
-    return NamespaceStatus(
-        id=found.id,
-        num_blocks=len(found.index),
-        memory_blocks=found.index.num_copies(TierKind.MEMORY),
-        nvme_blocks=found.index.num_copies(TierKind.NVME),
-        block_bytes=found.layout.block_bytes,
-        num_sessions=found.num_sessions,
-        problem=found.problem,
-    )
-
-
-def _tier_status(
-    namespaces: list[Namespace], kind: TierKind, capacity_bytes: int, reason: str
-) -> TierStatus:
-    usages = [
-        tier.usage()
-        for found in namespaces
-        if (tier := found.memory if kind is TierKind.MEMORY else found.nvme) is not None
-    ]
-    return TierStatus(
-        kind=kind,
-        used_bytes=sum(usage.used_slots * usage.slot_bytes for usage in usages),
-        capacity_bytes=capacity_bytes,
-        num_blocks=sum(found.index.num_copies(kind) for found in namespaces),
-        quarantined_slots=sum(usage.quarantined_slots for usage in usages),
-        writable=not reason,
-        reason=reason,
-    )
-
-
-def _check_namespace(found: Namespace) -> list[str]:
-    problems = found.index.check_integrity() + found.memory.check_integrity()
-    if found.nvme is not None:
-        problems += found.nvme.check_integrity()
-    held = found.promotions or found.num_copying
-    used, copies = found.memory.usage().used_slots, found.index.num_copies(TierKind.MEMORY)
-    if not held and used != copies:
-        problems.append(f"memory: {used} slots in use for {copies} blocks")
-    return [f"namespace {found.id.hex()[:8]}: {problem}" for problem in problems]

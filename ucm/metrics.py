@@ -45,6 +45,13 @@ METRICS: Final[tuple[MetricSpec, ...]] = (
         "ucm_dropped_writes_total", "counter", "blocks", ("reason",), "Accepted, but not flushed."
     ),
     MetricSpec(
+        "ucm_rejected_admissions_total",
+        "counter",
+        "blocks",
+        (),
+        "Stored or loaded, but not written to NVMe: wanted too seldom (nvme.admission).",
+    ),
+    MetricSpec(
         "ucm_corrupt_blocks_total", "counter", "blocks", ("tier",), "Checksum failures: misses."
     ),
     MetricSpec(
@@ -58,6 +65,7 @@ METRICS: Final[tuple[MetricSpec, ...]] = (
     MetricSpec("ucm_tier_capacity_bytes", "gauge", "bytes", ("tier",), "Configured capacity."),
     MetricSpec("ucm_leases", "gauge", "leases", (), "Leases held now."),
     MetricSpec("ucm_leased_bytes", "gauge", "bytes", (), "Bytes that leases pin now."),
+    MetricSpec("ucm_pinned_bytes", "gauge", "bytes", (), "Bytes that pins keep in memory now."),
     MetricSpec("ucm_expired_leases_total", "counter", "leases", (), "Leases ended by deadline."),
     MetricSpec("ucm_sessions", "gauge", "sessions", (), "Clients connected."),
     MetricSpec("ucm_write_queue_bytes", "gauge", "bytes", (), "Accepted blocks not yet flushed."),

@@ -3,6 +3,9 @@
 An arena is sealed and cannot give pages back, so what counts against the budget is the part of it
 that was ever touched. When a namespace needs room that others hold, one that nobody has open and
 nothing uses is closed whole; what it has on NVMe stays and is found again at its next opening.
+`Shares` says how far a tenant's namespaces may grow: at its quota one evicts its own blocks, and
+what is reserved for a tenant is never touched by another. Between tenants (or namespaces of one)
+without reservations whoever comes first keeps what it touched until it is closed.
 """
 
 from __future__ import annotations
@@ -10,23 +13,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ucm.storage.io_choice import IoChoice, open_file_io
 from ucm.storage.memory import MemoryTier
+from ucm.storage.prefault import STEP_BYTES
 from ucm.storage.tier import SlotId, Tier
 
 from .block_index import BlockIndex
 from .clock import Clock
-from .config import MemoryConfig, NvmeConfig
+from .config import Config
 from .errors import CapacityError, LayoutMismatchError, TierUnavailableError, UcmError
 from .eviction import Watermarks
+from .eviction_policies import policies_of
 from .hashing import NamespaceSpec
 from .layout import KvLayout
 from .metrics import Metrics
 from .placement import Victim, evict
+from .shares import memory_shares, nvme_shares
 from .types import BlockKey, LoadStatus, NamespaceId, TierKind
 
 _log = logging.getLogger(__name__)
@@ -69,6 +76,9 @@ class Namespace:
     index: BlockIndex
     memory: MemoryTier
     nvme: Tier | None
+    tenant: str = ""
+    memory_shortage: str = ""
+    """Why it gets less memory than its part, for an operator; empty when it has what it asks."""
     problem: str = ""
     """What is wrong with its NVMe tier, for an operator; empty when all is well."""
     full_at_slots: int = -1
@@ -76,8 +86,12 @@ class Namespace:
     promotions: dict[int, Promotion] = field(default_factory=dict)
     undeleted: list[Victim] = field(default_factory=list)
     """Copies that left the index and are still on NVMe; the next commit deletes them."""
+    handed_slots: int = 0
+    """Arena slots that were ever handed out."""
     touched_slots: int = 0
-    """Arena slots that were ever handed out, so cost memory."""
+    """Those, and the ones made real ahead of their use: they cost memory."""
+    pinned: Counter[int] = field(default_factory=Counter)
+    """Rows that pin leases keep in memory, with the number of such leases."""
     num_sessions: int = 0
     num_leases: int = 0
     num_writing: int = 0
@@ -101,8 +115,8 @@ class Namespace:
 class NvmeStoreLike(Protocol):
     """What opens NVMe tiers; `ucm.storage.nvme.NvmeStore` is one."""
 
-    def open_namespace(self, namespace: NamespaceId, layout: KvLayout) -> Tier:
-        """Open or create the namespace's tier."""
+    def open_namespace(self, namespace: NamespaceId, layout: KvLayout, tenant: str = "") -> Tier:
+        """Open or create the namespace's tier; its bytes count as `tenant`'s."""
 
     def close(self) -> None:
         """Give everything back."""
@@ -118,22 +132,22 @@ class TierFactory:
     """How `nvme` reaches its device; None when the maker of the store decided."""
 
 
-def tiers_of(config: NvmeConfig) -> TierFactory:
-    """The real tiers: an arena, and the NVMe store of `config` if it has a path.
+def tiers_of(config: Config) -> TierFactory:
+    """The real tiers: an arena, and the NVMe store of `config.nvme` if it has a path.
 
     Raises:
-        ConfigError: the folder belongs to another user, format version or running daemon, or
-            `nvme.io` is not possible here.
+        ConfigError: the folder belongs to another user, format version or running daemon,
+            `nvme.io` is not possible here, or the quotas cannot be kept.
     """
-    if config.path is None:
+    if config.nvme.path is None:
         return TierFactory()
     from ucm.storage.nvme import NvmeStore  # needs LMDB, which memory alone does not
 
-    io, choice = open_file_io(config)
+    io, choice = open_file_io(config.nvme)
     _log.info("NVMe tier: %s: %s", choice.kind, choice.reason)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(io.close)
-        store = NvmeStore(config, io)
+        store = NvmeStore(config.nvme, io, shares=nvme_shares(config))
         on_failure.pop_all()
     return TierFactory(nvme=store, nvme_io=choice)
 
@@ -145,18 +159,19 @@ class NamespaceTable:
     without it. Opening and closing do I/O under a lock of their own, taken before `lock`.
     """
 
-    def __init__(
-        self,
-        config: MemoryConfig,
-        max_namespaces: int,
-        tiers: TierFactory,
-        clock: Clock,
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, config: Config, tiers: TierFactory, clock: Clock, metrics: Metrics) -> None:
+        """Begin with none open.
+
+        Raises:
+            ConfigError: the quotas cannot be kept.
+        """
         self.lock = threading.Lock()
-        self._config = config
-        self._watermarks = Watermarks(config.high_watermark, config.low_watermark)
-        self._max_namespaces = max_namespaces
+        self.shares = memory_shares(config)
+        self.nvme_shares = nvme_shares(config)
+        self._watermarks = Watermarks(config.memory.high_watermark, config.memory.low_watermark)
+        self._memory = config.memory
+        self._policies = policies_of(config)
+        self._max_namespaces = config.service.max_namespaces
         self._tiers = tiers
         self._clock = clock
         self._metrics = metrics
@@ -199,20 +214,30 @@ class NamespaceTable:
                     f"{self._max_namespaces} namespaces are in use, the limit: "
                     "raise service.max_namespaces"
                 )
-            opened = self._open_tiers(namespace, spec.layout)
+            opened = self._open_tiers(namespace, spec)
             with self.lock:
                 self._by_id[namespace] = opened
+                self._prefault_locked(opened)
                 use(opened)  # if it raises, nobody has it open: it makes way when room is needed
             return opened
 
-    def _open_tiers(self, namespace: NamespaceId, layout: KvLayout) -> Namespace:
-        memory = self._tiers.memory(layout, self._config.capacity_bytes // layout.block_bytes)
-        opened = Namespace(namespace, layout, BlockIndex(), memory, None)
+    def _open_tiers(self, namespace: NamespaceId, spec: NamespaceSpec) -> Namespace:
+        layout, tenant = spec.layout, spec.tenant
+        num_slots = self.shares.limit_bytes(tenant) // layout.block_bytes
+        if self.shares.of(tenant).quota_bytes and num_slots < 1:
+            raise CapacityError(
+                f"the memory quota of tenant {tenant!r} has no room for one block of "
+                f"{layout.block_bytes} bytes: raise its memory_bytes in [quota]"
+            )
+        memory = self._tiers.memory(layout, num_slots)
+        opened = Namespace(
+            namespace, layout, BlockIndex(self._policies(layout)), memory, None, tenant
+        )
         opened.last_use_us = self._clock.now_us()
         if self._tiers.nvme is None:
             return opened
         try:
-            opened.nvme = self._tiers.nvme.open_namespace(namespace, layout)
+            opened.nvme = self._tiers.nvme.open_namespace(namespace, layout, tenant)
             opened.index.load(opened.nvme.entries(), TierKind.NVME)
         except LayoutMismatchError:
             memory.close()
@@ -220,7 +245,7 @@ class NamespaceTable:
         except (UcmError, OSError) as error:
             if opened.nvme is not None:  # it opened, but does not say what it holds
                 _close_nvme(opened)
-                opened.nvme, opened.index = None, BlockIndex()
+                opened.nvme, opened.index = None, BlockIndex(self._policies(layout))
             opened.problem = f"namespace {namespace.hex()[:8]} runs without NVMe: {error}"
             _log.warning("%s", opened.problem)
         return opened
@@ -232,37 +257,67 @@ class NamespaceTable:
         """
         with self.lock:
             short = self._growable_locked(namespace) < needed_slots
-            short = short and any(other.idle for other in self if other is not namespace)
+            short = short and any(self._helps_locked(namespace, other) for other in self)
         if not short or not self._opening.acquire(blocking=False):
             return
         try:
             while True:
                 with self.lock:
                     short = self._growable_locked(namespace) < needed_slots
-                    idle = self._detach_idle_locked(1, keep=namespace) if short else []
+                    idle = self._detach_idle_locked(1, needy=namespace) if short else []
                 if not idle:
                     return
                 _close(idle)
         finally:
             self._opening.release()
 
-    def _detach_idle_locked(self, count: int, keep: Namespace | None = None) -> list[Namespace]:
-        idle = [other for other in self if other.idle and other is not keep]
+    def _helps_locked(self, needy: Namespace, other: Namespace) -> bool:
+        """Whether closing `other` lets `needy` grow.
+
+        Not what another tenant has reserved, and at its own quota only what is its own tenant's.
+        """
+        if other is needy or not other.idle:
+            return False
+        if other.tenant == needy.tenant:
+            return True
+        used_bytes = self.used_bytes_locked()
+        own_bytes = used_bytes[needy.tenant]
+        if self.shares.quota_room_bytes(needy.tenant, own_bytes) < needy.layout.block_bytes:
+            return False
+        return self.shares.spare_bytes(other.tenant, used_bytes) > 0
+
+    def _detach_idle_locked(self, count: int, needy: Namespace | None = None) -> list[Namespace]:
+        idle = [
+            other
+            for other in self
+            if (other.idle if needy is None else self._helps_locked(needy, other))
+        ]
         idle = sorted(idle, key=lambda other: other.last_use_us)[:count]
         for namespace in idle:
             del self._by_id[namespace.id]
         return idle
 
+    def used_bytes_locked(self) -> dict[str, int]:
+        """Host memory that each tenant's open namespaces cost."""
+        used_bytes: dict[str, int] = {}
+        for other in self:
+            used_bytes[other.tenant] = used_bytes.get(other.tenant, 0) + other.touched_bytes
+        return used_bytes
+
     def _growable_locked(self, namespace: Namespace) -> int:
-        """Fresh slots that the budget still allows this namespace."""
-        touched = sum(other.touched_bytes for other in self)
-        return max(0, self._config.capacity_bytes - touched) // namespace.layout.block_bytes
+        """Fresh slots that the budget and its tenant's share still allow this namespace."""
+        free_bytes = self.shares.available_bytes(namespace.tenant, self.used_bytes_locked())
+        return max(0, free_bytes) // namespace.layout.block_bytes
+
+    def total_slots_locked(self, namespace: Namespace) -> int:
+        """Memory slots that the namespace can use now, those that it uses included."""
+        dead = namespace.memory.usage().quarantined_slots
+        return namespace.touched_slots + self._growable_locked(namespace) - dead
 
     def take_slots_locked(self, namespace: Namespace, count: int) -> list[SlotId]:
         """Allocate up to `count` memory slots, evicting by the watermarks; fewer when held."""
         usage = namespace.memory.usage()
-        dead = usage.quarantined_slots
-        total = namespace.touched_slots + self._growable_locked(namespace) - dead
+        total = self.total_slots_locked(namespace)
         excess = self._watermarks.excess_slots(used=usage.used_slots, total=total, needed=count)
         victims = evict(namespace.index, TierKind.MEMORY, excess)
         if victims:
@@ -271,8 +326,43 @@ class NamespaceTable:
         free = total - (usage.used_slots - len(victims))
         slots = namespace.memory.allocate(max(0, min(count, free)))
         if slots:
-            namespace.touched_slots = max(namespace.touched_slots, max(slots) + 1)
+            namespace.handed_slots = max(namespace.handed_slots, max(slots) + 1)
+            namespace.touched_slots = max(namespace.touched_slots, namespace.handed_slots)
+            self._prefault_locked(namespace)
+        if count:
+            is_short = len(slots) < count and self._is_crowded_locked(namespace)
+            namespace.memory_shortage = self._shortage_locked(namespace) if is_short else ""
         return slots
+
+    def _is_crowded_locked(self, namespace: Namespace) -> bool:
+        """Whether it holds less than an equal part of the memory because others hold more."""
+        part_bytes = self.shares.capacity_bytes // max(1, len(self._by_id))
+        quota_bytes = self.shares.of(namespace.tenant).quota_bytes or part_bytes
+        return namespace.touched_bytes + namespace.layout.block_bytes <= min(
+            part_bytes, quota_bytes
+        ) and any(other.touched_bytes > part_bytes for other in self if other is not namespace)
+
+    def _shortage_locked(self, namespace: Namespace) -> str:
+        held_bytes = sum(other.touched_bytes for other in self if other is not namespace)
+        return (
+            f"namespace {namespace.id.hex()[:8]} (tenant {namespace.tenant!r}) gets no memory: "
+            f"other open namespaces hold {held_bytes} of {self.shares.capacity_bytes} bytes and "
+            "keep them until they are closed; give tenants a quota or a reservation in [quota]"
+        )
+
+    def _prefault_locked(self, namespace: Namespace) -> None:
+        """Have memory made ready for the next slots, more for a namespace that uses more."""
+        block_bytes, limit_bytes = namespace.layout.block_bytes, self._memory.prefault_bytes
+        handed_bytes = namespace.handed_slots * block_bytes
+        ahead_bytes = min(limit_bytes, max(limit_bytes // 4, handed_bytes))
+        ahead_bytes = min(ahead_bytes, self._memory.capacity_bytes // 8)
+        if ahead_bytes < STEP_BYTES:
+            return  # the touches that it saves are not worth a thread
+        allowed = namespace.touched_slots + self._growable_locked(namespace)
+        target = min(allowed, namespace.handed_slots + ahead_bytes // block_bytes)
+        if target > namespace.touched_slots:
+            namespace.touched_slots = target
+            namespace.memory.prefault(target)
 
     def close(self) -> None:
         """Close every tier, and the NVMe store. Nothing may be in flight."""

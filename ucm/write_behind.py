@@ -5,17 +5,19 @@
 
 One batch at a time writes and deletes on NVMe, so a key's deletion and its next write cannot
 overtake each other. A block in the queue is in flight: it keeps its memory slot. A block that is
-dropped from the queue stays in memory and is counted; a later child takes it along again.
+dropped from the queue stays in memory and is counted; a later child takes it along again. So does
+one that `nvme.admission` rejects; no flush waits for it, but its next use may admit it.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ucm.storage.tier import IoStatus, SlotId, SlotWrite
 
+from .admission import admission_of
 from .block_index import NO_ROW, NO_SLOT, WRITING
 from .config import NvmeConfig
 from .errors import CapacityError, TierUnavailableError, UcmError
@@ -76,6 +78,10 @@ class WriteBehind:
         self._watermarks = Watermarks(config.high_watermark, config.low_watermark)
         self._max_queued_bytes = config.write_queue_bytes
         self._num_dropped = 0
+        self._admission = admission_of(config)
+        self.admits_all = config.admission == "always"
+        self.num_rejected = 0
+        """Times that a block was stored or loaded and not admitted."""
         self.health = DiskHealth()
         limits = CommitLimits(
             max_items=config.commit_blocks,
@@ -95,8 +101,27 @@ class WriteBehind:
         """Accepted blocks that wait for the disk."""
         return self._commits.num_queued
 
+    def use_locked(self, found: Namespace, keys: Iterable[BlockKey]) -> None:
+        """Blocks are used again: those that only memory has may be admitted now, parents first."""
+        if self.admits_all or found.nvme is None:
+            return
+        index = found.index
+        for key in keys:
+            row = index.find(key)
+            if row == NO_ROW or index.in_flight(row) or index.has(row, TierKind.NVME):
+                continue
+            if index.has(row, TierKind.MEMORY) and not index.is_unqueued(row):
+                self.enqueue_locked(found, row)
+
     def enqueue_locked(self, found: Namespace, row: int) -> None:
-        """Queue a block that memory holds, with the ancestors that NVMe lacks; or drop it."""
+        """Queue a block that memory holds, with the ancestors that NVMe lacks; or drop it.
+
+        A block that is wanted too seldom is not queued either.
+        """
+        if not self._admission.admits(found.index.key(row), self._state.clock.now_us()):
+            self.num_rejected += 1
+            self._state.metrics.add("ucm_rejected_admissions_total")
+            return
         reason = self._offer_locked(found, row)
         if reason:
             self._drop_locked(1, reason)
@@ -123,7 +148,7 @@ class WriteBehind:
             self._state.metrics.add("ucm_dropped_writes_total", count, reason=reason)
 
     def flush(self, *, timeout_s: float) -> bool:
-        """Wait until all that memory accepted is durable; False on time-out, or if some is not.
+        """Wait until all that was admitted is durable; False on time-out, or if some is not.
 
         Blocks that a full queue once refused are queued again, in as many turns as it takes.
         """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ucm.config import GIB, MIB
+from ucm.config import GIB, MIB, QuotaConfig
 from ucm.config_loader import (
     FIELD_TYPES,
     default_socket_path,
@@ -135,7 +135,19 @@ def test_texts_that_are_no_sizes(text: str) -> None:
         ("[memory]\nhigh_watermark = 0.5\n", r"above .*high_watermark 0.5"),
         ("[metrics]\nport = 70000\n", r"expected a port"),
         ("[log]\nlevel = 'loud'\n", r"expected one of DEBUG, INFO"),
-        ("[log]\nlevel = 5\n", r"expected text"),
+        ("[nvme]\nadmission = 'never'\n", r"expected one of always, second-touch"),
+        ("quota = 1\n", r"write \[quota.TENANT\]"),
+        ("[quota]\nmemory_bytes = 1\n", r"quota.memory_bytes must be a tenant's section"),
+        ("[quotas.a]\nmemory_bytes = 1\n", r"unknown section .* did you mean quota\?"),
+        ("[quota.a]\nmemory_byte = 1\n", r"unknown key .* did you mean memory_bytes\?"),
+        ("[quota.a]\nmemory_bytes = 'much'\n", r"quota.a.memory_bytes .* a size such as 4GiB"),
+        ("[quota.a]\nmemory_bytes = -1\n", r"expected 0 \(no limit\) or more"),
+        ("[quota.a]\nmemory_reserved_bytes = '5GiB'\n", r"lower the reservations"),
+        ("[quota.a]\nnvme_bytes = '1MiB'\n", r"below nvme.segment_bytes"),
+        ("[log]\nlevel = 5\n", r"expected one of DEBUG, INFO"),
+        ("[nvme]\npolicy = 'fifo'\n", r"expected one of tree-gdsf, lru, s3-fifo"),
+        ("[eviction]\nnvme_load_share = 1.5\n", r"expected a share of 0 to 1"),
+        ("[eviction]\nattention_tokens = 0\n", r"expected more than 0"),
     ],
 )
 def test_bad_files_say_what_and_where(tmp_path: Path, text: str, message: str) -> None:
@@ -143,6 +155,17 @@ def test_bad_files_say_what_and_where(tmp_path: Path, text: str, message: str) -
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(path, environ={})
     assert str(path) in str(caught.value)
+
+
+def test_quotas_by_tenant(tmp_path: Path) -> None:
+    text = '[quota."*"]\nmemory_bytes = "1GiB"\n[quota.a]\nnvme_reserved_bytes = "2GiB"\n'
+    path = write(tmp_path, text)
+    loaded = load_config(path, environ={})
+    assert loaded.config.quota == {
+        "*": QuotaConfig(memory_bytes=1 * GIB),
+        "a": QuotaConfig(nvme_reserved_bytes=2 * GIB),
+    }
+    assert loaded.origins["quota.a"] == f"file {path}"
 
 
 def test_a_file_that_was_named_must_exist(tmp_path: Path) -> None:
@@ -162,6 +185,7 @@ def test_the_users_file_is_found(tmp_path: Path) -> None:
     [
         ("UCM_SERVICE_MAX_SESSION", "did you mean UCM_SERVICE_MAX_SESSIONS"),
         ("UCM_NVME_NOTHING_LIKE_IT", "unknown setting"),
+        ("UCM_QUOTA_A_MEMORY_BYTES", "unknown setting"),
         ("UCM_SEVICE_SOCKET_PATH", "did you mean UCM_SERVICE_SOCKET_PATH"),
     ],
 )

@@ -118,11 +118,13 @@ class TestNamespaces:
         entered, go_on = threading.Event(), threading.Event()
 
         class Slow(FakeDisk):
-            def open_namespace(self, namespace: NamespaceId, layout: KvLayout) -> FakeTier:
+            def open_namespace(
+                self, namespace: NamespaceId, layout: KvLayout, tenant: str = ""
+            ) -> FakeTier:
                 if namespace == tiny_spec("slow").fingerprint():
                     entered.set()
                     assert go_on.wait(10)
-                return super().open_namespace(namespace, layout)
+                return super().open_namespace(namespace, layout, tenant)
 
         store = FakeStore(small_store_config(memory_blocks=4), disk=Slow())
         other = EmbeddedCache(store.manager, owns_manager=False)

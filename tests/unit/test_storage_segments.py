@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ucm.storage.budget import IdleSegments, SegmentBudget, TenantBudget
 from ucm.storage.file_io import PosixFileIo
 from ucm.storage.format import Superblock
-from ucm.storage.segments import SegmentBudget, Segments, segment_numbers
+from ucm.storage.segments import Segments, segment_numbers
 from ucm.storage.tier import SlotId
 from ucm.testing.nvme import NAMESPACE, SLOT_BYTES
 from ucm.testing.tier_conformance import LAYOUT
@@ -31,8 +32,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def budget_of(segments: int) -> SegmentBudget:
-    return SegmentBudget(segments * SUPERBLOCK.segment_bytes)
+def budget_of(segments: int) -> TenantBudget:
+    return SegmentBudget(segments * SUPERBLOCK.segment_bytes).of("")
 
 
 def test_slots_lie_side_by_side(folder: Path, io: PosixFileIo) -> None:
@@ -80,9 +81,8 @@ def test_a_lowered_capacity_stops_growth_only(folder: Path, io: PosixFileIo) -> 
 def test_idle_segments_make_way(folder: Path, io: PosixFileIo) -> None:
     size_bytes = SUPERBLOCK.segment_bytes
     idle = [size_bytes, size_bytes]
-    budget = SegmentBudget(
-        2 * size_bytes, idle_bytes=lambda: sum(idle), drop_idle=lambda: idle.pop() if idle else 0
-    )
+    made = IdleSegments(lambda: {"": sum(idle)}, lambda _: ("", idle.pop() if idle else 0))
+    budget = SegmentBudget(2 * size_bytes, idle=made).of("")
     for _ in idle:
         budget.count_existing(size_bytes)
     segments = Segments(folder, SUPERBLOCK, io, budget)
@@ -95,7 +95,8 @@ def test_idle_segments_make_way(folder: Path, io: PosixFileIo) -> None:
 
 def test_idle_segments_that_cannot_go_are_not_promised_again() -> None:
     idle_bytes = [10]
-    budget = SegmentBudget(10, idle_bytes=lambda: idle_bytes[0])
+    made = IdleSegments(lambda: {"": idle_bytes[0]}, lambda _: ("", 0))
+    budget = SegmentBudget(10, idle=made).of("")
     budget.count_existing(10)
     assert budget.remaining_bytes == 10
     assert not budget.reserve(10)

@@ -14,6 +14,7 @@ from .options import ConfigOption, JsonOption, SocketOption, loaded_config
 
 if TYPE_CHECKING:
     from ucm.admin import DaemonStatus
+    from ucm.grants import NamespaceStatus, ShareStatus
 
 command = typer.Typer(add_completion=False)
 
@@ -54,6 +55,8 @@ def _show(found: DaemonStatus) -> None:
         f"{store.num_sessions} sessions, {store.num_leases} leases of "
         f"{format_bytes(store.leased_bytes)}, {format_bytes(store.write_queue_bytes)} to be flushed"
     )
+    if store.rejected_admissions:
+        console.print(f"{store.rejected_admissions} times a block was not admitted to NVMe")
     table = Table("tier", "used", "capacity", "blocks", "quarantined", "writable", box=None)
     for tier in store.tiers:
         table.add_row(
@@ -65,8 +68,37 @@ def _show(found: DaemonStatus) -> None:
             "yes" if tier.writable else f"no: {tier.reason}",
         )
     console.print(table)
+    if store.namespaces:
+        console.print(_namespaces_table(store.namespaces))
     for tier in store.tiers:
         if tier.io:
             console.print(f"{tier.kind.value} through {tier.io}: {tier.io_reason}", markup=False)
     for problem in store.problems:
         console.print(f"problem: {problem}", style="bold red")
+
+
+def _namespaces_table(namespaces: tuple[NamespaceStatus, ...]) -> Table:
+    tiers = [share.kind.value for share in max((each.shares for each in namespaces), key=len)]
+    table = Table("namespace", "tenant", "blocks", *tiers, "pinned", "sessions", box=None)
+    for each in namespaces:
+        shares = [_share_text(share) for share in each.shares]
+        shares += ["none"] * (len(tiers) - len(shares))
+        table.add_row(
+            each.id.hex()[:8],
+            each.tenant or "-",
+            str(each.num_blocks),
+            *shares,
+            format_bytes(each.pinned_bytes),
+            str(each.num_sessions),
+        )
+    return table
+
+
+def _share_text(share: ShareStatus) -> str:
+    """`2.0 GiB of 4.0 GiB (1.0 GiB reserved)`."""
+    text = format_bytes(share.held_bytes)
+    if share.quota_bytes:
+        text += f" of {format_bytes(share.quota_bytes)}"
+    if share.reserved_bytes:
+        text += f" ({format_bytes(share.reserved_bytes)} reserved)"
+    return text

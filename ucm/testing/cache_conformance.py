@@ -25,6 +25,7 @@ from ucm.errors import (
 from ucm.types import ROOT_KEY, BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus, TierKind
 
 from .blocks import chain, content, get, loaded, put, tiny_spec
+from .pin_conformance import PinTests
 
 MEMORY_BLOCKS = 16
 """Blocks of `TINY_LAYOUT` that the harness's host tier should hold, give or take a few."""
@@ -53,7 +54,7 @@ class CacheHarness(Protocol):
         """Violated invariants of the store."""
 
 
-class CacheApiTests:
+class CacheApiTests(PinTests):
     """The suite. One store a test; integrity is checked after each."""
 
     @pytest.fixture

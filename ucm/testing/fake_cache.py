@@ -21,6 +21,7 @@ from ucm.api import (
     LoadLease,
     LookupResult,
     NamespaceHandle,
+    PinLease,
     SlabChecksums,
     StoreLease,
     StoreSlot,
@@ -165,6 +166,21 @@ class FakeCache:
             return StoreStatus.CORRUPT
         self.blocks[slot.key] = _Stored(bytearray(slot.data), checksums)
         return StoreStatus.ACCEPTED
+
+    def pin(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        hold_s: float = 3600.0,
+        timeout_s: float,
+    ) -> PinLease:
+        """See `CacheApi.pin`. Nothing is ever evicted here, so there is nothing to do."""
+        self._enter("pin")
+        found = list(itertools.takewhile(lambda key: key in self.blocks, keys))
+        lease = PinLease(self._lease_id(), len(found), hold_s)
+        self.leases[lease.id] = ()
+        return lease
 
     def release(self, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""

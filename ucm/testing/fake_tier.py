@@ -205,10 +205,14 @@ class FakeDisk:
         self.num_slots = num_slots
         self.faults = Faults()
         self.tiers: dict[NamespaceId, FakeTier] = {}
+        self.tenants: dict[NamespaceId, str] = {}
         self.open_error: Exception | None = None
 
-    def open_namespace(self, namespace: NamespaceId, layout: KvLayout) -> FakeTier:
+    def open_namespace(
+        self, namespace: NamespaceId, layout: KvLayout, tenant: str = ""
+    ) -> FakeTier:
         """Open or create a namespace's tier."""
+        self.tenants[namespace] = tenant
         if self.open_error is not None:
             raise self.open_error
         tier = self.tiers.setdefault(namespace, FakeTier(layout, self.num_slots, self.faults))

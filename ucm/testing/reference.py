@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from ucm.config import GIB, MIB
+from ucm.config import GIB, MIB, QuotaConfig
 from ucm.config_loader import FIELD_TYPES, SECTIONS
 from ucm.config_values import expected
 from ucm.metrics import METRICS
@@ -37,7 +37,7 @@ def metrics_table() -> str:
 def configuration_table() -> str:
     """Every setting by section: default, what it takes, what it is."""
     parts = []
-    for section, cls in SECTIONS.items():
+    for section, cls in {**SECTIONS, "quota.TENANT": QuotaConfig}.items():
         rows = [
             f"### [{section}]\n\n{inspect.getdoc(cls)}\n",
             "| key | default | takes | meaning |",
@@ -46,7 +46,7 @@ def configuration_table() -> str:
         for field, text in _field_texts(cls).items():
             name = f"{section}.{field}"
             default = _COMPUTED_DEFAULTS.get(name) or f"`{_plain(name, getattr(cls(), field))}`"
-            takes = expected(name, FIELD_TYPES[name])
+            takes = expected(name, FIELD_TYPES.get(name, int))
             rows.append(f"| `{field}` | {default} | {takes} | {text} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
@@ -68,7 +68,7 @@ def _field_texts(cls: type) -> dict[str, str]:
 
 
 def _plain(name: str, value: object) -> str:
-    if isinstance(value, int) and name.endswith("_bytes"):
+    if isinstance(value, int) and name.endswith("_bytes") and value:
         return f"{value // GIB}GiB" if value % GIB == 0 else f"{value // MIB}MiB"
     if isinstance(value, tuple):
         return str(list(value))
