@@ -148,7 +148,7 @@ def _check_findings(findings: Sequence[Finding]) -> Iterator[Check]:
 
 
 def _check_io(config: NvmeConfig, findings: Sequence[Finding]) -> tuple[IoChoice | None, Check]:
-    name, why = "nvme.io", "how block data reaches the device"
+    name, why = "nvme.io", "whether device memory can be read into, and how"
     if config.path is None:
         return None, _met(name, "no NVMe tier: nvme.path is none", why)
     if config.io == IoKind.POSIX:
