@@ -11,6 +11,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
 
+# Hours: the deep figures of ucm/testing/lanes.py, and what is marked slow.
 test-deep: $(VENV)/.installed-dev
 	UCM_HYPOTHESIS_PROFILE=deep $(VENV)/bin/python -m pytest $(ARGS)
 

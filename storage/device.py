@@ -1,7 +1,7 @@
 """Device memory at the `FileIo` seam: what a transfer between a file and a GPU is asked with.
 
-    IoRequest      buffers are memoryviews                     every FileIo
-    DeviceRequest  buffers are memoryviews and DeviceBuffers   a DeviceFileIo only
+    IoRequest      buffers are memoryviews                    every FileIo
+    DeviceRequest  buffers are DeviceBuffers or memoryviews   a DeviceFileIo only
 
 The seam stays as it is for those who move host memory; a `DeviceFileIo` takes both kinds in one
 batch. Nothing here imports a GPU library: a buffer is an address, a length and the object that

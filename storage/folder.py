@@ -22,11 +22,13 @@ from ucm.errors import (
     CapacityError,
     ConfigError,
     CorruptionError,
+    LayoutMismatchError,
     TierUnavailableError,
     UcmError,
 )
 from ucm.types import NamespaceId
 
+from .codecs import codec_of
 from .format import SUPERBLOCK_BYTES, decode_superblock, encode_superblock
 from .segments import NO_SPACE_ERRNOS, segment_files, segment_numbers
 
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Container, Iterator
     from pathlib import Path
 
+    from ucm.layout import KvLayout
+
+    from .codec import CodecId
     from .file_io import FileIo
     from .format import Superblock
 
@@ -205,6 +210,37 @@ def survey(root: Path) -> list[tuple[str, int]]:
             found += [(tenant, size_bytes) for _ in segment_numbers(folder / "segments")]
     except OSError as error:
         raise translate_os_error(error, f"cannot read the data folder {root}") from error
+    return found
+
+
+def open_superblock(
+    folder: Path, namespace: NamespaceId, layout: KvLayout, codec: CodecId
+) -> Superblock:
+    """The superblock of a namespace that is to be opened.
+
+    It keeps its codec whatever is configured by now, which is logged.
+
+    Args:
+        folder: of the namespace.
+        namespace: what it must be.
+        layout: what its blocks must look like.
+        codec: what a new one would get.
+
+    Raises:
+        ConfigError, CorruptionError, TierUnavailableError: as `read_superblock`; CorruptionError
+            also when it is another namespace's.
+        LayoutMismatchError: it has another layout.
+    """
+    found = read_superblock(folder)
+    if found.namespace != namespace:
+        raise CorruptionError(f"{folder} has another namespace's superblock: run `ucm fsck`")
+    short = found.namespace.hex()[:8]
+    if found.layout != layout:
+        raise LayoutMismatchError(
+            f"namespace {short} holds blocks of {found.layout}, not of {layout}"
+        )
+    if found.codec is not codec:
+        log.warning("namespace %s keeps its codec %s", short, codec_of(found.codec).name)
     return found
 
 

@@ -28,7 +28,6 @@ from ucm import checksum
 from ucm.errors import (
     CapacityError,
     ConfigError,
-    CorruptionError,
     InvalidArgumentError,
     LayoutMismatchError,
     TierUnavailableError,
@@ -37,8 +36,7 @@ from ucm.errors import (
 from ucm.types import BlockKey, NamespaceId, TierKind
 
 from .budget import IdleSegments, SegmentBudget
-from .codecs import codec_named, codec_of
-from .contradictions import find_contradictions
+from .codecs import codec_named
 from .encoded_io import slot_io_for
 from .file_io import PosixFileIo
 from .folder import (
@@ -48,18 +46,19 @@ from .folder import (
     drop_segment,
     list_namespaces,
     lock_folder,
-    read_superblock,
+    open_superblock,
     survey,
 )
 from .format import effective_codec, new_superblock
 from .index import IndexRecord
+from .integrity import record_problems
 from .recovery import NamespaceFiles, append_segment, order_by_chain, recover
 from .segments import Segments
 from .slots import SlotState
 from .tier import IoStatus, ReadOutcome, SlotId, TierEntry, TierUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from ucm.config import NvmeConfig
     from ucm.layout import KvLayout
@@ -87,6 +86,8 @@ class NvmeTier:
         self._index = recovered.index
         self._slots = recovered.slots
         self._was_rebuilt = recovered.was_rebuilt
+        self._unchanged = recovered.table
+        """What is in the tier, until somebody asks or changes it."""
         self._last_generation = recovered.last_generation
         self._has_epoch = False
         self._is_closed = False
@@ -121,27 +122,28 @@ class NvmeTier:
         """Disk space of its segments."""
         return self._segments.num_segments * self._superblock.segment_bytes
 
-    def entries(self) -> Iterator[TierEntry]:
-        """See `Tier.entries`. Reads the index again at each call; nothing of it stays in memory.
+    def entries(self) -> Iterable[TierEntry]:
+        """See `Tier.entries`. Nothing of it stays in memory: a second call reads the index again.
 
         Raises:
             TierUnavailableError: the index cannot be read.
         """
+        table, self._unchanged = self._unchanged, None
+        return self._read_entries() if table is None or self._is_closed else table
+
+    def _read_entries(self) -> Iterator[TierEntry]:
         records = [item for item in self._index.records() if isinstance(item, IndexRecord)]
         readable = [item for item in records if self._slots.state(item.slot) is SlotState.USED]
         for record in order_by_chain(readable)[0]:
             yield TierEntry(record.key, record.parent, record.slot)
 
     def allocate(self, count: int, *, full: bool = False) -> list[SlotId]:
-        """See `Tier.allocate`. May create a segment, which blocks on the disk.
-
-        Where no more compact slots can be had, full ones are handed out: they take any block.
-        """
+        """See `Tier.allocate`. May create a segment, which blocks on the disk."""
         full = full and self._superblock.has_compact_slots
         slots = self._slots.allocate(count, full=full)
         while len(slots) < count and self._grow(full=full):
             slots += self._slots.allocate(count - len(slots), full=full)
-        if len(slots) < count and self._superblock.has_compact_slots and not full:
+        if len(slots) < count and self._superblock.has_compact_slots and not full:  # they take all
             slots += self._slots.allocate(count - len(slots), full=True)
         return slots
 
@@ -158,6 +160,7 @@ class NvmeTier:
                 raise InvalidArgumentError(f"slot {item.slot} was not allocated to be written")
         if not items or not self._index.is_usable:
             return [IoStatus.IO_ERROR] * len(items)
+        self._unchanged = None
         try:
             first_generation = self._take_generations(len(items))
         except UcmError as error:
@@ -188,6 +191,7 @@ class NvmeTier:
         used = [item for item in items if self._slots.state(item[0]) is SlotState.USED]
         if not used:
             return
+        self._unchanged = None
         try:
             gone = self._index.delete(used)
         except UcmError as error:
@@ -210,7 +214,14 @@ class NvmeTier:
 
     def check_integrity(self) -> list[str]:
         """See `Tier.check_integrity`. Compares every record with the slot table; call it idle."""
-        return find_contradictions(self._index, self._slots, self._segments)
+        problems = self._slots.check_integrity()
+        if len(self._slots) != self._segments.num_slots:
+            problems.append(f"{len(self._slots)} slots known, {self._segments.num_slots} in files")
+        try:
+            records = list(self._index.records())
+        except UcmError as error:
+            return [*problems, str(error)]
+        return problems + record_problems(records, self._slots, self._segments)
 
     def close(self) -> None:
         """See `Tier.close`."""
@@ -311,6 +322,7 @@ class NvmeTier:
 
     def _retire(self, segment: int) -> None:
         """A sync failed: the segment's blocks are missing from now on."""
+        self._unchanged = None
         self._slots.quarantine([SlotId(slot) for slot in self._segments.slots_of(segment)])
         try:
             self._index.retire(segment, "fdatasync failed")
@@ -319,6 +331,7 @@ class NvmeTier:
 
     def _quarantine(self, slot: SlotId, key: BlockKey, generation: int) -> None:
         """Bar a slot that does not hold what the index says; not one that was asked wrongly."""
+        self._unchanged = None
         try:
             record = self._index.find(key)
             if record is None or (record.slot, record.generation) != (slot, generation):
@@ -400,7 +413,7 @@ class NvmeStore:
             namespace: its id.
             layout: of its blocks.
             tenant: who its bytes count for.
-            accepts_lossy: whether a new one may get a codec that loses precision.
+            accepts_lossy: whether a new one may lose precision to a codec.
 
         Raises:
             LayoutMismatchError: it exists with another layout.
@@ -467,17 +480,7 @@ class NvmeStore:
             size_bytes = self._config.segment_bytes
             made = new_superblock(namespace, layout, codec, segment_bytes=size_bytes)
             create_namespace(folder, made, self._io)
-        superblock = read_superblock(folder)
-        if superblock.namespace != namespace:
-            raise CorruptionError(f"{folder} has another namespace's superblock: run `ucm fsck`")
-        if superblock.layout != layout:
-            raise LayoutMismatchError(
-                f"namespace {namespace.hex()[:8]} holds blocks of {superblock.layout}, "
-                f"not of {layout}"
-            )
-        if superblock.codec is not codec.codec_id:
-            kept = codec_of(superblock.codec).name
-            log.warning("namespace %s keeps its codec %s", namespace.hex()[:8], kept)
+        superblock = open_superblock(folder, namespace, layout, codec.codec_id)
         budget = self._budget.of(tenant)
         for old, size_bytes in adopt(folder, superblock, tenant, self._io):
             self._budget.release(old, size_bytes)

@@ -11,7 +11,6 @@ the kernel does not know the call (before 5.14) or refuses, pages come by touch 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
@@ -79,8 +78,6 @@ class Prefaulter:
             thread.join()
 
     def _work(self) -> None:
-        with contextlib.suppress(OSError):  # only a wish: loads and stores go first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while (step := self._next_step()) is not None:
             code = _populate(self._address + step[0], step[1])
             if code:

@@ -24,11 +24,15 @@ import re
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ucm.errors import TierUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from .budget import TenantBudget
     from .file_io import FileHandle, FileIo
@@ -182,6 +186,17 @@ class Segments:
         if self._full[segment]:
             return self._superblock.full_slots_per_segment
         return self._slots_per_segment
+
+    def are_there(self, slots: NDArray[np.int64]) -> bool:
+        """Whether `locate` would find every one of `slots`."""
+        if not len(slots):
+            return True
+        if int(slots.min()) < 0 or int(slots.max()) >= self.num_slots:
+            return False
+        lost = [n for n, file in enumerate(self._files) if file is None or n in self._retired]
+        real = np.array([self.num_real_slots(n) for n in range(self.num_segments)])
+        segments, numbers = np.divmod(slots, self._slots_per_segment)
+        return not np.isin(segments, lost).any() and bool((numbers < real[segments]).all())
 
     def grow(self, *, full: bool = False) -> int:
         """Create and preallocate one more segment; `full` where blocks are encoded otherwise.

@@ -22,6 +22,8 @@ from .tier import SlotId
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from numpy.typing import NDArray
+
 SEARCH_WINDOW_SLOTS = 1 << 16
 """Slots looked at in one step of the search for free ones: 64 KiB, a few microseconds."""
 
@@ -118,6 +120,14 @@ class SlotTable:
             if new is SlotState.FREE and found:
                 self._search_from = [min(each, int(moved.min())) for each in self._search_from]
             return found
+
+    def fill(self, slots: NDArray[np.int64], generations: NDArray[np.uint64]) -> None:
+        """Make free slots, each named once, USED with these generations: what an opening found."""
+        with self._lock:
+            assert (self._states[slots] == SlotState.FREE).all(), "a slot is used twice"
+            self._states[slots] = SlotState.USED
+            self._generations[slots] = generations
+            self._move_counts(SlotState.FREE, SlotState.USED, len(slots))
 
     def quarantine(self, slots: Sequence[SlotId]) -> None:
         """Take slots out of use, whatever state they are in."""

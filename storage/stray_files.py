@@ -3,7 +3,7 @@
 ns/            <hex of a namespace>/   *.tmp: a namespace that was being made or dropped
 ns/<hex>/      superblock  index/  segments/  index.damaged/   *.tmp, index.new/: a cut short write
 .../segments/  NNNN.seg, NNNN.compact.seg
-.../index/     data.mdb  lock.mdb  clean   *.tmp
+.../index/     data.mdb  lock.mdb  clean  snapshot   *.tmp
 
 Reads no file's contents and follows no link.
 """
@@ -28,7 +28,7 @@ _LEFTOVER = re.compile(r".*\.tmp|index\.new", re.DOTALL)
 _KNOWN = {
     "": re.compile(r"superblock|index|index\.damaged|segments"),
     "segments": re.compile(r"\d{4}(\.compact)?\.seg"),
-    "index": re.compile(r"data\.mdb|lock\.mdb|clean"),
+    "index": re.compile(r"data\.mdb|lock\.mdb|clean|snapshot"),
 }
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 

@@ -28,7 +28,6 @@ from ucm.testing.daemon import (
     spawn_daemon,
     spawned_daemon,
 )
-from ucm.testing.doomed_client import NUM_BLOCKS, STATES
 from ucm.types import LoadStatus, StoreStatus
 
 pytestmark = pytest.mark.timeout(120)
@@ -268,91 +267,6 @@ def test_flipped_bits_on_disk_are_misses(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- clients that die
-
-
-def counts(daemon: SpawnedDaemon) -> tuple[int, int]:
-    """Descriptors and threads of the daemon's process."""
-    process = Path(f"/proc/{daemon.pid}")
-    return len(list((process / "fd").iterdir())), len(list((process / "task").iterdir()))
-
-
-def back_at(daemon: SpawnedDaemon, before: tuple[int, int]) -> bool:
-    """Whether nothing is left open. Pools start threads on demand: less than one a death."""
-    descriptors, threads = counts(daemon)
-    return descriptors <= before[0] and threads <= before[1] + 4
-
-
-@pytest.fixture(scope="module")
-def shared_daemon() -> Iterator[SpawnedDaemon]:
-    """One daemon for all deaths: a leak of any of them shows in the later ones' baseline."""
-    with (
-        short_folder() as folder,
-        spawned_daemon(small_settings(folder), folder / "log") as daemon,
-    ):
-        with connect(daemon.socket_path, timeout_s=10) as cache:
-            handle = cache.open_namespace(tiny_spec())
-            put(cache, handle, chain(handle.id, NUM_BLOCKS))
-            assert cache.flush(timeout_s=20)
-            for seed in range(1, 5):  # so that every thread of every pool has started
-                get(cache, handle, chain(handle.id, NUM_BLOCKS))
-                put(cache, handle, chain(handle.id, 8, 100 + seed))
-            assert cache.flush(timeout_s=20)
-        yield daemon
-
-
-@pytest.mark.parametrize("state", STATES)
-def test_a_client_killed_in_any_state_leaves_nothing(
-    shared_daemon: SpawnedDaemon, state: str
-) -> None:
-    path = shared_daemon.socket_path
-    command = [sys.executable, "-m", "ucm.testing.doomed_client", str(path), state]
-    with AdminClient(path, timeout_s=10) as admin:
-        admin.status()
-        wait_until(lambda: admin.status().store.num_sessions == 0)
-        before = counts(shared_daemon)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
-            assert client.stdout is not None
-            assert client.stdout.readline().strip() == state
-            store = admin.status().store
-            assert store.num_sessions == (0 if state == "connected" else 1)
-            if state in ("load_leased", "load_being_read", "store_prepared", "many_leases"):
-                assert store.leased_bytes > 0
-            client.kill()
-        wait_until(lambda: admin.status().store.num_sessions == 0)
-        store = admin.status().store
-        assert (store.num_leases, store.leased_bytes) == (0, 0)
-        wait_until(lambda: back_at(shared_daemon, before))
-    with connect(path, timeout_s=10) as cache:
-        handle = cache.open_namespace(tiny_spec())
-        keys = chain(handle.id, NUM_BLOCKS)
-        assert get(cache, handle, keys) == [content(key) for key in keys]
-
-
-def test_deaths_do_not_add_up(shared_daemon: SpawnedDaemon) -> None:
-    """Ten of them: descriptors end where they were, and no death leaves a thread."""
-
-    def die() -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "ucm.testing.doomed_client",
-            str(shared_daemon.socket_path),
-            "many_leases",
-        ]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
-            assert client.stdout is not None
-            client.stdout.readline()
-            client.kill()
-
-    with AdminClient(shared_daemon.socket_path, timeout_s=10) as admin:
-        for _ in range(3):
-            die()
-        wait_until(lambda: admin.status().store.num_sessions == 0)
-        before = counts(shared_daemon)
-        for _ in range(7):
-            die()
-        wait_until(lambda: admin.status().store.num_sessions == 0)
-        wait_until(lambda: back_at(shared_daemon, before))
 
 
 def test_a_client_that_hangs_loses_its_leases_by_deadline(folder: Path) -> None:

@@ -6,7 +6,6 @@ where every few blocks push others out of memory and off the disk.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import tempfile
@@ -26,11 +25,11 @@ from ucm.errors import LeaseExpiredError
 from ucm.hashing import chain_keys
 from ucm.manager import Manager
 from ucm.testing.blocks import TINY_LAYOUT, chain, content, get, loaded, meaning, put, tiny_spec
+from ucm.testing.lanes import IS_DEEP, LANE
 from ucm.testing.oracle import CacheOracle
 from ucm.types import ROOT_KEY, BlockKey, LoadStatus, StoreStatus
 
 KIB = 1 << 10
-DEEP = os.environ.get("UCM_HYPOTHESIS_PROFILE") == "deep"
 NUM_CHAINS = 5
 CHAIN_BLOCKS = 8
 SEGMENT_BYTES = 128 * KIB
@@ -48,7 +47,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="ucm"))
+        memory = Path("/dev/shm")
+        self.folder = Path(tempfile.mkdtemp(prefix="ucm", dir=memory if memory.is_dir() else None))
         self.clock = SimClock()
         self.oracle = CacheOracle()
         self.loads: list[tuple[LoadLease, int]] = []
@@ -264,13 +264,13 @@ class TightStoreMachine(StoreMachine):
 
 
 PROFILE = settings(
-    max_examples=300 if DEEP else 40,
-    stateful_step_count=50,
+    max_examples=LANE.state_machine_runs,
+    stateful_step_count=LANE.state_machine_steps,
     deadline=None,
     print_blob=True,
 )
 
-TestRoomyStore = pytest.mark.timeout(1200 if DEEP else 120)(StoreMachine.TestCase)
+TestRoomyStore = pytest.mark.timeout(43_200 if IS_DEEP else 300)(StoreMachine.TestCase)
 TestRoomyStore.settings = PROFILE
-TestTightStore = pytest.mark.timeout(1200 if DEEP else 120)(TightStoreMachine.TestCase)
+TestTightStore = pytest.mark.timeout(43_200 if IS_DEEP else 300)(TightStoreMachine.TestCase)
 TestTightStore.settings = PROFILE

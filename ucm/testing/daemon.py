@@ -135,9 +135,19 @@ class DaemonStartError(RuntimeError):
         self.exit_code = exit_code
 
 
-_PRELOAD: Final = (
-    "import sys, ucm.cli.serve, ucm.daemon, ucm.storage.nvme; sys.stdin.readline(); ucm.cli.main()"
-)
+_NURSERY: Final = """
+import os, sys
+import ucm.cli.serve, ucm.daemon, ucm.storage.nvme
+while sys.stdin.readline():
+    pid = os.fork()
+    if pid == 0:
+        os.close(0)
+        ucm.cli.main()
+        os._exit(0)
+    os.write(1, b"%d\\n" % pid)
+    _, status = os.waitpid(pid, 0)
+    os.write(1, b"exit %d\\n" % os.waitstatus_to_exitcode(status))
+"""
 
 
 def spawn_daemon(
@@ -191,31 +201,86 @@ def _await_ready(process: subprocess.Popen[str], log_path: Path) -> SpawnedDaemo
     raise DaemonStartError(exit_code, log_path.read_text())
 
 
-class WaitingDaemon:
-    """A daemon's process that has imported its code and waits for `go`.
+class DaemonNursery:
+    """A process that has imported the daemon's code and forks one daemon at a time.
 
-    For tests that start many: the next one loads while this one works.
+    For tests that start many: what a daemon runs is what `ucm serve` runs, without the second of
+    CPU that importing it takes.
     """
 
     def __init__(self, arguments: Sequence[str], log_path: Path) -> None:
-        self._log_path = log_path
-        self._process = _start(["-c", _PRELOAD], arguments, log_path)
+        self.log_path = log_path
+        with log_path.open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _NURSERY, "serve", "--json", *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                bufsize=1,
+            )
 
-    def go(self) -> SpawnedDaemon:
-        """Let it start, and wait until it is ready.
+    def start(self) -> ForkedDaemon:
+        """Fork the next daemon, and wait until it is ready; the one before must have ended.
 
         Raises:
             DaemonStartError: it ended, or was not ready in time.
         """
-        return _await_ready(self._process, self._log_path)
+        assert self._process.stdin is not None
+        self._process.stdin.write("fork\n")
+        pid = int(self.read_line())
+        overdue = threading.Timer(START_TIMEOUT_S, os.kill, (pid, signal.SIGKILL))
+        overdue.start()
+        try:
+            line = self.read_line()
+        finally:
+            overdue.cancel()
+            overdue.join()
+        event = json.loads(line) if line.startswith("{") else {}
+        if event.get("event") != "ready":
+            raise DaemonStartError(None, self.log_path.read_text())
+        return ForkedDaemon(self, pid, Path(event["socket"]))
 
-    def discard(self) -> None:
-        """End it, started or not."""
+    def read_line(self) -> str:
+        """The next line that the nursery or its daemon prints."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def close(self) -> None:
+        """End it; its daemon has ended."""
         self._process.kill()
         self._process.wait(STOP_TIMEOUT_S)
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             stream.close()
+
+
+@dataclass(slots=True)
+class ForkedDaemon:
+    """A daemon from a nursery."""
+
+    nursery: DaemonNursery
+    pid: int
+    socket_path: Path
+
+    def kill(self) -> None:
+        """End it as `kill -9` does, and wait until it is gone."""
+        os.kill(self.pid, signal.SIGKILL)
+        assert self._exit_code() == -signal.SIGKILL
+
+    def stop(self) -> int:
+        """Send SIGTERM and wait; returns its exit code."""
+        os.kill(self.pid, signal.SIGTERM)
+        return self._exit_code()
+
+    def log(self) -> str:
+        """What it and those before it wrote to standard error."""
+        return self.nursery.log_path.read_text()
+
+    def _exit_code(self) -> int:
+        while not (line := self.nursery.read_line()).startswith("exit "):
+            assert line, "the nursery is gone"
+        return int(line.split()[1])
 
 
 @contextlib.contextmanager

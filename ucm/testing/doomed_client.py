@@ -2,12 +2,15 @@
 
     python -m ucm.testing.doomed_client SOCKET STATE
 
-It prints the state's name on a line of its own once it is there. Leases of the tests' daemons
-outlast any test, so what is given back was given back because the connection ended.
+It prints the state's name on a line of its own once it is there. Without STATE it reads states, a
+line each, forks a client for each, which prints the state's name and its process id, and prints
+"gone" once that was killed. Leases of the tests' daemons outlast any test, so what is given back
+was given back because the connection ended.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -160,14 +163,35 @@ STATES: Final[dict[str, Callable[[Path], object]]] = {
 }
 
 
-def main() -> None:
-    """Go to the state that the command line names, and stay."""
-    path, state = Path(sys.argv[1]), sys.argv[2]
+def _stay(path: Path, state: str, suffix: str = "") -> None:
+    """Go to the state, say so, and never return."""
     held = STATES[state](path)
-    sys.stdout.write(state + "\n")
+    sys.stdout.write(f"{state}{suffix}\n")
     sys.stdout.flush()
     threading.Event().wait()
     del held
+
+
+def _fork_each(path: Path) -> None:
+    while state := sys.stdin.readline().strip():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _stay(path, state, f" {os.getpid()}")
+            finally:
+                os._exit(1)
+        os.waitpid(pid, 0)
+        sys.stdout.write("gone\n")
+        sys.stdout.flush()
+
+
+def main() -> None:
+    """Go to the state that the command line names, and stay; or fork those who do."""
+    path = Path(sys.argv[1])
+    if len(sys.argv) == 2:
+        _fork_each(path)
+    else:
+        _stay(path, sys.argv[2])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ return MemoryTier(LAYOUT, num_slots)
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ def make_key(name: int | str) -> BlockKey:
     return BlockKey(hashlib.sha256(f"key {name}".encode()).digest())
 
 
+@functools.lru_cache(maxsize=128)
 def make_block(name: int | str, layout: KvLayout = LAYOUT) -> memoryview:
     """Bytes that differ for each name; read-only.
 
