@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 KEPT_RAW: Final[Encoded] = ()
 """The codec's answer for a part that it cannot, or should not, represent."""
 
-BATCH_VALUES: Final = 1 << 16
-"""Elements that callers should pass at once: the temporaries (256 KiB each) then stay in cache."""
+BATCH_VALUES: Final = 1 << 17
+"""Elements that callers should pass at once: fewer cost more in calls, more fall out of cache."""
 
 
 class CodecId(enum.IntEnum):

@@ -9,7 +9,7 @@ its owner does meanwhile. A block whose encoding is too long is answered OVERSIZ
 is written; full slots go through `SlotIo`, without a codec. So does a block that a lossy codec
 encoded before and memory lost the original of: coding it twice would add a second error.
 
-Envelope: a core encodes some 0.1 GB/s and decodes 0.3 to 0.5 GB/s of blocks (`ucm bench codecs`);
+Envelope: a core encodes some 0.1 GB/s and decodes 0.2 to 0.5 GB/s of blocks (`ucm bench codecs`);
 scratch memory is bounded by `WAVE_BYTES` a call, and `MAX_SPARES` of them are kept.
 """
 
