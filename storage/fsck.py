@@ -204,11 +204,11 @@ class _NamespaceCheck:
         return True
 
     def _check_segment_files(self, superblock: Superblock) -> None:
-        """Missing or short files; opening for repair completes them."""
+        """Short files; opening for repair completes them. One that is missing has left."""
         numbers = segment_numbers(self._folder / "segments")
-        for number in range(numbers[-1] + 1 if numbers else 0):
+        for number in numbers:
             path = self._folder / "segments" / f"{number:04d}.seg"
-            size = path.lstat().st_size if number in numbers else 0
+            size = path.lstat().st_size
             if size < superblock.segment_bytes:
                 what = f"it has {size} bytes of {superblock.segment_bytes}"
                 finding = self._find(FindingKind.SEGMENT, what)
@@ -257,6 +257,7 @@ class _NamespaceCheck:
             on_failure.callback(index.close, clean=False)
             self._check_barred(files, index)
             result = reconcile(files, index, check_headers=True)
+            self._check_missing(files, result.dropped)
             bad = self._check_slabs(files, result.kept)
             gone = {dropped.key for dropped in bad}
             left, orphans = order_by_chain(r for r in result.kept if r.key not in gone)
@@ -299,6 +300,14 @@ class _NamespaceCheck:
         index.lift(slots, segments)
         for finding in findings:
             finding.fixed = True
+
+    def _check_missing(self, files: NamespaceFiles, dropped: Sequence[Dropped]) -> None:
+        """Segments that left without their blocks: their files were deleted by somebody else."""
+        slots = [item.slot for item in dropped if item.slot is not None]
+        for segment in sorted({files.segments.segment_of(slot) for slot in slots}):
+            if segment in files.segments.left:
+                finding = self._find(FindingKind.SEGMENT, "its file is missing, with blocks in it")
+                finding.segment, finding.fixed = segment, self._repair
 
     def _check_slabs(self, files: NamespaceFiles, records: Sequence[IndexRecord]) -> list[Dropped]:
         """Read every block and compare it with its checksums."""

@@ -270,6 +270,9 @@ def _slot_table(files: NamespaceFiles, index: BlockIndex, result: Reconciliation
     slots.quarantine(index.quarantined())
     for segment in files.segments.retired:
         slots.quarantine([SlotId(slot) for slot in files.segments.slots_of(segment)])
+    for segment in files.segments.left:
+        left = [SlotId(slot) for slot in files.segments.slots_of(segment)]
+        slots.change(left, SlotState.FREE, SlotState.ABSENT)
     used = [record.slot for record in result.kept]
     slots.change(used, SlotState.FREE, SlotState.USED)
     for record in result.kept:
