@@ -29,8 +29,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed constraints-gds.txt
 	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps -r constraints-gds.txt
 	touch $@
 
 clean:

@@ -191,22 +191,22 @@ class LookupRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    keys: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class LookupReply(_message.Message):
     __slots__ = ("tiers",)
     TIERS_FIELD_NUMBER: _ClassVar[int]
-    tiers: _containers.RepeatedScalarFieldContainer[Tier]
-    def __init__(self, tiers: _Optional[_Iterable[_Union[Tier, str]]] = ...) -> None: ...
+    tiers: bytes
+    def __init__(self, tiers: _Optional[bytes] = ...) -> None: ...
 
 class PrefetchRequest(_message.Message):
     __slots__ = ("namespace", "keys")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    keys: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class PrefetchReply(_message.Message):
     __slots__ = ("queued",)
@@ -220,9 +220,9 @@ class PrepareLoadRequest(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    keys: bytes
     timeout_s: float
-    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class PrepareLoadReply(_message.Message):
     __slots__ = ("lease_id", "timeout_s", "statuses", "tiers", "offsets", "checksums")
@@ -234,19 +234,19 @@ class PrepareLoadReply(_message.Message):
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
     timeout_s: float
-    statuses: _containers.RepeatedScalarFieldContainer[LoadStatus]
-    tiers: _containers.RepeatedScalarFieldContainer[Tier]
+    statuses: bytes
+    tiers: bytes
     offsets: _containers.RepeatedScalarFieldContainer[int]
     checksums: bytes
-    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[_Iterable[_Union[LoadStatus, str]]] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ...) -> None: ...
 
 class CompleteLoadRequest(_message.Message):
     __slots__ = ("lease_id", "corrupt")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     CORRUPT_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
-    corrupt: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, lease_id: _Optional[bytes] = ..., corrupt: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    corrupt: bytes
+    def __init__(self, lease_id: _Optional[bytes] = ..., corrupt: _Optional[bytes] = ...) -> None: ...
 
 class CompleteLoadReply(_message.Message):
     __slots__ = ()
@@ -259,8 +259,8 @@ class PrepareStoreRequest(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     parent: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, namespace: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    keys: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class PrepareStoreReply(_message.Message):
     __slots__ = ("lease_id", "timeout_s", "statuses", "offsets")
@@ -270,9 +270,9 @@ class PrepareStoreReply(_message.Message):
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
     timeout_s: float
-    statuses: _containers.RepeatedScalarFieldContainer[StoreStatus]
+    statuses: bytes
     offsets: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[_Iterable[_Union[StoreStatus, str]]] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CompleteStoreRequest(_message.Message):
     __slots__ = ("lease_id", "keys", "checksums")
@@ -280,15 +280,15 @@ class CompleteStoreRequest(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    keys: bytes
     checksums: bytes
-    def __init__(self, lease_id: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ..., checksums: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, lease_id: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., checksums: _Optional[bytes] = ...) -> None: ...
 
 class CompleteStoreReply(_message.Message):
     __slots__ = ("statuses",)
     STATUSES_FIELD_NUMBER: _ClassVar[int]
-    statuses: _containers.RepeatedScalarFieldContainer[StoreStatus]
-    def __init__(self, statuses: _Optional[_Iterable[_Union[StoreStatus, str]]] = ...) -> None: ...
+    statuses: bytes
+    def __init__(self, statuses: _Optional[bytes] = ...) -> None: ...
 
 class PinRequest(_message.Message):
     __slots__ = ("namespace", "keys", "hold_s", "timeout_s")
@@ -297,10 +297,10 @@ class PinRequest(_message.Message):
     HOLD_S_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
-    keys: _containers.RepeatedScalarFieldContainer[bytes]
+    keys: bytes
     hold_s: float
     timeout_s: float
-    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Iterable[bytes]] = ..., hold_s: _Optional[float] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., hold_s: _Optional[float] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class PinReply(_message.Message):
     __slots__ = ("lease_id", "num_blocks", "hold_s")

@@ -148,6 +148,8 @@ def read_superblock(folder: Path) -> Superblock:
             data = file.read(SUPERBLOCK_BYTES + 1)
     except FileNotFoundError as error:
         raise CorruptionError(f"{path} is missing: run `ucm fsck --repair`") from error
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise CorruptionError(f"{path} is no file: run `ucm fsck --repair`") from error
     except OSError as error:
         raise translate_os_error(error, f"cannot read {path}") from error
     return decode_superblock(data, str(path))

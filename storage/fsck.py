@@ -1,5 +1,6 @@
 """Check a data folder offline, byte by byte, and repair what can be: `ucm fsck`.
 
+    names        nothing foreign, left over or open to others  repair: put away, or chmod
     superblock   readable, of our version, the folder's own    repair: move the namespace aside
     index        sound LMDB (walked, not mapped)               repair: rebuild from slot headers
     segments     all there, whole, in use                     repair: complete, or delete a retired
@@ -17,7 +18,8 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-import shutil
+import stat
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ from ucm.errors import ConfigError, CorruptionError, UcmError
 from . import index as index_file
 from .budget import SegmentBudget
 from .file_io import PosixFileIo, aligned_buffer
-from .folder import list_namespaces, locked_folder, read_superblock
+from .folder import list_namespaces, locked_folder, read_superblock, translate_os_error
 from .format import HEADER_BYTES
 from .index import BlockIndex, IndexRecord
 from .recovery import (
@@ -39,6 +41,7 @@ from .recovery import (
 )
 from .segments import Segments, segment_numbers
 from .slot_io import SlotIo
+from .stray_files import find_strays, move_aside, put_away, remove
 from .tier import IoStatus, SlotId, SlotRead
 
 if TYPE_CHECKING:
@@ -76,6 +79,19 @@ class FindingKind(enum.StrEnum):
     """A slot that a read found bad before."""
     UNINDEXED = "unindexed"
     """A slot with a header that no record knows: a write that a crash cut short. Harmless."""
+    MARK = "mark"
+    """The mark of a clean end is not about this index file, so opening verifies it. Harmless."""
+    FOREIGN = "foreign"
+    """A name that is not ours. Harmless."""
+    LEFTOVER = "leftover"
+    """A file that a crash kept from getting its name. Harmless."""
+    PERMISSIONS = "permissions"
+    """Others may write to it."""
+
+
+HARMLESS = frozenset(
+    {FindingKind.UNINDEXED, FindingKind.MARK, FindingKind.FOREIGN, FindingKind.LEFTOVER}
+)
 
 
 @dataclass(slots=True)
@@ -91,12 +107,14 @@ class FsckFinding:
     slot: int | None = None
     key: str = ""
     """The block key's first 8 hex digits; empty where it is about no block."""
+    num_behind: int = 0
+    """Blocks that hang on this one and are lost with it."""
     fixed: bool = False
 
     @property
     def is_damage(self) -> bool:
-        """Whether it means lost blocks, and not just a leftover."""
-        return self.kind is not FindingKind.UNINDEXED
+        """Whether blocks are lost or in danger, and it is not just a leftover."""
+        return self.kind not in HARMLESS
 
 
 @dataclass(slots=True)
@@ -125,12 +143,12 @@ def check_store(path: Path, repair: bool, io: FileIo | None = None) -> FsckRepor
         ConfigError: no data folder there, a daemon runs on it, or it is another user's.
         CapacityError, TierUnavailableError: the lock cannot be taken.
     """
-    if not (path / "ns").is_dir():
-        raise ConfigError(f"{path} is not a data folder: it has no `ns` in it")
+    _check_is_store(path)
     own_io = PosixFileIo(IO_THREADS) if io is None else io
     report = FsckReport()
     try:
         with locked_folder(path):
+            _check_names(path, report, repair=repair)
             for namespace in list_namespaces(path / "ns"):
                 report.num_namespaces += 1
                 _NamespaceCheck(path, namespace, own_io, report, repair=repair).run()
@@ -138,6 +156,57 @@ def check_store(path: Path, repair: bool, io: FileIo | None = None) -> FsckRepor
         if io is None:
             own_io.close()
     return report
+
+
+def _check_is_store(path: Path) -> None:
+    if not path.exists():
+        raise ConfigError(f"there is no folder {path}: give the data folder of a daemon")
+    if not path.is_dir():
+        raise ConfigError(f"{path} is a file: give the data folder of a daemon")
+    if not (path / "ns").is_dir():
+        raise ConfigError(
+            f"{path} is not a data folder: it has no `ns` in it, which a daemon makes when it "
+            "first starts on a folder"
+        )
+
+
+def _check_names(path: Path, report: FsckReport, *, repair: bool) -> None:
+    """Report what lies around; repair puts it away."""
+    try:
+        strays = list(find_strays(path / "ns"))
+    except OSError as error:
+        raise translate_os_error(error, f"cannot list {path / 'ns'}") from error
+    for stray in strays:
+        finding = FsckFinding(FindingKind(stray.kind.value), stray.namespace[:8], stray.what)
+        report.findings.append(finding)
+        if not repair:
+            continue
+        try:
+            put_away(stray, path / "quarantine")
+            finding.fixed = True
+        except OSError as error:
+            finding.what += f"; it stays: {error}"
+
+
+def _summarised(
+    found: Sequence[tuple[FindingKind, Dropped]],
+) -> Iterator[tuple[FindingKind, Dropped, int]]:
+    """Every cause of a loss once, with the number of blocks that only hang on it."""
+    parents = {dropped.key: dropped.parent for _, dropped in found}
+    tops: dict[bytes, bytes] = {}
+    for key in parents:
+        top, climbed = key, dict[bytes, None]()
+        while top not in tops:
+            climbed[top] = None
+            parent = parents[top]
+            if parent not in parents or parent in climbed:  # a cause, or records in a circle
+                break
+            top = parent
+        tops.update(dict.fromkeys(climbed, tops.get(top, top)))
+    num_in_all = Counter(tops.values())
+    for kind, dropped in found:
+        if tops[dropped.key] == dropped.key:
+            yield kind, dropped, num_in_all[dropped.key] - 1
 
 
 class _NamespaceCheck:
@@ -195,8 +264,7 @@ class _NamespaceCheck:
         target = self._path / "quarantine" / self._folder.name
         try:
             target.parent.mkdir(mode=0o700, exist_ok=True)
-            if target.exists():
-                shutil.rmtree(target)
+            remove(target)
             self._folder.rename(target)
         except OSError as error:
             log.warning("cannot move %s aside: %s", self._folder, error)
@@ -208,9 +276,14 @@ class _NamespaceCheck:
         numbers = segment_numbers(self._folder / "segments")
         for number in numbers:
             path = self._folder / "segments" / f"{number:04d}.seg"
-            size = path.lstat().st_size
+            is_file = stat.S_ISREG(path.lstat().st_mode)
+            if not is_file and self._repair:
+                move_aside(path, self._path / "quarantine")
+            size = path.lstat().st_size if is_file else 0
             if size < superblock.segment_bytes:
                 what = f"it has {size} bytes of {superblock.segment_bytes}"
+                if not is_file:
+                    what = "it is a link or a folder, not a file"
                 finding = self._find(FindingKind.SEGMENT, what)
                 finding.segment, finding.fixed = number, self._repair
 
@@ -236,7 +309,12 @@ class _NamespaceCheck:
         """The index, rebuilt if need be and allowed; None if there is none to go on with."""
         if files.segments.num_segments == 0 and not files.index_folder.exists():
             return None
-        problems = index_file.verify(files.index_folder)
+        folder = files.index_folder
+        mark_lies = (folder / "clean").exists() and not index_file.is_vouched(folder)
+        problems = index_file.verify(folder)
+        if mark_lies and not problems:
+            mark = self._find(FindingKind.MARK, "the mark of a clean end does not fit the index")
+            mark.fixed = self._repair  # a mark of our own takes its place
         if not problems:
             try:
                 return self._new_index(files)
@@ -261,7 +339,7 @@ class _NamespaceCheck:
             bad = self._check_slabs(files, result.kept)
             gone = {dropped.key for dropped in bad}
             left, orphans = order_by_chain(r for r in result.kept if r.key not in gone)
-            bad += [Dropped(r.key, r.slot, "its parent is damaged") for r in orphans]
+            bad += [Dropped(r.key, r.slot, "its parent is damaged", r.parent) for r in orphans]
             self._report.num_blocks += len(left)
             found = [(FindingKind.RECORD, dropped) for dropped in result.dropped]
             found += [(FindingKind.CHECKSUM, dropped) for dropped in bad]
@@ -290,7 +368,7 @@ class _NamespaceCheck:
             files.segments.retire(segment)
         self._blank(files, slots)
         for segment in segments:
-            (self._folder / "segments" / f"{segment:04d}.seg").unlink(missing_ok=True)
+            self._renew(segment, files.superblock.segment_bytes)
         index.drop(
             record.key
             for record in list(index.records())
@@ -308,6 +386,17 @@ class _NamespaceCheck:
             if segment in files.segments.left:
                 finding = self._find(FindingKind.SEGMENT, "its file is missing, with blocks in it")
                 finding.segment, finding.fixed = segment, self._repair
+
+    def _renew(self, segment: int, size_bytes: int) -> None:
+        """A fresh file in place of one whose sync failed; without it the numbers had a gap."""
+        path = self._folder / "segments" / f"{segment:04d}.seg"
+        path.unlink(missing_ok=True)
+        file = self._io.open(path, create=True, writable=True)
+        try:
+            self._io.preallocate(file, size_bytes)
+            self._io.fdatasync(file)
+        finally:
+            self._io.close_file(file)
 
     def _check_slabs(self, files: NamespaceFiles, records: Sequence[IndexRecord]) -> list[Dropped]:
         """Read every block and compare it with its checksums."""
@@ -340,9 +429,11 @@ class _NamespaceCheck:
     ) -> None:
         """Report what must go; for repair, forget it and free its slots."""
         findings = []
-        for kind, dropped in found:
-            finding = self._find(kind, dropped.reason)
+        for kind, dropped, num_behind in _summarised(found):
+            behind = f" (and {num_behind} blocks behind it)" if num_behind else ""
+            finding = self._find(kind, dropped.reason + behind)
             finding.key, finding.slot = dropped.key.hex()[:8], dropped.slot
+            finding.num_behind = num_behind
             if dropped.slot is not None:
                 finding.segment = files.segments.segment_of(dropped.slot)
             findings.append(finding)

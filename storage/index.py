@@ -122,6 +122,11 @@ class BlockIndex:
             self._max_live_bytes = self._env.info()["map_size"] // LIVE_SHARE
             on_failure.pop_all()
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether it still takes changes; not after a commit of which nobody knows the outcome."""
+        return not (self._closed or self._failed)
+
     def put(self, records: Sequence[IndexRecord]) -> list[IndexRecord]:
         """Commit `records` in one durable transaction: all or, on an error, none.
 

@@ -1,9 +1,8 @@
 """The NVMe tier: one namespace's blocks in slots of preallocated files.
 
-Envelope: a read is one preadv a slot (4 KiB header and the block, contiguous) straight into the
-caller's memory; a write is one pwritev a slot, then once a batch an fdatasync for each segment
-touched and one index commit (two flushes). Bytes move once; the checksum reads them once more at
-30 GB/s. The device is the limit.
+Envelope: slots that lie together are one preadv straight into the callers' memory, or one pwritev
+from it; a write is then, once a batch, an fdatasync for each segment touched and one index commit
+(two flushes). Bytes move once; the checksum reads them once more. The device is the limit.
 
     write    slabs and header -> fdatasync -> index commit -> readable        (a crash: not there)
     delete   index commit -> header blanked, fdatasync -> slot free           (a crash: not there)
@@ -147,12 +146,13 @@ class NvmeTier:
 
     def write(self, items: Sequence[SlotWrite]) -> list[IoStatus]:
         """See `Tier.write`. Durable; FULL and IO_ERROR leave nothing visible."""
-        for item in items:
+        states = self._slots.states(item.slot for item in items)
+        for item, state in zip(items, states, strict=True):
             checksum.check_block_length(self._layout, item.data)
-            if self._slots.state(item.slot) in (SlotState.FREE, SlotState.USED):
+            if state in (SlotState.FREE, SlotState.USED):
                 raise InvalidArgumentError(f"slot {item.slot} was not allocated to be written")
-        if not items:
-            return []
+        if not items or not self._index.is_usable:
+            return [IoStatus.IO_ERROR] * len(items)
         try:
             first_generation = self._take_generations(len(items))
         except UcmError as error:
@@ -167,9 +167,10 @@ class NvmeTier:
         """See `Tier.read`. `into` holds garbage where the outcome is not OK."""
         for item in items:
             checksum.check_block_length(self._layout, item.into)
-        outcomes = [ReadOutcome(self._status_of_unreadable(item.slot)) for item in items]
-        readable = [i for i, outcome in enumerate(outcomes) if outcome.status is IoStatus.OK]
-        generations = [self._slots.generation(items[i].slot) for i in readable]
+        states = self._slots.states(item.slot for item in items)
+        outcomes = [ReadOutcome(self._status(*each)) for each in zip(items, states, strict=True)]
+        readable = [i for i, state in enumerate(states) if state is SlotState.USED]
+        generations = self._slots.generations([items[i].slot for i in readable])
         results = self._slot_io.read([items[i] for i in readable], generations)
         for i, generation, outcome in zip(readable, generations, results, strict=True):
             outcomes[i] = outcome
@@ -237,11 +238,11 @@ class NvmeTier:
                     self._slots.grow(self._segments.grow())
             return self._slots.count(SlotState.FREE) > 0
 
-    def _status_of_unreadable(self, slot: SlotId) -> IoStatus:
+    def _status(self, item: SlotRead, state: SlotState) -> IoStatus:
         """Why a slot cannot be read; OK if it can."""
-        if self._slots.state(slot) is SlotState.USED:
+        if state is SlotState.USED:
             return IoStatus.OK
-        is_lost = slot < len(self._slots) and self._segments.locate(slot) is None
+        is_lost = item.slot < len(self._slots) and self._segments.locate(item.slot) is None
         return IoStatus.IO_ERROR if is_lost else IoStatus.CORRUPT
 
     def _take_generations(self, count: int) -> int:
@@ -264,7 +265,7 @@ class NvmeTier:
         failed = self._segments.sync(written)
         for segment in failed:
             self._retire(segment)
-        for position, item in enumerate(items):
+        for position, item in enumerate(items if failed else ()):
             if self._segments.segment_of(item.slot) in failed:
                 statuses[position] = IoStatus.IO_ERROR
 
@@ -287,12 +288,12 @@ class NvmeTier:
             log.warning("%r: %d blocks could not be committed: %s", self, len(good), error)
             for position in good:
                 statuses[position] = _status_of(error)
+            if not self._index.is_usable:  # the records may be durable: their blocks must stay
+                self._slots.quarantine([record.slot for record in records])
             return
-        for record in records:
-            self._slots.set_generation(record.slot, record.generation)
-        used = self._slots.change(
-            [record.slot for record in records], SlotState.ALLOCATED, SlotState.USED
-        )
+        slots = [record.slot for record in records]
+        self._slots.set_generations(slots, [record.generation for record in records])
+        used = set(self._slots.change(slots, SlotState.ALLOCATED, SlotState.USED))
         for position in good:
             if items[position].slot not in used:  # its segment was retired meanwhile
                 statuses[position] = IoStatus.IO_ERROR

@@ -30,6 +30,7 @@ from .file_io import IoRequest, aligned_buffer, sync_folder
 from .format import HEADER_BYTES, decode_header, is_blank
 from .index import BlockIndex, IndexRecord
 from .slots import SlotState, SlotTable
+from .stray_files import remove
 from .tier import SlotId
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class Dropped:
     slot: SlotId | None
     """None when the record does not even say; else free once the drop is durable."""
     reason: str
+    parent: BlockKey | None = None
+    """Set when only its parent's absence makes it unusable."""
 
 
 @dataclass(slots=True)
@@ -92,9 +95,11 @@ class Reconciliation:
     """A parent before its children, otherwise oldest first."""
     dropped: list[Dropped] = field(default_factory=list)
 
-    def drop(self, record: IndexRecord, reason: str) -> None:
+    def drop(
+        self, record: IndexRecord, reason: str, *, missing_parent: BlockKey | None = None
+    ) -> None:
         """Let a record go."""
-        self.dropped.append(Dropped(record.key, record.slot, reason))
+        self.dropped.append(Dropped(record.key, record.slot, reason, missing_parent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +158,7 @@ def reconcile(files: NamespaceFiles, index: BlockIndex, *, check_headers: bool) 
         candidates = _with_matching_headers(files, candidates, result)
     result.kept, orphans = order_by_chain(candidates)
     for orphan in orphans:
-        result.drop(orphan, "its parent is not stored")
+        result.drop(orphan, "its parent is not stored", missing_parent=orphan.parent)
     return result
 
 
@@ -234,7 +239,7 @@ def set_index_aside(files: NamespaceFiles) -> None:
         OSError: the folder cannot be changed.
     """
     damaged = files.folder / "index.damaged"
-    shutil.rmtree(damaged, ignore_errors=True)
+    remove(damaged)
     if files.index_folder.exists():
         files.index_folder.rename(damaged)
 
@@ -275,8 +280,7 @@ def _slot_table(files: NamespaceFiles, index: BlockIndex, result: Reconciliation
         slots.change(left, SlotState.FREE, SlotState.ABSENT)
     used = [record.slot for record in result.kept]
     slots.change(used, SlotState.FREE, SlotState.USED)
-    for record in result.kept:
-        slots.set_generation(record.slot, record.generation)
+    slots.set_generations(used, [record.generation for record in result.kept])
     return slots
 
 

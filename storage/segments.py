@@ -83,6 +83,8 @@ class Segments:
         """
         self._folder = folder
         self._superblock = superblock
+        self._slot_bytes = superblock.slot_bytes
+        self._slots_per_segment = superblock.slots_per_segment
         self._io = io
         self._budget = budget
         self._read_only = read_only
@@ -153,7 +155,7 @@ class Segments:
 
     def segment_of(self, slot: SlotId) -> int:
         """Which segment a slot lies in."""
-        return slot // self._superblock.slots_per_segment
+        return slot // self._slots_per_segment
 
     def slots_of(self, segment: int) -> range:
         """The slot numbers of a segment."""
@@ -162,13 +164,13 @@ class Segments:
 
     def locate(self, slot: SlotId) -> tuple[FileHandle, int] | None:
         """File and byte offset of a slot's header; None when retired, or when there is no such."""
-        if not 0 <= slot < self.num_slots:
+        segment, index = divmod(slot, self._slots_per_segment)
+        if not 0 <= segment < len(self._files):
             return None
-        segment, index = divmod(slot, self._superblock.slots_per_segment)
         file = self._files[segment]
         if file is None or segment in self._retired:
             return None
-        return file, index * self._superblock.slot_bytes
+        return file, index * self._slot_bytes
 
     def grow(self) -> int:
         """Create and preallocate one more segment, behind all others.

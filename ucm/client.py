@@ -24,12 +24,11 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
 import grpc
 
 from .api import (
-    LoadedBlock,
     LoadLease,
     LookupResult,
     NamespaceHandle,
@@ -46,21 +45,25 @@ from .errors import (
     TierUnavailableError,
     UcmError,
 )
+from .grants import LoadGrants
 from .hashing import NamespaceSpec, check_key
 from .layout import KvLayout
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
 from .sockets import check_path_length, door_path, grpc_target
-from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus, TierKind
+from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus
 from .wire import (
     ERROR_METADATA,
     LOAD_STATUS_FROM_WIRE,
     STORE_STATUS_FROM_WIRE,
     TIER_FROM_WIRE,
     TOKEN_METADATA,
+    Word,
     checksums_from_wire,
     checksums_to_wire,
     error_from_wire,
+    keys_to_wire,
+    words_from_wire,
 )
 
 MIN_RPC_S: Final = 0.25
@@ -80,8 +83,6 @@ _ERROR_BY_CODE: Final[Mapping[grpc.StatusCode, type[UcmError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.NOT_FOUND: BlockNotFoundError,
 }
-
-Reply = TypeVar("Reply")
 
 
 class _OpenNamespace:
@@ -164,13 +165,13 @@ class RemoteCache:
 
     def lookup(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> LookupResult:
         """See `CacheApi.lookup`."""
-        request = pb.LookupRequest(namespace=namespace, keys=_checked(keys))
+        request = pb.LookupRequest(namespace=namespace, keys=keys_to_wire(keys))
         reply = self._call(self._stub.Lookup, request)
-        return LookupResult(tuple(_words(reply.tiers, TIER_FROM_WIRE)))
+        return LookupResult(_words(reply.tiers, TIER_FROM_WIRE))
 
     def prefetch(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> int:
         """See `CacheApi.prefetch`."""
-        request = pb.PrefetchRequest(namespace=namespace, keys=_checked(keys))
+        request = pb.PrefetchRequest(namespace=namespace, keys=keys_to_wire(keys))
         return int(self._call(self._stub.Prefetch, request).queued)
 
     def prepare_load(
@@ -178,7 +179,7 @@ class RemoteCache:
     ) -> LoadLease:
         """See `CacheApi.prepare_load`."""
         request = pb.PrepareLoadRequest(
-            namespace=namespace, keys=_checked(keys), timeout_s=_daemon_timeout_s(timeout_s)
+            namespace=namespace, keys=keys_to_wire(keys), timeout_s=_daemon_timeout_s(timeout_s)
         )
         reply = self._call(self._stub.PrepareLoad, request, timeout_s=timeout_s)
         open_namespace = self._namespaces.get(namespace)
@@ -188,7 +189,7 @@ class RemoteCache:
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""
-        request = pb.CompleteLoadRequest(lease_id=lease_id, corrupt=_checked(corrupt))
+        request = pb.CompleteLoadRequest(lease_id=lease_id, corrupt=keys_to_wire(corrupt))
         self._call(self._stub.CompleteLoad, request)
 
     def prepare_store(
@@ -196,7 +197,7 @@ class RemoteCache:
     ) -> StoreLease:
         """See `CacheApi.prepare_store`."""
         request = pb.PrepareStoreRequest(
-            namespace=namespace, parent=check_key(parent), keys=_checked(keys)
+            namespace=namespace, parent=check_key(parent), keys=keys_to_wire(keys)
         )
         reply = self._call(self._stub.PrepareStore, request)
         open_namespace = self._namespaces.get(namespace)
@@ -213,11 +214,11 @@ class RemoteCache:
             raise InvalidArgumentError("the blocks of one lease have as many checksums each")
         request = pb.CompleteStoreRequest(
             lease_id=lease_id,
-            keys=_checked(list(checksums)),
+            keys=keys_to_wire(list(checksums)),
             checksums=checksums_to_wire(checksums.values()),
         )
         reply = self._call(self._stub.CompleteStore, request)
-        return tuple(_words(reply.statuses, STORE_STATUS_FROM_WIRE))
+        return _words(reply.statuses, STORE_STATUS_FROM_WIRE)
 
     def pin(
         self,
@@ -230,7 +231,7 @@ class RemoteCache:
         """See `CacheApi.pin`."""
         request = pb.PinRequest(
             namespace=namespace,
-            keys=_checked(keys),
+            keys=keys_to_wire(keys),
             hold_s=hold_s,
             timeout_s=_daemon_timeout_s(timeout_s),
         )
@@ -310,10 +311,6 @@ def _daemon_timeout_s(timeout_s: float) -> float:
     return max(timeout_s - min(_REPLY_MARGIN_S, timeout_s / 10), 0.0)
 
 
-def _checked(keys: Sequence[BlockKey]) -> list[BlockKey]:
-    return [check_key(key) for key in keys]
-
-
 def _translated(error: grpc.RpcError) -> UcmError:
     assert isinstance(error, grpc.Call)
     details = error.details() or "no details"
@@ -325,15 +322,12 @@ def _translated(error: grpc.RpcError) -> UcmError:
     return kind(f"the daemon's call failed ({error.code().name}): {details}")
 
 
-Word = TypeVar("Word", LoadStatus, StoreStatus, TierKind)
-
-
-def _words(numbers: Sequence[int], words: Mapping[Any, Word]) -> list[Word]:
+def _words(packed: bytes, words: Mapping[int, Word]) -> tuple[Word, ...]:
     """Enum numbers as words; a number that this release does not know is the daemon's fault."""
     try:
-        return [words[number] for number in numbers]
-    except KeyError as error:
-        raise TierUnavailableError(f"the daemon says status {error}, unknown here") from error
+        return words_from_wire(packed, words)
+    except InvalidArgumentError as error:
+        raise TierUnavailableError(f"the daemon says what is unknown here: {error}") from error
 
 
 def _views(memory: memoryview, offsets: Sequence[int], layout: KvLayout) -> list[memoryview]:
@@ -346,21 +340,26 @@ def _views(memory: memoryview, offsets: Sequence[int], layout: KvLayout) -> list
 def _load_lease(
     keys: Sequence[BlockKey], reply: pb.PrepareLoadReply, namespace: _OpenNamespace
 ) -> LoadLease:
-    statuses = _words(reply.statuses, LOAD_STATUS_FROM_WIRE)
-    tiers = _words(reply.tiers, TIER_FROM_WIRE)
-    views = _views(namespace.arena, reply.offsets, namespace.layout)
-    checksums = checksums_from_wire(reply.checksums, num_blocks=len(views))
-    num_ready = statuses.count(LoadStatus.READY)
-    if len(statuses) != len(keys) or not num_ready == len(tiers) == len(views):
-        raise TierUnavailableError("the daemon's lists do not match the keys asked for")
-    ready = zip(tiers, views, checksums, strict=True)
-    blocks = tuple(
-        LoadedBlock(key, status, *next(ready))
-        if status is LoadStatus.READY
-        else LoadedBlock(key, status)
-        for key, status in zip(keys, statuses, strict=True)
+    grants = LoadGrants(
+        lease_id=LeaseId(reply.lease_id),
+        statuses=_words(reply.statuses, LOAD_STATUS_FROM_WIRE),
+        tiers=_words(reply.tiers, TIER_FROM_WIRE),
+        offsets=tuple(reply.offsets),
+        checksums=reply.checksums,
+        timeout_s=reply.timeout_s,
     )
-    return LoadLease(LeaseId(reply.lease_id), blocks, reply.timeout_s)
+    statuses, num_ready = grants.statuses, grants.statuses.count(LoadStatus.READY)
+    leading = LoadStatus.READY not in statuses[num_ready:]
+    matching = len(grants.tiers) == len(grants.offsets) == num_ready
+    if len(statuses) != len(keys) or not leading or not matching:
+        raise TierUnavailableError("the daemon's lists do not match the keys asked for")
+    views = _views(namespace.arena, grants.offsets, namespace.layout)
+    try:
+        checksums = checksums_from_wire(reply.checksums, num_blocks=num_ready)
+        blocks = grants.loaded_blocks(keys, views, checksums)
+    except (InvalidArgumentError, ValueError) as error:
+        raise TierUnavailableError(f"the daemon's lists do not match: {error}") from error
+    return LoadLease(grants.lease_id, blocks, grants.timeout_s)
 
 
 def _store_lease(

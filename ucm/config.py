@@ -14,6 +14,9 @@ from pathlib import Path
 MIB = 1 << 20
 GIB = 1 << 30
 
+POLICY_NAMES = ("tree-gdsf", "lru", "s3-fifo")
+"""Eviction policies, the default first."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
@@ -46,7 +49,11 @@ class MemoryConfig:
     """The host-memory tier."""
 
     capacity_bytes: int = 4 * GIB
-    """Sum over all namespaces' arenas. Sparse until used."""
+    """Sum over all namespaces' arenas. Sparse until used, but for `prefault_bytes`."""
+    prefault_bytes: int = 256 * MIB
+    """How far ahead of use each namespace's memory is made real, in the background, so that stores
+    and loads do not wait for the kernel to find pages (5 us each); at most an eighth of the
+    capacity, and a quarter of this before the first use. Counts as used. 0 switches it off."""
     high_watermark: float = 0.95
     """Eviction starts above this share of the capacity..."""
     low_watermark: float = 0.90
@@ -55,6 +62,9 @@ class MemoryConfig:
     """Share of the memory a namespace can use that pins may keep, so that loads find room."""
     max_pin_s: float = 4 * 3600.0
     """Longest that a pin lasts; an engine that still needs it pins again."""
+    policy: str = "tree-gdsf"
+    """Who goes first: `tree-gdsf` keeps what is dear to recompute and often used, `lru` what was
+    used last, `s3-fifo` what was used twice. All keep whole prefixes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +86,8 @@ class NvmeConfig:
     again within an hour. That saves the disk most writes (in public traces 58 to 76 % of blocks
     are never used again) and costs a miss where a block's first reuse finds it gone from memory.
     A flush waits for what was admitted, not for the rest."""
+    policy: str = "tree-gdsf"
+    """As for memory."""
     io_threads: int = 8
     """Threads of preadv/pwritev; 8 to 16 reach the ceiling of one device."""
     write_queue_bytes: int = 1 * GIB
@@ -87,6 +99,19 @@ class NvmeConfig:
     index_map_bytes: int = 4 * GIB
     """Address space of one namespace's LMDB index; sparse. Records take at most a quarter, so that
     deletions always find room: some four million blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictionConfig:
+    """What tree-GDSF takes a hit to be worth; the other policies do not ask."""
+
+    attention_tokens: float = 8192.0
+    """Position in a prompt at which attention costs the engine as much as the weights, which is
+    P / (2*L*H*D) for P weights, L layers and H query heads of size D: 3000 for SmolLM2-135M, 25000
+    for 7B models. The policy takes a root, so the middle serves both."""
+    nvme_load_share: float = 0.1
+    """Time to load a block from NVMe over the time to compute it at the beginning of a prompt:
+    0.001 for an engine on a CPU, 0.3 for one on a fast GPU beside a slow disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +167,7 @@ class Config:
     service: ServiceConfig = field(default_factory=ServiceConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     nvme: NvmeConfig = field(default_factory=NvmeConfig)
+    eviction: EvictionConfig = field(default_factory=EvictionConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -21,6 +21,7 @@ import platformdirs
 
 from .config import (
     Config,
+    EvictionConfig,
     LogConfig,
     MemoryConfig,
     MetricsConfig,
@@ -33,12 +34,21 @@ from .config_values import FieldType, Value, check_value, closest, parse_value
 from .errors import ConfigError
 from .shares import memory_shares, nvme_shares
 
-Section = ServiceConfig | MemoryConfig | NvmeConfig | TransferConfig | MetricsConfig | LogConfig
+Section = (
+    ServiceConfig
+    | MemoryConfig
+    | NvmeConfig
+    | EvictionConfig
+    | TransferConfig
+    | MetricsConfig
+    | LogConfig
+)
 
 SECTIONS: Final[Mapping[str, type[Section]]] = {
     "service": ServiceConfig,
     "memory": MemoryConfig,
     "nvme": NvmeConfig,
+    "eviction": EvictionConfig,
     "transfer": TransferConfig,
     "metrics": MetricsConfig,
     "log": LogConfig,

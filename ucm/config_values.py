@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from .config import POLICY_NAMES
 from .errors import ConfigError
 
 Value = int | float | str | Path | tuple[int, ...] | None
@@ -34,7 +35,7 @@ _UNITS: Final = {
 _LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR")
 ADMISSIONS: Final = ("always", "second-touch")
 _NO_UID: Final = 2**32 - 1
-_MAY_BE_ZERO: Final = frozenset({"metrics.port"})
+_MAY_BE_ZERO: Final = frozenset({"memory.prefault_bytes", "metrics.port"})
 
 
 def closest(name: str, known: Sequence[str]) -> str:
@@ -136,7 +137,18 @@ def expected(name: str, kind: FieldType) -> str:
         return "a list of whole numbers"
     if kind == Path | None:
         return "a path, or none"
+    if _names(name):
+        return "one of " + ", ".join(_names(name))
     return "a path" if kind is Path else "text"
+
+
+def _names(name: str) -> tuple[str, ...]:
+    """The only values that a field of text takes; none if it takes any."""
+    if name == "log.level":
+        return _LOG_LEVELS
+    if name == "nvme.admission":
+        return ADMISSIONS
+    return POLICY_NAMES if name.endswith(".policy") else ()
 
 
 def check_value(name: str, value: Value, *, origin: str) -> None:
@@ -151,10 +163,12 @@ def check_value(name: str, value: Value, *, origin: str) -> None:
 
 
 def _problem(name: str, value: Value) -> str:
-    if name == "log.level":
-        return "" if value in _LOG_LEVELS else f"expected one of {', '.join(_LOG_LEVELS)}"
-    if name == "nvme.admission":
-        return "" if value in ADMISSIONS else f"expected one of {', '.join(ADMISSIONS)}"
+    names = _names(name)
+    if names:
+        return "" if value in names else f"expected one of {', '.join(names)}"
+    if name == "eviction.nvme_load_share":
+        assert isinstance(value, float)
+        return "" if 0 <= value <= 1 else "expected a share of 0 to 1"
     if name == "metrics.port":
         assert isinstance(value, int)
         return "" if 0 <= value < 65536 else "expected a port, 1 to 65535, or 0 for none"

@@ -16,7 +16,6 @@ from ucm.storage.arena import Arena
 from ucm.storage.tier import SlotId
 
 from .api import (
-    LoadedBlock,
     LoadLease,
     LookupResult,
     NamespaceHandle,
@@ -27,10 +26,11 @@ from .api import (
 )
 from .config import Config
 from .errors import TierUnavailableError
-from .grants import LoadGrant, StoreGrant
+from .grants import StoreGrant
 from .hashing import NamespaceSpec
 from .manager import Manager
-from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus
+from .types import BlockKey, LeaseId, NamespaceId, StoreStatus
+from .wire import checksums_from_wire
 
 
 class EmbeddedCache:
@@ -82,7 +82,9 @@ class EmbeddedCache:
         """See `CacheApi.prepare_load`."""
         grants = self.manager.prepare_load(self._session, namespace, keys, timeout_s=timeout_s)
         arena = self._arenas[namespace]
-        blocks = tuple(_loaded_block(arena, grant) for grant in grants.blocks)
+        views = [_ready_view(arena, offset) for offset in grants.offsets]
+        checksums = checksums_from_wire(grants.checksums, num_blocks=len(views))
+        blocks = grants.loaded_blocks(keys, views, checksums)
         return LoadLease(grants.lease_id, blocks, grants.timeout_s)
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
@@ -141,11 +143,8 @@ class EmbeddedCache:
             self.manager.close()
 
 
-def _loaded_block(arena: Arena, grant: LoadGrant) -> LoadedBlock:
-    if grant.status is not LoadStatus.READY:
-        return LoadedBlock(grant.key, grant.status)
-    data = arena.view(SlotId(grant.offset // arena.slot_bytes)).toreadonly()
-    return LoadedBlock(grant.key, grant.status, grant.tier, data, grant.checksums)
+def _ready_view(arena: Arena, offset: int) -> memoryview:
+    return arena.view(SlotId(offset // arena.slot_bytes)).toreadonly()
 
 
 def open_embedded(path: Path | str | None, config: Config | None = None) -> EmbeddedCache:

@@ -6,32 +6,45 @@ door passed; embedded mode turns them into views at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .api import SlabChecksums
+from .api import LoadedBlock, SlabChecksums
 from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus, TierKind
 
 
 @dataclass(frozen=True, slots=True)
-class LoadGrant:
-    """One key of a load: where its bytes lie in the namespace's arena."""
-
-    key: BlockKey
-    status: LoadStatus
-    tier: TierKind | None = None
-    """Where it was found when the load was prepared; None unless READY."""
-    offset: int = -1
-    """Byte offset of the block in the arena; -1 unless READY."""
-    checksums: SlabChecksums = ()
-
-
-@dataclass(frozen=True, slots=True)
 class LoadGrants:
-    """A load lease: one entry for every key asked for, in order."""
+    """A load lease, in columns: objects for each block would cost more than the plan.
+
+    The READY blocks are the first ones, and only they have a tier, an offset and checksums.
+    """
 
     lease_id: LeaseId
-    blocks: tuple[LoadGrant, ...]
+    statuses: tuple[LoadStatus, ...]
+    """One for every key asked for, in order."""
+    tiers: tuple[TierKind, ...]
+    """Where each READY block was found when the load was prepared."""
+    offsets: tuple[int, ...]
+    """Byte offset of each READY block in the namespace's arena."""
+    checksums: bytes
+    """Of the READY blocks, packed as they travel: see `ucm.wire.checksums_from_wire`."""
     timeout_s: float
+
+    def loaded_blocks(
+        self, keys: Sequence[BlockKey], views: Sequence[memoryview], sums: Sequence[SlabChecksums]
+    ) -> tuple[LoadedBlock, ...]:
+        """The lease's blocks for a client.
+
+        Args:
+            keys: those asked for.
+            views: bytes of the READY blocks, read-only.
+            sums: their checksums.
+        """
+        num_ready = len(views)
+        ready = map(LoadedBlock, keys, self.statuses, self.tiers, views, sums)
+        others = map(LoadedBlock, keys[num_ready:], self.statuses[num_ready:])
+        return (*ready, *others)
 
 
 @dataclass(frozen=True, slots=True)

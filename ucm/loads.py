@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from ucm.storage.tier import IoStatus, ReadOutcome, SlotRead
 
 from .block_index import PROMOTING
 from .errors import CapacityError, TierUnavailableError, UcmError
-from .grants import LoadGrant, LoadGrants
+from .grants import LoadGrants
 from .leases import Lease, LeaseKind
 from .manager_state import MAX_WAIT_S, US_PER_S, ManagerState
 from .namespaces import LoadWait, Namespace, Promotion
@@ -37,6 +38,7 @@ class LoadPath:
     def __init__(self, state: ManagerState, pool: TransferPool) -> None:
         self._state = state
         self._pool = pool
+        self._hold_s = state.config.transfer.lease_timeout_s
 
     def lookup(
         self, session: SessionId, namespace: NamespaceId, keys: Sequence[BlockKey]
@@ -46,7 +48,7 @@ class LoadPath:
         keys = state.checked_keys(keys)
         with state.lock:
             found, _ = state.begin_locked(session, namespace)
-            tiers = tuple(found.index.fastest(row) for row in found.index.usable_prefix(keys))
+            tiers = found.index.prefix_tiers(keys)
         state.metrics.add("ucm_lookups_total")
         state.metrics.add("ucm_lookup_blocks_total", len(keys))
         self._count_by_tier("ucm_hit_blocks_total", tiers)
@@ -59,12 +61,9 @@ class LoadPath:
         with state.lock:
             found, now_us = state.begin_locked(session, namespace)
             plan = plan_load(found.index, keys)
-            for row in plan.rows:
-                found.index.pin(row)
-                found.index.touch(row, now_us)
+            found.index.pin_all(plan.rows, now_us)
             promoted = self._promote_locked(found, plan.promote, Priority.PREFETCH)
-            for row in plan.rows:
-                found.index.unpin(row)
+            found.index.unpin_all(plan.rows)
             return promoted
 
     def prepare_load(
@@ -86,41 +85,34 @@ class LoadPath:
         with state.lock:
             found, now_us = state.begin_locked(session, namespace)
             plan = plan_load(found.index, keys)
-            hold_us = int(state.config.transfer.lease_timeout_s * US_PER_S)
+            hold_us = int(self._hold_s * US_PER_S)
             deadline_us = now_us + wait_us + hold_us
             lease = state.grant_locked(session, found, LeaseKind.LOAD, deadline_us)
-            tiers = [found.index.fastest(row) for row in plan.rows]
+            tiers = found.index.tiers(plan.rows)
             wait = self._start_locked(found, lease, plan, now_us)
         if wait.pending:
             wait.done.wait(timeout_s)
         with state.lock:
             statuses = self._statuses_locked(found, lease, plan, wait, len(keys))
             state.leases.set_deadline(lease, state.clock.now_us() + hold_us)
-            blocks = tuple(
-                _grant(found, key, plan.rows[number], tiers[number])
-                if status is LoadStatus.READY
-                else LoadGrant(key, status)
-                for number, (key, status) in enumerate(zip(keys, statuses, strict=True))
-            )
-        self._count(blocks)
-        return LoadGrants(lease.id, blocks, state.config.transfer.lease_timeout_s)
+            grants = _granted(found, lease, statuses, tiers, self._hold_s)
+        self._count(grants)
+        return grants
 
     def _start_locked(
         self, found: Namespace, lease: Lease, plan: LoadPlan, now_us: int
     ) -> LoadWait:
         """Pin the prefix, queue what must be read, and join what is being read."""
-        self._state.hold_locked(lease, found, plan.rows)
+        self._state.hold_locked(lease, found, plan.rows, now_us)
         lease.num_bytes = len(plan.rows) * found.layout.block_bytes
-        for row in plan.rows:
-            found.index.touch(row, now_us)
         self._promote_locked(found, plan.promote, Priority.LOAD)
         wait = LoadWait()
-        for row in plan.rows:
+        for row in found.index.lacking(plan.rows, TierKind.MEMORY):
             promotion = found.promotions.get(row)
             if promotion is not None:
                 promotion.waits.append(wait)
                 wait.pending.add(row)
-            elif not found.index.has(row, TierKind.MEMORY):
+            else:
                 wait.failed[row] = LoadStatus.NO_SPACE
         return wait
 
@@ -199,17 +191,21 @@ class LoadPath:
             found.promotions[row].waits.remove(wait)
         statuses: list[LoadStatus] = []
         failure: LoadStatus | None = None
-        for row in () if lease.ended else plan.rows:
+        rows = () if lease.ended else plan.rows
+        lacking = set(found.index.lacking(rows, TierKind.MEMORY))
+        if not lacking and not wait.pending and not wait.failed:
+            statuses = [LoadStatus.READY] * len(rows)  # the usual case
+            rows = ()
+        for row in rows:
             if failure is None:
                 failure = LoadStatus.TIMED_OUT if row in wait.pending else wait.failed.get(row)
             elif failure is LoadStatus.CORRUPT:
                 failure = LoadStatus.MISS
-            if failure is None and not found.index.has(row, TierKind.MEMORY):
+            if failure is None and row in lacking:
                 failure = LoadStatus.MISS
             statuses.append(failure or LoadStatus.READY)
         num_ready = statuses.count(LoadStatus.READY)
-        for row in lease.rows[num_ready:]:
-            found.index.unpin(row)
+        found.index.unpin_all(lease.rows[num_ready:])
         del lease.rows[num_ready:]
         lease.num_bytes = len(lease.rows) * found.layout.block_bytes
         return statuses + [LoadStatus.MISS] * (num_keys - len(statuses))
@@ -240,22 +236,33 @@ class LoadPath:
             found.num_copying -= 1
             state.copied.notify_all()
 
-    def _count(self, blocks: Sequence[LoadGrant]) -> None:
-        ready = [block.tier for block in blocks if block.tier is not None]
-        self._count_by_tier("ucm_loaded_blocks_total", ready)
-        reasons = [block.status for block in blocks if block.tier is None]
-        for reason in set(reasons):
-            count = reasons.count(reason)
+    def _count(self, grants: LoadGrants) -> None:
+        self._count_by_tier("ucm_loaded_blocks_total", grants.tiers)
+        for reason, count in Counter(grants.statuses[len(grants.tiers) :]).items():
             self._state.metrics.add("ucm_load_failures_total", count, reason=reason.value)
 
     def _count_by_tier(self, name: str, tiers: Sequence[TierKind]) -> None:
         for tier in TierKind:
-            count = sum(each is tier for each in tiers)
+            count = tiers.count(tier)
             if count:
                 self._state.metrics.add(name, count, tier=tier.value)
 
 
-def _grant(found: Namespace, key: BlockKey, row: int, tier: TierKind) -> LoadGrant:
-    slot = found.index.slot(row, TierKind.MEMORY)
-    offset = slot * found.memory.arena.slot_bytes
-    return LoadGrant(key, LoadStatus.READY, tier, offset, found.memory.checksums(slot))
+def _granted(
+    found: Namespace,
+    lease: Lease,
+    statuses: Sequence[LoadStatus],
+    tiers: Sequence[TierKind],
+    hold_s: float,
+) -> LoadGrants:
+    """The answer to a load whose leading READY blocks `lease` holds in memory."""
+    slots = found.index.slots(lease.rows, TierKind.MEMORY)
+    size = found.memory.arena.slot_bytes
+    return LoadGrants(
+        lease_id=lease.id,
+        statuses=tuple(statuses),
+        tiers=tuple(tiers[: len(slots)]),
+        offsets=tuple(slot * size for slot in slots),
+        checksums=found.memory.packed_checksums(slots),
+        timeout_s=hold_s,
+    )

@@ -110,6 +110,7 @@ class Manager:
                 )
             session = SessionId(next(self._session_numbers))
             staging = Staging(service.staging_bytes)
+            staging.prefault(min(self.config.memory.prefault_bytes, service.staging_bytes) // 8)
             state.sessions[session] = Session(session, client, staging)
         return session
 
@@ -182,7 +183,7 @@ class Manager:
     ) -> LoadGrants:
         """See `CacheApi.prepare_load`."""
         grants = self._loads.prepare_load(session, namespace, keys, timeout_s=timeout_s)
-        self._note_use(namespace, [block.key for block in grants.blocks if block.tier is not None])
+        self._note_use(namespace, keys[: len(grants.offsets)])
         return grants
 
     def _note_use(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> None:

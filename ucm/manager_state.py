@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from .clock import Clock
 from .config import Config
 from .errors import BlockNotFoundError, InvalidArgumentError, TierUnavailableError
-from .hashing import check_key
+from .hashing import CheckedKeys, check_keys
 from .leases import Lease, LeaseKind, LeaseTable
 from .metrics import Metrics
 from .namespaces import Namespace, NamespaceTable
@@ -84,7 +84,7 @@ class ManagerState:
             )
         return found
 
-    def checked_keys(self, keys: Sequence[bytes]) -> list[BlockKey]:
+    def checked_keys(self, keys: Sequence[bytes]) -> CheckedKeys:
         """The keys of one call, checked for number and length.
 
         Raises:
@@ -93,7 +93,7 @@ class ManagerState:
         limit = self.config.service.max_keys_per_call
         if len(keys) > limit:
             raise InvalidArgumentError(f"{len(keys)} keys in one call, at most {limit} are taken")
-        return [check_key(key) for key in keys]
+        return check_keys(keys)
 
     def begin_locked(self, session: SessionId, namespace: NamespaceId) -> tuple[Namespace, int]:
         """Start a call: expire what is due; the session's namespace and the time."""
@@ -115,10 +115,11 @@ class ManagerState:
         namespace.num_leases += 1
         return lease
 
-    def hold_locked(self, lease: Lease, namespace: Namespace, rows: Sequence[int]) -> None:
-        """Pin rows for a lease."""
-        for row in rows:
-            namespace.index.pin(row)
+    def hold_locked(
+        self, lease: Lease, namespace: Namespace, rows: Sequence[int], now_us: int
+    ) -> None:
+        """Pin and touch rows for a lease."""
+        namespace.index.pin_all(rows, now_us)
         lease.rows.extend(rows)
 
     def undo_locked(self, lease: Lease) -> None:
@@ -130,8 +131,7 @@ class ManagerState:
             for row in lease.rows:
                 if not namespace.pinned[row]:
                     del namespace.pinned[row]
-        for row in lease.rows:
-            namespace.index.unpin(row)
+        namespace.index.unpin_all(lease.rows)
         lease.rows.clear()
         namespace.num_leases -= 1
         session = self.sessions.get(lease.session)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ucm.storage.memory import MemoryTier
+from ucm.storage.prefault import STEP_BYTES
 from ucm.storage.tier import SlotId, Tier
 
 from .block_index import BlockIndex
@@ -25,6 +26,7 @@ from .clock import Clock
 from .config import Config
 from .errors import CapacityError, LayoutMismatchError, TierUnavailableError, UcmError
 from .eviction import Watermarks
+from .eviction_policies import policies_of
 from .hashing import NamespaceSpec
 from .layout import KvLayout
 from .metrics import Metrics
@@ -86,8 +88,10 @@ class Namespace:
     promotions: dict[int, Promotion] = field(default_factory=dict)
     undeleted: list[Victim] = field(default_factory=list)
     """Copies that left the index and are still on NVMe; the next commit deletes them."""
+    handed_slots: int = 0
+    """Arena slots that were ever handed out."""
     touched_slots: int = 0
-    """Arena slots that were ever handed out, so cost memory."""
+    """Those, and the ones made real ahead of their use: they cost memory."""
     pinned: Counter[int] = field(default_factory=Counter)
     """Rows that pin leases keep in memory, with the number of such leases."""
     num_sessions: int = 0
@@ -159,6 +163,8 @@ class NamespaceTable:
         self.shares = memory_shares(config)
         self.nvme_shares = nvme_shares(config)
         self._watermarks = Watermarks(config.memory.high_watermark, config.memory.low_watermark)
+        self._memory = config.memory
+        self._policies = policies_of(config)
         self._max_namespaces = config.service.max_namespaces
         self._tiers = tiers
         self._clock = clock
@@ -205,6 +211,7 @@ class NamespaceTable:
             opened = self._open_tiers(namespace, spec)
             with self.lock:
                 self._by_id[namespace] = opened
+                self._prefault_locked(opened)
                 use(opened)  # if it raises, nobody has it open: it makes way when room is needed
             return opened
 
@@ -217,7 +224,9 @@ class NamespaceTable:
                 f"{layout.block_bytes} bytes: raise its memory_bytes in [quota]"
             )
         memory = self._tiers.memory(layout, num_slots)
-        opened = Namespace(namespace, layout, BlockIndex(), memory, None, tenant)
+        opened = Namespace(
+            namespace, layout, BlockIndex(self._policies(layout)), memory, None, tenant
+        )
         opened.last_use_us = self._clock.now_us()
         if self._tiers.nvme is None:
             return opened
@@ -230,7 +239,7 @@ class NamespaceTable:
         except (UcmError, OSError) as error:
             if opened.nvme is not None:  # it opened, but does not say what it holds
                 _close_nvme(opened)
-                opened.nvme, opened.index = None, BlockIndex()
+                opened.nvme, opened.index = None, BlockIndex(self._policies(layout))
             opened.problem = f"namespace {namespace.hex()[:8]} runs without NVMe: {error}"
             _log.warning("%s", opened.problem)
         return opened
@@ -311,7 +320,9 @@ class NamespaceTable:
         free = total - (usage.used_slots - len(victims))
         slots = namespace.memory.allocate(max(0, min(count, free)))
         if slots:
-            namespace.touched_slots = max(namespace.touched_slots, max(slots) + 1)
+            namespace.handed_slots = max(namespace.handed_slots, max(slots) + 1)
+            namespace.touched_slots = max(namespace.touched_slots, namespace.handed_slots)
+            self._prefault_locked(namespace)
         if count:
             is_short = len(slots) < count and self._is_crowded_locked(namespace)
             namespace.memory_shortage = self._shortage_locked(namespace) if is_short else ""
@@ -332,6 +343,20 @@ class NamespaceTable:
             f"other open namespaces hold {held_bytes} of {self.shares.capacity_bytes} bytes and "
             "keep them until they are closed; give tenants a quota or a reservation in [quota]"
         )
+
+    def _prefault_locked(self, namespace: Namespace) -> None:
+        """Have memory made ready for the next slots, more for a namespace that uses more."""
+        block_bytes, limit_bytes = namespace.layout.block_bytes, self._memory.prefault_bytes
+        handed_bytes = namespace.handed_slots * block_bytes
+        ahead_bytes = min(limit_bytes, max(limit_bytes // 4, handed_bytes))
+        ahead_bytes = min(ahead_bytes, self._memory.capacity_bytes // 8)
+        if ahead_bytes < STEP_BYTES:
+            return  # the touches that it saves are not worth a thread
+        allowed = namespace.touched_slots + self._growable_locked(namespace)
+        target = min(allowed, namespace.handed_slots + ahead_bytes // block_bytes)
+        if target > namespace.touched_slots:
+            namespace.touched_slots = target
+            namespace.memory.prefault(target)
 
     def close(self) -> None:
         """Close every tier, and the NVMe store. Nothing may be in flight."""

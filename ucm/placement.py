@@ -30,11 +30,8 @@ class LoadPlan:
 def plan_load(index: BlockIndex, keys: Sequence[BlockKey]) -> LoadPlan:
     """Decide how to bring the cached prefix of `keys` to memory; prefetch uses it too."""
     rows = tuple(index.usable_prefix(keys))
-    promote = tuple(
-        row
-        for row in rows
-        if not index.has(row, TierKind.MEMORY) and not index.in_flight(row, PROMOTING)
-    )
+    slower = index.lacking(rows, TierKind.MEMORY)
+    promote = tuple(row for row in slower if not index.in_flight(row, PROMOTING))
     return LoadPlan(rows, promote)
 
 

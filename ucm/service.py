@@ -28,10 +28,11 @@ from .config import Config
 from .door import SessionTokens
 from .errors import CapacityError, InvalidArgumentError, PermissionDeniedError, UcmError
 from .grants import ManagerStatus, NamespaceStatus, ShareStatus, TierStatus
+from .hashing import check_key
 from .manager import Manager
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
-from .types import LoadStatus, NamespaceId, SessionId, StoreStatus
+from .types import NamespaceId, SessionId, StoreStatus
 from .wire import (
     ERROR_METADATA,
     LOAD_STATUS_TO_WIRE,
@@ -39,9 +40,9 @@ from .wire import (
     TIER_TO_WIRE,
     TOKEN_METADATA,
     checksums_from_wire,
-    checksums_to_wire,
     keys_from_wire,
     lease_from_wire,
+    words_to_wire,
 )
 
 _log = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ class CacheService(pb_grpc.CacheServicer):
             session = self._session(context)
             keys = keys_from_wire(request.keys, limit=self._max_keys)
             result = self._manager.lookup(session, NamespaceId(request.namespace), keys)
-            return pb.LookupReply(tiers=[TIER_TO_WIRE[tier] for tier in result.tiers])
+            return pb.LookupReply(tiers=words_to_wire(result.tiers, TIER_TO_WIRE))
 
     def Prefetch(
         self, request: pb.PrefetchRequest, context: grpc.ServicerContext
@@ -221,14 +222,13 @@ class CacheService(pb_grpc.CacheServicer):
             if not context.is_active():
                 # Nobody will read this answer: its caller gave up or died.
                 self._manager.release(session, grants.lease_id)
-            ready = [block for block in grants.blocks if block.status is LoadStatus.READY]
             return pb.PrepareLoadReply(
                 lease_id=grants.lease_id,
                 timeout_s=grants.timeout_s,
-                statuses=[LOAD_STATUS_TO_WIRE[block.status] for block in grants.blocks],
-                tiers=[TIER_TO_WIRE[block.tier] for block in ready if block.tier is not None],
-                offsets=[block.offset for block in ready],
-                checksums=checksums_to_wire(block.checksums for block in ready),
+                statuses=words_to_wire(grants.statuses, LOAD_STATUS_TO_WIRE),
+                tiers=words_to_wire(grants.tiers, TIER_TO_WIRE),
+                offsets=grants.offsets,
+                checksums=grants.checksums,
             )
 
     def CompleteLoad(
@@ -248,7 +248,7 @@ class CacheService(pb_grpc.CacheServicer):
         with _translated(context):
             session = self._session(context)
             keys = keys_from_wire(request.keys, limit=self._max_keys)
-            parent = keys_from_wire([request.parent], limit=1)[0]
+            parent = check_key(request.parent)
             namespace = NamespaceId(request.namespace)
             grants = self._manager.prepare_store(session, namespace, parent, keys)
             if not context.is_active():
@@ -256,7 +256,9 @@ class CacheService(pb_grpc.CacheServicer):
             return pb.PrepareStoreReply(
                 lease_id=grants.lease_id,
                 timeout_s=grants.timeout_s,
-                statuses=[STORE_STATUS_TO_WIRE[slot.status] for slot in grants.slots],
+                statuses=words_to_wire(
+                    [slot.status for slot in grants.slots], STORE_STATUS_TO_WIRE
+                ),
                 offsets=[slot.offset for slot in grants.slots if slot.status is StoreStatus.WANTED],
             )
 
@@ -273,9 +275,7 @@ class CacheService(pb_grpc.CacheServicer):
                 lease_from_wire(request.lease_id),
                 dict(zip(keys, checksums, strict=True)),
             )
-            return pb.CompleteStoreReply(
-                statuses=[STORE_STATUS_TO_WIRE[status] for status in statuses]
-            )
+            return pb.CompleteStoreReply(statuses=words_to_wire(statuses, STORE_STATUS_TO_WIRE))
 
     def Pin(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.PinReply:
         """Keep a prefix in memory."""

@@ -62,9 +62,7 @@ class StorePath:
             plan = plan_store(found.index, parent, keys)
             hold_us = int(state.config.transfer.lease_timeout_s * US_PER_S)
             lease = state.grant_locked(session, found, LeaseKind.STORE, now_us + hold_us)
-            state.hold_locked(lease, found, plan.hold)
-            for row in plan.hold:
-                found.index.touch(row, now_us)
+            state.hold_locked(lease, found, plan.hold, now_us)
             if self._write_behind is not None:
                 pairs = zip(keys, plan.statuses, strict=True)
                 again = [key for key, status in pairs if status is StoreStatus.PRESENT]

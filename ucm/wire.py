@@ -12,14 +12,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Final
+from typing import Final, TypeVar
+
+import numpy as np
 
 from .api import SlabChecksums
 from .errors import LEAVES, InvalidArgumentError, UcmError
-from .hashing import NamespaceSpec, check_key
+from .hashing import CheckedKeys, NamespaceSpec, check_keys
 from .layout import KvDtype, KvLayout
 from .protos import cache_pb2 as pb
-from .types import BlockKey, LeaseId, LoadStatus, StoreStatus, TierKind
+from .types import KEY_BYTES, BlockKey, LeaseId, LoadStatus, StoreStatus, TierKind
 
 PROTOCOL_VERSION: Final = 1
 """Both ends of the door must name the same one."""
@@ -42,7 +44,7 @@ TIER_TO_WIRE: Final[Mapping[TierKind, pb.Tier]] = {
     TierKind.MEMORY: pb.TIER_MEMORY,
     TierKind.NVME: pb.TIER_NVME,
 }
-TIER_FROM_WIRE: Final = {wire: word for word, wire in TIER_TO_WIRE.items()}
+TIER_FROM_WIRE: Final = {int(wire): word for word, wire in TIER_TO_WIRE.items()}
 
 LOAD_STATUS_TO_WIRE: Final[Mapping[LoadStatus, pb.LoadStatus]] = {
     LoadStatus.READY: pb.LOAD_STATUS_READY,
@@ -51,7 +53,7 @@ LOAD_STATUS_TO_WIRE: Final[Mapping[LoadStatus, pb.LoadStatus]] = {
     LoadStatus.TIMED_OUT: pb.LOAD_STATUS_TIMED_OUT,
     LoadStatus.NO_SPACE: pb.LOAD_STATUS_NO_SPACE,
 }
-LOAD_STATUS_FROM_WIRE: Final = {wire: word for word, wire in LOAD_STATUS_TO_WIRE.items()}
+LOAD_STATUS_FROM_WIRE: Final = {int(wire): word for word, wire in LOAD_STATUS_TO_WIRE.items()}
 
 STORE_STATUS_TO_WIRE: Final[Mapping[StoreStatus, pb.StoreStatus]] = {
     StoreStatus.WANTED: pb.STORE_STATUS_WANTED,
@@ -62,7 +64,7 @@ STORE_STATUS_TO_WIRE: Final[Mapping[StoreStatus, pb.StoreStatus]] = {
     StoreStatus.CORRUPT: pb.STORE_STATUS_CORRUPT,
     StoreStatus.REFUSED: pb.STORE_STATUS_REFUSED,
 }
-STORE_STATUS_FROM_WIRE: Final = {wire: word for word, wire in STORE_STATUS_TO_WIRE.items()}
+STORE_STATUS_FROM_WIRE: Final = {int(wire): word for word, wire in STORE_STATUS_TO_WIRE.items()}
 
 DTYPE_TO_WIRE: Final[Mapping[KvDtype, pb.Dtype]] = {
     KvDtype.FLOAT32: pb.DTYPE_FLOAT32,
@@ -79,18 +81,59 @@ def error_from_wire(name: str, message: str) -> UcmError:
     return ERROR_BY_NAME.get(name, UcmError)(message)
 
 
-def keys_from_wire(keys: Sequence[bytes], *, limit: int) -> list[BlockKey]:
-    """Check the number and the lengths of a call's keys.
+def keys_to_wire(keys: Sequence[BlockKey]) -> bytes:
+    """Pack keys back to back.
 
     Raises:
-        InvalidArgumentError: more than `limit`, or one that is not 32 bytes.
+        InvalidArgumentError: one is not 32 bytes.
     """
-    if len(keys) > limit:
+    packed = b"".join(keys)
+    if not set(map(len, keys)) <= {KEY_BYTES} or len(packed) != KEY_BYTES * len(keys):
+        check_keys(keys)  # says which
+    return packed
+
+
+def keys_from_wire(packed: bytes, *, limit: int) -> CheckedKeys:
+    """Unpack a call's keys.
+
+    Raises:
+        InvalidArgumentError: more than `limit`, or the bytes do not divide into keys.
+    """
+    num_keys, rest = divmod(len(packed), KEY_BYTES)
+    if rest:
         raise InvalidArgumentError(
-            f"{len(keys)} keys in one call, at most {limit} are taken; split the call "
+            f"{len(packed)} bytes of keys are not a whole number of {KEY_BYTES}-byte keys"
+        )
+    if num_keys > limit:
+        raise InvalidArgumentError(
+            f"{num_keys} keys in one call, at most {limit} are taken; split the call "
             "or raise service.max_keys_per_call"
         )
-    return [check_key(key) for key in keys]
+    return CheckedKeys(np.frombuffer(packed, f"V{KEY_BYTES}").tolist())
+
+
+Word = TypeVar("Word", LoadStatus, StoreStatus, TierKind)
+
+
+def words_to_wire(words: Sequence[Word], numbers: Mapping[Word, int]) -> bytes:
+    """One byte a word: its number. Equal words, the usual case, cost one look-up."""
+    if words and words.count(words[0]) == len(words):
+        return bytes((numbers[words[0]],)) * len(words)
+    return bytes(map(numbers.__getitem__, words))
+
+
+def words_from_wire(packed: bytes, words: Mapping[int, Word]) -> tuple[Word, ...]:
+    """The words that `words_to_wire` packed.
+
+    Raises:
+        InvalidArgumentError: a number that this release does not know.
+    """
+    try:
+        if packed and packed.count(packed[0]) == len(packed):
+            return (words[packed[0]],) * len(packed)
+        return tuple(map(words.__getitem__, packed))
+    except KeyError as error:
+        raise InvalidArgumentError(f"no word has the number {error}") from error
 
 
 def lease_from_wire(lease_id: bytes) -> LeaseId:

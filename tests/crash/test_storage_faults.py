@@ -19,6 +19,7 @@ from ucm.errors import UcmError
 from ucm.storage.fsck import check_store
 from ucm.storage.nvme import NvmeStore, NvmeTier
 from ucm.storage.tier import IoStatus, SlotId, SlotRead, SlotWrite
+from ucm.testing.faulty_index import faulty_index
 from ucm.testing.faulty_io import FaultyFileIo, PowerCut
 from ucm.testing.nvme import NAMESPACE, nvme_config, quick_folder
 from ucm.testing.tier_conformance import (
@@ -254,7 +255,7 @@ def test_a_failed_fdatasync_retires_only_its_segment(folder: Path) -> None:
     tier = store.open_namespace(NAMESPACE, LAYOUT)
     first = put(tier, range(4))
     put(tier, range(4, 6))
-    io.fail_fdatasync_once()
+    io.fail_once("fdatasync")
     slots = tier.allocate(2)
     items = [make_write(slot, f"lost {slot}") for slot in slots]
     assert tier.write(items) == [IoStatus.IO_ERROR] * 2
@@ -276,6 +277,32 @@ def test_a_failed_fdatasync_retires_only_its_segment(folder: Path) -> None:
     tier = store.open_namespace(NAMESPACE, LAYOUT)
     assert tier.usage().quarantined_slots == 0
     goes_on(tier)
+    store.close()
+
+
+def test_slots_of_a_commit_in_doubt_are_not_written_again(folder: Path) -> None:
+    """The sync after a commit failed: its records may be durable, so their blocks must stay."""
+    io = FaultyFileIo()
+    with faulty_index(io, seed=0):
+        store = NvmeStore(nvme_config(folder / "data", NUM_SLOTS), io)
+        tier = store.open_namespace(NAMESPACE, LAYOUT)
+        put(tier, ["parent", "child"])
+        (again,) = tier.allocate(1)
+        io.fail_once("sync")
+        assert tier.write([make_write(again, "parent")]) == [IoStatus.IO_ERROR]
+        tier.free([again])
+        others = tier.allocate(NUM_SLOTS)
+        assert again not in others
+        items = [make_write(slot, f"other {slot}") for slot in others]
+        calls = io.num_calls
+        assert tier.write(items) == [IoStatus.IO_ERROR] * len(items)
+        assert io.num_calls == calls, "nothing is written that cannot be committed"
+        store.abort()
+    store = NvmeStore(nvme_config(folder / "data", NUM_SLOTS))
+    tier = store.open_namespace(NAMESPACE, LAYOUT)
+    found = {entry.key: entry.slot for entry in tier.entries()}
+    assert found.keys() == {make_key("parent"), make_key("child")}
+    assert get(tier, found[make_key("parent")], "parent") is IoStatus.OK
     store.close()
 
 

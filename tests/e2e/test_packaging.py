@@ -66,6 +66,7 @@ def test_wheel_from_sdist_has_one_top_level_name(wheel: Path) -> None:
     assert "ucm/storage/tier.py" in names
     assert "ucm/protos/cache.proto" in names
     assert "ucm/py.typed" in names
+    assert {"ucm/kernels/cuda/xxh3.cuh", "ucm/kernels/cuda/slab_checksum.cu"} <= set(names)
 
 
 def test_plain_install_imports_from_where_it_was_put(wheel: Path, tmp_path: Path) -> None:

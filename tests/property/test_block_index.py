@@ -1,4 +1,7 @@
-"""The index against a plain model: prefixes, counters, ghosts, and no orphan ever by eviction."""
+"""The index against a plain model: prefixes, counters, ghosts, and no orphan ever by eviction.
+
+Once for each eviction policy: the rules of the tree hold whatever the order.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ucm.block_index import NO_ROW, PROMOTING, WRITING, BlockIndex
+from ucm.eviction_gdsf import CostModel
+from ucm.eviction_policies import make_policy
 from ucm.placement import evict
 from ucm.storage.tier import SlotId
 from ucm.types import ROOT_KEY, BlockKey, TierKind
@@ -54,9 +59,13 @@ tiers = st.sampled_from([MEMORY, NVME])
 
 
 class IndexMachine(RuleBasedStateMachine):
+    policy = "lru"
+
     def __init__(self) -> None:
         super().__init__()
-        self.index = BlockIndex()
+        cost = CostModel(attention_tokens=64.0)
+        memory, nvme = (make_policy(self.policy, cost=cost, capacity=8) for _ in range(2))
+        self.index = BlockIndex((memory, nvme))
         self.model = Model()
         self.now_us = 0
         self.next_slot = 0
@@ -167,5 +176,16 @@ class IndexMachine(RuleBasedStateMachine):
         assert len(self.index) == 0
 
 
-TestBlockIndex = pytest.mark.timeout(90)(IndexMachine.TestCase)
-TestBlockIndex.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+class GdsfMachine(IndexMachine):
+    policy = "tree-gdsf"
+
+
+class S3FifoMachine(IndexMachine):
+    policy = "s3-fifo"
+
+
+TestLru = pytest.mark.timeout(90)(IndexMachine.TestCase)
+TestGdsf = pytest.mark.timeout(90)(GdsfMachine.TestCase)
+TestS3Fifo = pytest.mark.timeout(90)(S3FifoMachine.TestCase)
+for case in (TestLru, TestGdsf, TestS3Fifo):
+    case.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)

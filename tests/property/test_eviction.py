@@ -33,9 +33,10 @@ class EverythingMayGo:
 def test_lru_is_the_textbook_lru(uses: list[int]) -> None:
     policy, view = LruPolicy(), EverythingMayGo()
     for now_us, row in enumerate(uses):
-        if row not in view.used_us:
-            policy.offer(row, now_us)
+        known = row in view.used_us
         view.used_us[row] = now_us
+        if not known:
+            policy.offer(row, view)
     order = []
     while (victim := policy.next_victim(view)) is not None:
         order.append(victim)
@@ -53,7 +54,7 @@ def test_lru_is_the_textbook_lru(uses: list[int]) -> None:
 def test_a_tree_is_evicted_leaf_first_and_oldest_leaf_first(
     parents: list[int], uses: list[int], leased: set[int]
 ) -> None:
-    index = BlockIndex()
+    index = BlockIndex((LruPolicy(), LruPolicy()))
     tree = {row: min(parent, row - 1) for row, parent in enumerate(parents)}
     for row, parent in tree.items():
         added = index.add_row(key_of(row), parent if parent >= 0 else NO_ROW)
@@ -102,8 +103,9 @@ def test_watermarks_make_room_and_no_more_than_needed(
 
 @given(num_rows=st.integers(1, 300))
 def test_the_heap_never_outgrows_its_rows(num_rows: int) -> None:
-    policy = LruPolicy()
+    policy, view = LruPolicy(), EverythingMayGo()
     for repeat in range(3):
         for row in range(num_rows):
-            policy.offer(row, repeat)
+            view.used_us[row] = repeat
+            policy.offer(row, view)
     assert len(policy) == num_rows

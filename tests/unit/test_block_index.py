@@ -174,3 +174,28 @@ def test_a_block_costs_less_than_350_bytes() -> None:
     tracemalloc.stop()
     assert used / num_blocks < 350
     assert len(evict(index, MEMORY, num_blocks)) == num_blocks
+
+
+def test_many_rows_at_once_are_as_one_by_one() -> None:
+    """Chains longer than one probe, in both tiers, with a gap; pins of all rows at once."""
+    index, keys = BlockIndex(), [BlockKey(number.to_bytes(32, "big")) for number in range(1, 3001)]
+    assert index.usable_prefix(keys) == []
+    parent = NO_ROW
+    for number, key in enumerate(keys):
+        row = index.add_row(key, parent)
+        index.place(row, NVME, SlotId(number))
+        if number < 1500:
+            index.place(row, MEMORY, SlotId(number))
+        parent = row
+    rows = index.usable_prefix(keys)
+    assert rows == [index.find(key) for key in keys]
+    assert index.prefix_tiers(keys) == index.tiers(rows) == (MEMORY,) * 1500 + (NVME,) * 1500
+    assert index.usable_prefix([*keys[:1024], keys[1030]]) == rows[:1024]
+    assert index.usable_prefix(keys[2000:]) == rows[2000:]
+    index.pin_all(rows, now_us=7)
+    assert {index.pins(row) for row in rows} == {1}
+    index.lose(rows[2000], NVME)
+    assert index.usable_prefix(keys) == rows[:2000]
+    index.unpin_all(rows)
+    assert not index.check_integrity()
+    assert index.next_victim(NVME) == rows[-1]

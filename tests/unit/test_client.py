@@ -208,27 +208,23 @@ class _Answers:
         return lambda *_args, **_options: self._reply
 
 
-READY = pb.LOAD_STATUS_READY
+READY, MEMORY = bytes([pb.LOAD_STATUS_READY]), bytes([pb.TIER_MEMORY])
 
 
 @pytest.mark.parametrize(
     "reply",
     [
         pb.PrepareLoadReply(),
-        pb.PrepareLoadReply(statuses=[READY], tiers=[pb.TIER_MEMORY]),
+        pb.PrepareLoadReply(statuses=READY, tiers=MEMORY),
+        pb.PrepareLoadReply(statuses=READY, tiers=MEMORY, offsets=[1 << 62], checksums=bytes(16)),
         pb.PrepareLoadReply(
-            statuses=[READY], tiers=[pb.TIER_MEMORY], offsets=[1 << 62], checksums=bytes(16)
-        ),
-        pb.PrepareLoadReply(
-            statuses=[pb.LOAD_STATUS_MISS],
-            tiers=[pb.TIER_MEMORY],
+            statuses=bytes([pb.LOAD_STATUS_MISS]),
+            tiers=MEMORY,
             offsets=[0],
             checksums=bytes(16),
         ),
-        pb.PrepareLoadReply(statuses=[99]),  # type: ignore[list-item]  # from the future
-        pb.PrepareLoadReply(
-            statuses=[READY], tiers=[pb.TIER_UNSPECIFIED], offsets=[0], checksums=bytes(16)
-        ),
+        pb.PrepareLoadReply(statuses=bytes([99])),  # from the future
+        pb.PrepareLoadReply(statuses=READY, tiers=bytes(1), offsets=[0], checksums=bytes(16)),
     ],
 )
 def test_a_daemon_that_answers_nonsense_is_not_believed(

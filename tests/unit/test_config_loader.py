@@ -135,7 +135,6 @@ def test_texts_that_are_no_sizes(text: str) -> None:
         ("[memory]\nhigh_watermark = 0.5\n", r"above .*high_watermark 0.5"),
         ("[metrics]\nport = 70000\n", r"expected a port"),
         ("[log]\nlevel = 'loud'\n", r"expected one of DEBUG, INFO"),
-        ("[log]\nlevel = 5\n", r"expected text"),
         ("[nvme]\nadmission = 'never'\n", r"expected one of always, second-touch"),
         ("quota = 1\n", r"write \[quota.TENANT\]"),
         ("[quota]\nmemory_bytes = 1\n", r"quota.memory_bytes must be a tenant's section"),
@@ -145,6 +144,10 @@ def test_texts_that_are_no_sizes(text: str) -> None:
         ("[quota.a]\nmemory_bytes = -1\n", r"expected 0 \(no limit\) or more"),
         ("[quota.a]\nmemory_reserved_bytes = '5GiB'\n", r"lower the reservations"),
         ("[quota.a]\nnvme_bytes = '1MiB'\n", r"below nvme.segment_bytes"),
+        ("[log]\nlevel = 5\n", r"expected one of DEBUG, INFO"),
+        ("[nvme]\npolicy = 'fifo'\n", r"expected one of tree-gdsf, lru, s3-fifo"),
+        ("[eviction]\nnvme_load_share = 1.5\n", r"expected a share of 0 to 1"),
+        ("[eviction]\nattention_tokens = 0\n", r"expected more than 0"),
     ],
 )
 def test_bad_files_say_what_and_where(tmp_path: Path, text: str, message: str) -> None:

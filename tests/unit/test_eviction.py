@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ucm.eviction import EvictionPolicy, LruPolicy, Watermarks
+from ucm.eviction import LruPolicy, Watermarks
 
 
 class View:
@@ -21,37 +21,37 @@ class View:
 
 
 def test_the_oldest_goes_first() -> None:
-    policy: EvictionPolicy = LruPolicy()
-    view = View(r1=30, r2=10, r3=20)
-    for row, used_us in view.used_us.items():
-        policy.offer(row, used_us)
+    policy, view = LruPolicy(), View(r1=30, r2=10, r3=20)
+    for row in view.used_us:
+        policy.offer(row, view)
     assert [policy.next_victim(view) for _ in range(4)] == [2, 3, 1, None]
 
 
 def test_a_use_after_the_offer_counts() -> None:
     policy, view = LruPolicy(), View(r1=1, r2=2)
-    policy.offer(1, 1)
-    policy.offer(2, 2)
+    policy.offer(1, view)
+    policy.offer(2, view)
     view.used_us[1] = 9
     assert policy.next_victim(view) == 2
     assert policy.next_victim(view) == 1
 
 
 def test_what_may_not_leave_is_dropped_until_it_is_offered_again() -> None:
-    policy, view = LruPolicy(), View()
-    policy.offer(1, 1)
+    policy, view = LruPolicy(), View(r1=1)
+    policy.offer(1, view)
+    del view.used_us[1]
     assert policy.next_victim(view) is None
     assert len(policy) == 0
     view.used_us[1] = 1
     assert policy.next_victim(view) is None
-    policy.offer(1, 1)
+    policy.offer(1, view)
     assert policy.next_victim(view) == 1
 
 
 def test_an_offer_twice_is_one() -> None:
-    policy = LruPolicy()
+    policy, view = LruPolicy(), View(r5=1)
     for _ in range(3):
-        policy.offer(5, 1)
+        policy.offer(5, view)
     assert len(policy) == 1
 
 

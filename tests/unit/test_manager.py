@@ -376,7 +376,7 @@ class TestCorruptMemory:
         arena = store.manager.arena(SessionId(1), store.handle.id)
         lease = store.cache.prepare_load(store.handle.id, keys, timeout_s=1)
         grants = store.manager.prepare_load(SessionId(1), store.handle.id, keys, timeout_s=1)
-        offset = grants.blocks[1].offset
+        offset = grants.offsets[1]
         arena._view[offset] ^= 1
         store.cache.complete_load(lease.id, corrupt=keys)
         store.manager.release(SessionId(1), grants.lease_id)

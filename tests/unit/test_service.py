@@ -157,16 +157,16 @@ def test_bad_requests_are_refused_by_name(cache: RemoteCache) -> None:
     namespace = cache.open_namespace(tiny_spec()).id
     key, wrong = bytes(32), bytes(31)
     cases: list[tuple[Any, Any]] = [
-        (stub.Lookup, pb.LookupRequest(namespace=namespace, keys=[wrong])),
-        (stub.Lookup, pb.LookupRequest(namespace=namespace, keys=[key] * (MAX_KEYS + 1))),
-        (stub.Prefetch, pb.PrefetchRequest(namespace=namespace, keys=[wrong])),
-        (stub.PrepareLoad, pb.PrepareLoadRequest(namespace=namespace, keys=[wrong])),
+        (stub.Lookup, pb.LookupRequest(namespace=namespace, keys=wrong)),
+        (stub.Lookup, pb.LookupRequest(namespace=namespace, keys=key * (MAX_KEYS + 1))),
+        (stub.Prefetch, pb.PrefetchRequest(namespace=namespace, keys=wrong)),
+        (stub.PrepareLoad, pb.PrepareLoadRequest(namespace=namespace, keys=wrong)),
         (stub.PrepareLoad, pb.PrepareLoadRequest(namespace=namespace, timeout_s=-1)),
         (stub.PrepareLoad, pb.PrepareLoadRequest(namespace=namespace, timeout_s=float("nan"))),
         (stub.CompleteLoad, pb.CompleteLoadRequest(lease_id=b"short")),
         (stub.PrepareStore, pb.PrepareStoreRequest(namespace=namespace, parent=wrong)),
         (stub.PrepareStore, pb.PrepareStoreRequest(namespace=namespace)),
-        (stub.CompleteStore, pb.CompleteStoreRequest(lease_id=bytes(16), keys=[key])),
+        (stub.CompleteStore, pb.CompleteStoreRequest(lease_id=bytes(16), keys=key)),
         (stub.CompleteStore, pb.CompleteStoreRequest(lease_id=bytes(16), checksums=b"12345678")),
         (stub.Release, pb.ReleaseRequest(lease_ids=[b"short"])),
         (stub.Release, pb.ReleaseRequest(lease_ids=[bytes(16)] * 1025)),

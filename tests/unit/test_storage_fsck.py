@@ -103,8 +103,18 @@ def test_a_flipped_bit_in_a_slab(path: Path) -> None:
 def test_children_of_a_damaged_block_go_with_it(path: Path) -> None:
     overwrite(segment(path), 3 * SLOT_BYTES + HEADER_BYTES, b"\xaa\xbb")
     report = check_then_repair(path)
-    assert kinds(report) == [FindingKind.CHECKSUM] * 3
+    (finding,) = report.findings
+    assert (finding.kind, finding.slot, finding.num_behind) == (FindingKind.CHECKSUM, 3, 2)
+    assert "(and 2 blocks behind it)" in finding.what
     assert names_after(path) == [0, 1, 2]
+
+
+def test_a_retired_segment_in_the_middle_leaves_no_gap(path: Path) -> None:
+    index = BlockIndex(index_folder(path), 16 << 20)
+    index.retire(0, "fdatasync failed")
+    index.close(clean=True)
+    assert FindingKind.SEGMENT in kinds(check_then_repair(path))
+    assert names_after(path) == []
 
 
 def test_a_damaged_header(path: Path) -> None:
@@ -224,6 +234,10 @@ def test_another_version_is_reported_and_left_alone(path: Path) -> None:
 def test_it_does_not_run_beside_a_daemon_or_on_another_folder(path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a data folder"):
         check_store(tmp_path, repair=True)
+    with pytest.raises(ConfigError, match="there is no folder"):
+        check_store(tmp_path / "nowhere", repair=True)
+    with pytest.raises(ConfigError, match="is a file"):
+        check_store(path / "lock", repair=True)
     assert list(tmp_path.iterdir()) == []
     store = NvmeStore(nvme_config(path, 8))
     with pytest.raises(ConfigError, match="in use"):

@@ -56,6 +56,9 @@ LAYERS = {
     "ucm.transfer": 3,
     "ucm.placement": 3,
     "ucm.eviction": 3,
+    "ucm.eviction_gdsf": 3,
+    "ucm.eviction_s3fifo": 3,
+    "ucm.eviction_policies": 3,
     "ucm.admission": 3,
     "ucm.ghost": 3,
     "ucm.leases": 3,
@@ -82,7 +85,7 @@ FORBIDDEN = {
 }
 HEAVY_IMPORTS = {
     "torch": ("ucm.engine", "ucm.kernels", "ucm.connectors", "ucm.bench", "ucm.cli", "ucm.testing"),
-    "lmdb": ("ucm.storage.index",),
+    "lmdb": ("ucm.storage.index", "ucm.bench.storage_peers", "ucm.testing.faulty_index"),
     "grpc": ("ucm.protos", "ucm.service", "ucm.daemon", "ucm.client", "ucm.admin", "ucm.testing"),
     "transformers": ("ucm.bench",),
 }

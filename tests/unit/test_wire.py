@@ -13,6 +13,7 @@ from ucm.errors import LEAVES, InvalidArgumentError, LayoutMismatchError, UcmErr
 from ucm.hashing import NamespaceSpec
 from ucm.layout import KvDtype, KvLayout
 from ucm.protos import cache_pb2 as pb
+from ucm.types import BlockKey, LoadStatus
 
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_tokens=4, dtype=KvDtype.FLOAT16)
 
@@ -94,13 +95,30 @@ def test_a_checksum_above_64_bits_is_refused() -> None:
 
 
 def test_keys_are_counted_and_measured() -> None:
-    assert wire.keys_from_wire([bytes(32)] * 3, limit=3) == [bytes(32)] * 3
+    keys = [BlockKey(bytes([number]) * 32) for number in range(3)]
+    assert wire.keys_from_wire(wire.keys_to_wire(keys), limit=3) == keys
+    assert wire.keys_from_wire(wire.keys_to_wire([]), limit=0) == []
     with pytest.raises(InvalidArgumentError, match="at most 2"):
-        wire.keys_from_wire([bytes(32)] * 3, limit=2)
+        wire.keys_from_wire(bytes(96), limit=2)
     with pytest.raises(InvalidArgumentError, match="31"):
-        wire.keys_from_wire([bytes(31)], limit=2)
+        wire.keys_from_wire(bytes(31), limit=2)
+    with pytest.raises(InvalidArgumentError, match="31"):
+        wire.keys_to_wire([BlockKey(bytes(31)), BlockKey(bytes(33))])
     with pytest.raises(InvalidArgumentError, match="15"):
         wire.lease_from_wire(bytes(15))
+
+
+@given(words=st.lists(st.sampled_from(LoadStatus)))
+def test_words_survive_the_wire(words: list[LoadStatus]) -> None:
+    packed = wire.words_to_wire(words, wire.LOAD_STATUS_TO_WIRE)
+    assert len(packed) == len(words)
+    assert wire.words_from_wire(packed, wire.LOAD_STATUS_FROM_WIRE) == tuple(words)
+
+
+@pytest.mark.parametrize("packed", [b"\0", b"\1\xff"])
+def test_a_number_that_is_no_word_is_refused(packed: bytes) -> None:
+    with pytest.raises(InvalidArgumentError, match="number"):
+        wire.words_from_wire(packed, wire.LOAD_STATUS_FROM_WIRE)
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

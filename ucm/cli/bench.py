@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from ucm import model_hub
+from ucm.config_values import parse_size
+from ucm.errors import ConfigError
 
-from .console import print_json
+from .console import ExitCode, print_json
 from .options import JsonOption
 
 command = typer.Typer(help="Measure.", no_args_is_help=True, add_completion=False)
@@ -51,3 +54,42 @@ def engine(
         print_json(result)
     else:
         Console(highlight=False).print(engine_bench_table(result))
+
+
+@command.command()
+def storage(
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything; below 50 s.")] = False,
+    path: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where to measure; default: beside the store."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes of one NVMe round; default 512MiB.")
+    ] = None,
+    allow_tmpfs: Annotated[
+        bool, typer.Option("--allow-tmpfs", help="Measure even where files are memory.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The store beside the machine's ceilings (memcpy, fio) and other stores, in one run."""
+    from dataclasses import replace
+
+    from ucm.bench.storage import run_storage_bench
+    from ucm.bench.storage_measure import StorageBenchOptions
+    from ucm.bench.storage_report import storage_bench_report
+
+    options = StorageBenchOptions(path=path, allow_tmpfs=allow_tmpfs)
+    if size is not None:
+        try:
+            options = replace(options, size_bytes=parse_size(size))
+        except ValueError as error:
+            raise ConfigError(f"--size {size}: write it as 512MiB") from error
+    result = run_storage_bench(
+        options.quick() if quick else options, lambda line: print(line, file=sys.stderr)
+    )
+    if as_json:
+        print_json(result)
+    else:
+        Console(highlight=False).print(storage_bench_report(result))
+    if result["wrong_bytes"]:
+        raise typer.Exit(ExitCode.CHECK_FAILED)

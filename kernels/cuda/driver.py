@@ -1,0 +1,147 @@
+"""The few calls of the CUDA driver that launching a kernel takes, without torch or cupy.
+
+One device, its primary context: the one that torch and cupy use, so pointers of theirs are valid
+here. Calls may come from any thread. Never load it where no driver works without a preflight
+(`ucm.storage.io_choice`): initialising a broken one can hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from typing import TYPE_CHECKING
+
+from ucm.errors import TierUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+KernelArgument = ctypes.c_uint32 | ctypes.c_uint64
+"""Numbers and device addresses, as wide as the kernel's parameter."""
+
+_CAPABILITY_MAJOR = 75
+_CAPABILITY_MINOR = 76
+
+
+class CudaDriver:
+    """A device and its primary context."""
+
+    def __init__(self, library: str = "libcuda.so.1", device: int = 0) -> None:
+        """Initialise the driver.
+
+        Raises:
+            TierUnavailableError: no driver, or no such device.
+        """
+        try:
+            self._cuda = ctypes.CDLL(library)
+        except OSError as error:
+            raise TierUnavailableError(f"no CUDA driver: {error}") from error
+        self._device = ctypes.c_int()
+        self._context = ctypes.c_void_p()
+        self._call("cuInit", ctypes.c_uint(0))
+        self._call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(device))
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+
+    @property
+    def arch(self) -> str:
+        """The device's architecture, as NVRTC names it: `sm_90`."""
+        parts = []
+        for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
+            value = ctypes.c_int()
+            self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, self._device)
+            parts.append(value.value)
+        return "sm_{}{}".format(*parts)
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the context the calling thread's, for the block."""
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def load_functions(self, cubin: bytes, names: Sequence[str]) -> dict[str, ctypes.c_void_p]:
+        """Load machine code and find its kernels. It stays loaded as long as the process lives.
+
+        Raises:
+            TierUnavailableError: it is for another architecture, or a name is not in it.
+        """
+        module, found = ctypes.c_void_p(), {}
+        with self.current():
+            self._call("cuModuleLoadDataEx", ctypes.byref(module), cubin, 0, None, None)
+            for name in names:
+                found[name] = ctypes.c_void_p()
+                self._call("cuModuleGetFunction", ctypes.byref(found[name]), module, name.encode())
+        return found
+
+    def launch(
+        self,
+        function: ctypes.c_void_p,
+        shape: tuple[int, int],
+        arguments: Sequence[KernelArgument],
+        stream: int = 0,
+    ) -> None:
+        """Start a kernel; returns before it has ended.
+
+        Args:
+            function: from `load_functions`.
+            shape: thread blocks, and threads in each.
+            arguments: the kernel's, in order; addresses are valid until the stream is done.
+            stream: a CUstream; 0 is the legacy default stream.
+
+        Raises:
+            TierUnavailableError: the driver refuses.
+        """
+        grid, block = (ctypes.c_uint(number) for number in shape)
+        one, none = ctypes.c_uint(1), ctypes.c_uint(0)
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        with self.current():
+            self._call(
+                "cuLaunchKernel",
+                function,
+                *(grid, one, one, block, one, one, none, ctypes.c_void_p(stream)),
+                *(pointers, None),
+            )
+
+    def synchronize(self, stream: int = 0) -> None:
+        """Wait for a stream.
+
+        Raises:
+            TierUnavailableError: a kernel of it failed.
+        """
+        with self.current():
+            self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
+
+    @contextlib.contextmanager
+    def memory(self, nbytes: int) -> Iterator[int]:
+        """Device memory for the block; its address.
+
+        Raises:
+            TierUnavailableError: there is not as much.
+        """
+        address = ctypes.c_size_t()
+        with self.current():
+            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        try:
+            yield address.value
+        finally:
+            with self.current():
+                self._call("cuMemFree_v2", address)
+
+    def copy(self, to: int, source: int, nbytes: int, stream: int = 0) -> None:
+        """Copy between any two addresses, device or host, in the order of the stream.
+
+        Raises:
+            TierUnavailableError: the driver refuses.
+        """
+        addresses = (ctypes.c_size_t(to), ctypes.c_size_t(source), ctypes.c_size_t(nbytes))
+        with self.current():
+            self._call("cuMemcpyAsync", *addresses, ctypes.c_void_p(stream))
+
+    def _call(self, name: str, *arguments: object) -> None:
+        code = getattr(self._cuda, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._cuda.cuGetErrorName(ctypes.c_int(code), ctypes.byref(text))
+            raise TierUnavailableError(f"CUDA: {name}: {(text.value or b'?').decode()} ({code})")

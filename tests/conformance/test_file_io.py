@@ -1,0 +1,11 @@
+"""`PosixFileIo` passes the suite of all `FileIo`s; the GPU's runs in test_gds_doubles.py."""
+
+from __future__ import annotations
+
+from ucm.storage.file_io import FileIo, PosixFileIo
+from ucm.testing.file_io_conformance import FileIoTests
+
+
+class TestPosixFileIo(FileIoTests):
+    def make_io(self) -> FileIo:
+        return PosixFileIo(3)
