@@ -34,12 +34,18 @@ Event = dict[str, Any]
 class ChildProcess:
     """A child that speaks JSON lines on its standard output."""
 
-    def __init__(self, name: str, arguments: Sequence[str], log_path: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        log_path: Path,
+        interpreter: Sequence[str] = (sys.executable, "-m"),
+    ) -> None:
         self._name = name
         self._log_path = log_path
         with log_path.open("a") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
+                [*interpreter, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -42,6 +42,8 @@ DAEMON_SETTINGS = {
     "nvme.index_map_bytes": "64MiB",
     "nvme.write_queue_bytes": "256MiB",
 }
+LITTLE_MEMORY = {"memory.capacity_bytes": "192MiB"}
+"""Less than half of what is loaded in turns; room for the leases of 16 clients."""
 
 
 def run_storage_bench(options: StorageBenchOptions, progress: Progress | None = None) -> Result:
@@ -56,20 +58,25 @@ def run_storage_bench(options: StorageBenchOptions, progress: Progress | None = 
         CorruptionError: the store lost or refused a block that it had accepted.
         UcmError: the daemon did not start or did not answer.
     """
-    say = progress or (lambda _line: None)
     began_s = time.perf_counter()
+    phases_s: dict[str, float] = {}
+
+    def say(line: str) -> None:
+        phases_s[line] = round(time.perf_counter() - began_s, 1)
+        if progress is not None:
+            progress(line)
+
     audit = Audit()
     with bench_folder(options) as folder:
         result: Result = {"wrong_bytes": 0, **_daemon_phases(folder, options, audit, say)}
         result["nvme"] = _nvme_phase(folder, options, audit, began_s + options.nvme_end_s, say)
         result["index"] = measure_index(folder / "index", options, say)
-        result["peers"] = measure_peers(
-            folder / "peers", options.peer_bytes, options.peers, audit, say
-        )
+        result["peers"] = measure_peers(folder / "peers", options, audit, say)
         result["manifest"] = manifest(folder, options)
     result["wrong_bytes"] = audit.wrong_bytes
     result["checked_bytes"] = audit.checked_bytes
     result["took_s"] = round(time.perf_counter() - began_s, 1)
+    result["began_at_s"] = phases_s
     return result
 
 
@@ -101,17 +108,25 @@ def bench_folder(options: StorageBenchOptions) -> Iterator[Path]:
 def _daemon_phases(
     folder: Path, options: StorageBenchOptions, audit: Audit, say: Progress
 ) -> Result:
-    """What one daemon answers."""
+    """What a daemon answers; then, if asked, one whose memory holds less than is loaded."""
     found: Result = {}
     say("starting a daemon")
     store = folder / "daemon"
-    with bench_daemon(store, DAEMON_SETTINGS) as daemon, daemon.connect() as cache:
-        say("host memory: loads against a plain copy")
-        found["dram"] = DramBench(cache, options.dram_blocks, audit).run(options.dram)
-        say("lookups")
-        found["lookup"] = measure_lookup(cache, options.lookup_keys, options.lookup)
-        found["concurrent"] = measure_concurrent(cache, daemon.socket_path, options, audit, say)
+    with bench_daemon(store, DAEMON_SETTINGS) as daemon:
+        with daemon.connect() as cache:
+            say("host memory: loads against a plain copy")
+            found["dram"] = DramBench(cache, options.dram_blocks, audit).run(options.dram)
+            say("lookups")
+            found["lookup"] = measure_lookup(cache, options.lookup_keys, options.lookup)
+        found["concurrent"] = measure_concurrent(daemon, options.memory_chains, options, audit, say)
     shutil.rmtree(store, ignore_errors=True)
+    if options.disk_chains:
+        say("starting a daemon with little memory")
+        with bench_daemon(store, DAEMON_SETTINGS | LITTLE_MEMORY) as daemon:
+            found["concurrent_nvme"] = measure_concurrent(
+                daemon, options.disk_chains, options, audit, say
+            )
+        shutil.rmtree(store, ignore_errors=True)
     return found
 
 
@@ -124,7 +139,12 @@ def _nvme_phase(
     found: Result = {}
     for number, slab in enumerate(options.slabs):
         share_s = (end_s - time.perf_counter()) / (len(options.slabs) - number)
-        plan = NvmePlan(scout=scout, rounds=options.nvme.within(share_s), progress=say)
+        plan = NvmePlan(
+            scout=scout,
+            rounds=options.nvme.within(share_s),
+            whole_store_once=options.whole_store_once,
+            progress=say,
+        )
         say(f"nvme {slab}: looking for the ceiling")
         found[slab] = measure_nvme(folder / "nvme", slab, options.size_bytes, plan, audit)
     return found

@@ -1,8 +1,9 @@
 """Many clients of one daemon: how long loads take, how fairly, and what stores do to them.
 
-Clients load chains of 8 blocks of 1 MiB from host memory, one after the other without a pause; a
+Clients load chains of 8 blocks of 1 MiB, one after the other without a pause; a
 storing client puts new chains of the same size without a pause, which the daemon accepts, evicts
-for, and writes to the disk. Each number of clients runs with and without it, in turns.
+for, and writes to the disk. Each number of clients runs with and without it, in turns. With more
+chains than host memory holds, loads read the disk.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ucm.api import CacheApi
-
 from .demo_processes import ChildProcess
 from .storage_client import BLOCKS_PER_CALL, load_chain_seed
+from .storage_daemon import BenchDaemon
 from .storage_dram import put_chain
 from .storage_measure import (
     GB,
@@ -31,10 +31,10 @@ from .storage_measure import (
     percentile,
     rounded,
 )
-from .storage_payload import Audit, Payload, bench_chain, bench_spec
+from .storage_payload import Audit, Payload, bench_chain, bench_spec, require
 
-NUM_CHAINS = 8
 READY_TIMEOUT_S = 120.0
+FLUSH_TIMEOUT_S = 60.0
 LEAD_S = 0.05
 """Commands reach every process before the work begins."""
 
@@ -45,18 +45,21 @@ TURNS = 2
 class Crew:
     """Processes that hold clients: loaders, and one that stores."""
 
-    def __init__(self, socket_path: Path, folder: Path, num_clients: int, num_processes: int):
+    def __init__(
+        self, socket_path: Path, folder: Path, options: StorageBenchOptions, num_chains: int
+    ) -> None:
         self._loaders: list[ChildProcess] = []
         self._each: list[int] = []
-        num_processes = min(num_clients, num_processes)
+        num_clients = max(options.clients)
+        num_processes = min(num_clients, options.client_processes)
         first = 0
         for number in range(num_processes):
             count = (num_clients - first) // (num_processes - number)
             log = folder / f"client{number}.log"
-            self._loaders.append(_start(socket_path, first, count, log))
+            self._loaders.append(_start(socket_path, first, count, num_chains, log))
             self._each.append(count)
             first += count
-        self._storer = _start(socket_path, first, 1, folder / "storer.log")
+        self._storer = _start(socket_path, first, 1, num_chains, folder / "storer.log")
         for process in (*self._loaders, self._storer):
             process.next_event(READY_TIMEOUT_S)
 
@@ -73,6 +76,7 @@ class Crew:
         for process in self._loaders:
             done = process.next_event(READY_TIMEOUT_S)
             turn.ms += done["ms"]
+            turn.refused += done["refused"]
             audit.add(done["wrong_bytes"], done["checked_bytes"])
         if with_stores:
             turn.stored_bytes = self._storer.next_event(READY_TIMEOUT_S)["bytes"]
@@ -91,6 +95,8 @@ class Turn:
         self.ms = ms
         """Milliseconds of every load, a list for each client."""
         self.stored_bytes = stored_bytes
+        self.refused = 0
+        """Loads that found no room in host memory; they are in no percentile."""
 
 
 def spread(count: int, room: list[int]) -> list[int]:
@@ -102,22 +108,24 @@ def spread(count: int, room: list[int]) -> list[int]:
     return shares
 
 
-def _start(socket_path: Path, first_number: int, clients: int, log_path: Path) -> ChildProcess:
+def _start(
+    socket_path: Path, first_number: int, clients: int, num_chains: int, log_path: Path
+) -> ChildProcess:
     settings = {
         "socket": str(socket_path),
         "first_number": first_number,
         "clients": clients,
-        "chains": NUM_CHAINS,
+        "chains": num_chains,
     }
     return ChildProcess("client", ["ucm.bench.storage_client", json.dumps(settings)], log_path)
 
 
 @contextlib.contextmanager
-def _crew(socket_path: Path, options: StorageBenchOptions) -> Iterator[Crew]:
+def _crew(socket_path: Path, options: StorageBenchOptions, num_chains: int) -> Iterator[Crew]:
     folder = Path(tempfile.mkdtemp(prefix="ucm"))
     crew = None
     try:
-        crew = Crew(socket_path, folder, max(options.clients), options.client_processes)
+        crew = Crew(socket_path, folder, options, num_chains)
         yield crew
     finally:
         if crew is not None:
@@ -126,30 +134,44 @@ def _crew(socket_path: Path, options: StorageBenchOptions) -> Iterator[Crew]:
 
 
 def measure_concurrent(
-    cache: CacheApi,
-    socket_path: Path,
+    daemon: BenchDaemon,
+    num_chains: int,
     options: StorageBenchOptions,
     audit: Audit,
     progress: Progress,
 ) -> Result:
-    """Every number of clients of `options`, with and without stores."""
-    handle = cache.open_namespace(bench_spec(MIB_LAYOUT))
+    """Every number of clients of `options`, with and without stores.
+
+    Args:
+        daemon: whose host memory has room for the chains, or not: then loads read the disk.
+        num_chains: that are loaded, in turns, 8 MiB each.
+        options: how many clients, for how long.
+        audit: counts what was read wrongly.
+        progress: told before each number of clients.
+    """
     payload = Payload(MIB_LAYOUT)
-    for number in range(NUM_CHAINS):
-        seed = load_chain_seed(number)
-        put_chain(cache, handle, payload, bench_chain(handle.id, MIB_LAYOUT, BLOCKS_PER_CALL, seed))
+    with daemon.connect() as cache:
+        handle = cache.open_namespace(bench_spec(MIB_LAYOUT))
+        for number in range(num_chains):
+            seed = load_chain_seed(number)
+            keys = bench_chain(handle.id, MIB_LAYOUT, BLOCKS_PER_CALL, seed)
+            put_chain(cache, handle, payload, keys)
+            require(cache.flush(timeout_s=FLUSH_TIMEOUT_S), "the store did not flush")
     found: Result = {}
-    with _crew(socket_path, options) as crew:
+    with _crew(daemon.socket_path, options, num_chains) as crew:
         crew.run(max(options.clients), options.cell_s / 4, with_stores=False, audit=audit)
         for count in options.clients:
             progress(f"{count} clients, without and with stores")
-            turns: dict[bool, list[Turn]] = {False: [], True: []}
-            for number in range(2 * TURNS):
-                busy = number % 4 in (1, 2)  # without, with, with, without
-                turn = crew.run(count, options.cell_s / TURNS, with_stores=busy, audit=audit)
-                turns[busy].append(turn)
-            found[str(count)] = compare_turns(turns[False], turns[True], options.cell_s)
+            found[str(count)] = _measure_count(crew, count, options.cell_s, audit)
     return found
+
+
+def _measure_count(crew: Crew, count: int, seconds: float, audit: Audit) -> Result:
+    turns: dict[bool, list[Turn]] = {False: [], True: []}
+    for number in range(2 * TURNS):
+        busy = number % 4 in (1, 2)  # without, with, with, without
+        turns[busy].append(crew.run(count, seconds / TURNS, with_stores=busy, audit=audit))
+    return compare_turns(turns[False], turns[True], seconds)
 
 
 def compare_turns(quiet: list[Turn], busy: list[Turn], seconds: float) -> Result:
@@ -177,4 +199,4 @@ def _figures(turns: list[Turn], seconds: float) -> Result:
         "jain": jain_fairness(counts),
         "max_over_min": max(counts) / max(1.0, min(counts)),
     }
-    return {**rounded(figures), "n": len(every)}
+    return {**rounded(figures), "n": len(every), "refused": sum(turn.refused for turn in turns)}

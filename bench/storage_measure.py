@@ -85,10 +85,14 @@ class StorageBenchOptions:
     lookup_keys: tuple[int, ...] = (1_000, 10_000)
     index_blocks: int = 1_000_000
     index_openings: int = 3
-    index_build_budget_s: float = 120.0
-    """An index that takes longer to fill stays smaller; its `blocks` says so."""
+    index_budget_s: float = 120.0
+    """An index that would take longer to open stays smaller; its `blocks` says so."""
     clients: tuple[int, ...] = (1, 4, 16)
     client_processes: int = 4
+    memory_chains: int = 8
+    """Chains of 8 MiB that clients load from host memory."""
+    disk_chains: int = 64
+    """Chains that clients of a daemon with little memory load from the disk; 0 leaves that out."""
     cell_s: float = 4.0
     """How long a number of clients runs, with and without stores, each."""
     ceiling_candidates: int = 3
@@ -96,6 +100,8 @@ class StorageBenchOptions:
     thorough_scouting: bool = True
     """Whether every depth and request size is tried, for each slab size anew."""
     dram: Plan = field(default_factory=lambda: Plan(repeats=31, budget_s=20))
+    whole_store_once: bool = False
+    """Whether the whole store is measured once for each slab size, not in every round."""
     nvme_end_s: float = 3600.0
     """The NVMe phases aim at ending so long after the start, by fewer rounds."""
     nvme: Plan = field(default_factory=lambda: Plan(repeats=7, budget_s=75))
@@ -111,16 +117,18 @@ class StorageBenchOptions:
             peer_bytes=32 * MIB,
             index_blocks=200_000,
             index_openings=1,
-            index_build_budget_s=4.0,
+            index_budget_s=5.0,
             client_processes=2,
-            cell_s=0.5,
+            disk_chains=0,
+            cell_s=0.4,
             ceiling_candidates=1,
             thorough_scouting=False,
-            dram=Plan(repeats=15, budget_s=2),
-            nvme_end_s=30.0,
-            nvme=Plan(repeats=3, budget_s=2.5),
-            lookup=Plan(repeats=100, budget_s=2),
-            peers=Plan(repeats=2, budget_s=3),
+            dram=Plan(repeats=15, budget_s=1.5),
+            whole_store_once=True,
+            nvme_end_s=26.0,
+            nvme=Plan(repeats=3, budget_s=2),
+            lookup=Plan(repeats=100, budget_s=1.5),
+            peers=Plan(repeats=2, budget_s=2),
         )
 
 

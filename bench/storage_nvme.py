@@ -24,7 +24,7 @@ from ucm.layout import KvLayout, round_up
 from ucm.storage.format import HEADER_BYTES
 from ucm.storage.nvme import NvmeStore
 from ucm.storage.tier import IoStatus, SlotId, SlotRead, SlotWrite
-from ucm.types import ROOT_KEY, BlockKey, LoadStatus, StoreStatus
+from ucm.types import ROOT_KEY, BlockKey, StoreStatus
 
 from .storage_ceilings import Scout, Target
 from .storage_measure import (
@@ -34,13 +34,23 @@ from .storage_measure import (
     Progress,
     Result,
     Samples,
+    Task,
     best,
     gb_s,
     interleave,
     medians,
     rounded,
 )
-from .storage_payload import Audit, BlockBuffer, Payload, bench_chain, bench_spec, require
+from .storage_payload import (
+    Audit,
+    BlockBuffer,
+    Payload,
+    bench_chain,
+    bench_spec,
+    copy_verified,
+    fill_slot,
+    require,
+)
 
 if TYPE_CHECKING:
     from ucm.embedded import EmbeddedCache
@@ -57,6 +67,8 @@ class NvmePlan:
 
     scout: Scout
     rounds: Plan
+    whole_store_once: bool
+    """Run the whole store once, not in every round."""
     progress: Progress
 
 
@@ -86,13 +98,16 @@ def measure_nvme(
         plan.progress(f"nvme {slab}: {', '.join(trial.name for trial in trials)} beside ours")
         whole = WholeStore(folder / "store", layout, num_blocks, audit)
         whole.max_rounds = plan.rounds.repeats + 1
-        tasks = [
+        tasks: list[Task] = [
             lambda: plan.scout.ceiling.measure(target, trials),
             lambda: {"store": tier.store()},
             tier.load,
-            whole.round_trip,
         ]
-        samples = interleave(tasks, plan.rounds)
+        if plan.whole_store_once:
+            samples = interleave(tasks, plan.rounds)
+            samples |= {name: [value] for name, value in whole.round_trip().items()}
+        else:
+            samples = interleave([*tasks, whole.round_trip], plan.rounds)
     finally:
         tier.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -121,6 +136,7 @@ def _result(samples: Samples, num_blocks: int, layout: KvLayout) -> Result:
     return {
         **rounded(figures),
         "n": len(samples["load"]),
+        "end_to_end_n": len(samples["end_to_end_load"]),
         "blocks": num_blocks,
         "block_bytes": layout.block_bytes,
         "ceiling_read": read_name.partition(":")[2],
@@ -250,10 +266,7 @@ class WholeStore:
             lease = cache.prepare_store(handle.id, parent, [keys[n] for n in part])
             sums = {}
             for number, slot in zip(part, lease.slots, strict=True):
-                require(slot.data is not None, f"a block was not wanted: {slot.status}")
-                assert slot.data is not None
-                slot.data[:] = self._buffer.blocks[number]
-                sums[slot.key] = checksum.block_checksums(self._layout, slot.data)
+                sums[slot.key] = fill_slot(self._layout, slot, self._buffer.blocks[number])
             statuses = cache.complete_store(lease.id, sums)
             require(set(statuses) == {StoreStatus.ACCEPTED}, f"stores ended with {set(statuses)}")
         require(cache.flush(timeout_s=TIMEOUT_S), "the store did not flush")
@@ -269,12 +282,7 @@ class WholeStore:
             wanted = [keys[n] for n in part]
             lease = cache.prepare_load(handle.id, wanted, timeout_s=TIMEOUT_S)
             for number, block in zip(part, lease.blocks, strict=True):
-                require(block.status is LoadStatus.READY, f"a load ended with {block.status}")
-                assert block.data is not None
-                into = self._buffer.blocks[number]
-                into[:] = block.data
-                ok = checksum.verify(self._layout, into, block.checksums)
-                require(ok, "a block failed its checksum after the copy")
+                copy_verified(self._layout, block, self._buffer.blocks[number])
             cache.complete_load(lease.id)
         rate = gb_s(self.nbytes, begin)
         return rate, time.process_time() - cpu

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ucm.api import SlabChecksums
-from ucm.checksum import block_checksums
+from ucm.api import LoadedBlock, SlabChecksums, StoreSlot
+from ucm.checksum import block_checksums, verify
 from ucm.errors import CorruptionError
 from ucm.hashing import NamespaceSpec, chain_keys
 from ucm.layout import KvLayout
 from ucm.storage.file_io import aligned_buffer
-from ucm.types import BlockKey, NamespaceId
+from ucm.types import BlockKey, LoadStatus, NamespaceId
 
 WORD_BYTES = 8
 
@@ -114,6 +114,30 @@ class Audit:
         """Compare loaded blocks, byte by byte, with what was put under their keys."""
         for key, block in zip(keys, blocks, strict=True):
             self.add(payload.wrong_bytes(key, block), block.nbytes)
+
+
+def copy_verified(layout: KvLayout, block: LoadedBlock, into: memoryview) -> None:
+    """What a client does with a block of a lease: copy it out, then verify the copy.
+
+    Raises:
+        CorruptionError: the block is not there, or the copy fails its checksums.
+    """
+    require(block.status is LoadStatus.READY, f"a load ended with {block.status}")
+    assert block.data is not None
+    np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(block.data, np.uint8))
+    require(verify(layout, into, block.checksums), "a block failed its checksum after the copy")
+
+
+def fill_slot(layout: KvLayout, slot: StoreSlot, source: memoryview) -> SlabChecksums:
+    """What a client does with a slot of a lease: copy a block in; the checksums of the copy.
+
+    Raises:
+        CorruptionError: the block is not wanted.
+    """
+    require(slot.data is not None, f"a block was not wanted: {slot.status}")
+    assert slot.data is not None
+    np.copyto(np.frombuffer(slot.data, np.uint8), np.frombuffer(source, np.uint8))
+    return block_checksums(layout, slot.data)
 
 
 def require(condition: bool, what: str) -> None:

@@ -4,6 +4,7 @@
     files_fsync   one file a block, fsync each (durable), eight threads
     files         the same without fsync: nothing is promised
     lmdb          raw values in one transaction (durable)
+    lmcache_*     LMCache's local backends, in a process of their own (`storage_lmcache.py`)
     redis         SET and GET over a Unix socket, four connections, memory only, no persistence
 
 Before each load of files and LMDB the page cache is dropped for them, so that they read the disk as
@@ -31,11 +32,13 @@ from ucm.config import MIB
 from ucm.errors import TierUnavailableError
 from ucm.types import BlockKey
 
+from .storage_lmcache import NOTES as LMCACHE_NOTES
+from .storage_lmcache import find_lmcache, start_lmcache
 from .storage_measure import (
     MIB_LAYOUT,
-    Plan,
     Progress,
     Result,
+    StorageBenchOptions,
     Task,
     gb_s,
     interleave,
@@ -55,6 +58,7 @@ NOTES: Mapping[str, str] = {
     "files_fsync": "8 threads, fsync of every file; page cache dropped before loads",
     "lmdb": "raw values, one durable transaction; page cache dropped before loads",
     "redis": "host memory over a Unix socket, no persistence",
+    **LMCACHE_NOTES,
 }
 
 
@@ -255,27 +259,33 @@ def open_peers(folder: Path, nbytes: int, progress: Progress) -> Iterator[dict[s
 
 
 def measure_peers(
-    folder: Path, num_bytes: int, plan: Plan, audit: Audit, progress: Progress
+    folder: Path, options: StorageBenchOptions, audit: Audit, progress: Progress
 ) -> Result:
     """Every peer, and our tier, on the same blocks of 1 MiB.
 
     Args:
         folder: on the file system to measure; left empty.
-        num_bytes: moved in each round by each.
-        plan: how often.
+        options: how many bytes, how often, and where LMCache is.
         audit: counts what was read wrongly, whoever read it.
         progress: told what is left out.
     """
-    num_blocks = max(1, num_bytes // MIB_LAYOUT.block_bytes)
+    num_blocks = max(1, options.peer_bytes // MIB_LAYOUT.block_bytes)
     folder.mkdir()
     ours = TierBench(folder / "ucm", MIB_LAYOUT, num_blocks, audit)
     try:
-        with open_peers(folder, ours.nbytes, progress) as peers:
+        with contextlib.ExitStack() as stack:
+            peers = stack.enter_context(open_peers(folder, ours.nbytes, progress))
             progress(f"peers: ucm, {', '.join(peers)}")
             bench = _PeerBench(num_blocks, audit)
             tasks: list[Task] = [bench.task(name, peer) for name, peer in peers.items()]
             tasks.append(lambda: {"ucm store": ours.store(), "ucm load": ours.load()["load"]})
-            samples = interleave(tasks, plan)
+            python = find_lmcache(options.lmcache_python)
+            if python is None:
+                progress("LMCache is not installed (--lmcache-python): left out")
+            elif other := start_lmcache(python, folder / "lmcache", bench.source, audit, progress):
+                stack.callback(other.close)
+                tasks.append(other.round)
+            samples = interleave(tasks, options.peers)
     finally:
         ours.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -304,8 +314,8 @@ class _PeerBench:
         self._payload = Payload(MIB_LAYOUT)
         namespace = bench_spec(MIB_LAYOUT).fingerprint()
         self._keys = bench_chain(namespace, MIB_LAYOUT, num_blocks)
-        self._source, self._target = (BlockBuffer(MIB_LAYOUT, num_blocks) for _ in range(2))
-        for key, block in zip(self._keys, self._source.blocks, strict=True):
+        self.source, self._target = (BlockBuffer(MIB_LAYOUT, num_blocks) for _ in range(2))
+        for key, block in zip(self._keys, self.source.blocks, strict=True):
             self._payload.fill(key, block)
 
     def task(self, name: str, peer: Peer) -> Callable[[], Mapping[str, float]]:
@@ -313,8 +323,8 @@ class _PeerBench:
 
         def run() -> Mapping[str, float]:
             begin = time.perf_counter()
-            peer.put_all(self._keys, self._source.blocks)
-            store = gb_s(self._source.nbytes, begin)
+            peer.put_all(self._keys, self.source.blocks)
+            store = gb_s(self.source.nbytes, begin)
             peer.make_cold()
             self._target.wipe()
             begin = time.perf_counter()

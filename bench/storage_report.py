@@ -17,7 +17,8 @@ def storage_bench_report(result: Result) -> Group:
         _dram(result["dram"]),
         _nvme(result["nvme"]),
         _names(result["lookup"], result["index"]),
-        _concurrent(result["concurrent"]),
+        _concurrent(result["concurrent"], "host memory"),
+        *([_concurrent(result["concurrent_nvme"], "NVMe")] if "concurrent_nvme" in result else []),
         _peers(result["peers"]),
         f"{result['wrong_bytes']} wrong bytes of {result['checked_bytes'] / 1e9:.1f} GB compared, "
         f"{result['took_s']:.0f} s",
@@ -95,9 +96,9 @@ def _names(lookups: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any]) -
     return table
 
 
-def _concurrent(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+def _concurrent(rows: Mapping[str, Mapping[str, Any]], where: str) -> Table:
     table = _table(
-        "clients of one daemon: loads of 8 MiB from host memory",
+        f"clients of one daemon: loads of 8 MiB from {where}",
         (
             "clients",
             "p50 ms",

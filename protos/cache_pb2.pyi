@@ -339,7 +339,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("tier", "used_bytes", "capacity_bytes", "num_blocks", "quarantined_slots", "writable", "reason")
+    __slots__ = ("tier", "used_bytes", "capacity_bytes", "num_blocks", "quarantined_slots", "writable", "reason", "io", "io_reason")
     TIER_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -347,6 +347,8 @@ class TierStatus(_message.Message):
     QUARANTINED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     WRITABLE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    IO_FIELD_NUMBER: _ClassVar[int]
+    IO_REASON_FIELD_NUMBER: _ClassVar[int]
     tier: Tier
     used_bytes: int
     capacity_bytes: int
@@ -354,7 +356,9 @@ class TierStatus(_message.Message):
     quarantined_slots: int
     writable: bool
     reason: str
-    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., writable: bool = ..., reason: _Optional[str] = ...) -> None: ...
+    io: str
+    io_reason: str
+    def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., writable: bool = ..., reason: _Optional[str] = ..., io: _Optional[str] = ..., io_reason: _Optional[str] = ...) -> None: ...
 
 class NamespaceStatus(_message.Message):
     __slots__ = ("namespace", "num_blocks", "memory_blocks", "nvme_blocks", "block_bytes", "num_sessions", "problem", "tenant", "shares", "pinned_bytes")

@@ -96,12 +96,15 @@ class GdsFileIo:
             OSError: kvikio cannot be loaded.
         """
         self._options = options
+        self._kvikio = _configured_kvikio(options)
         self._posix = PosixFileIo(options.io_threads)
         self._files: dict[FileHandle, Any] = {}
+        self._is_closed = False
         self._inflight_bytes = 0
+        self._num_inflight = 0
+        self._turn = threading.Lock()
         self._room = threading.Condition()
         self._submitted: queue.SimpleQueue[_Transfer | None] = queue.SimpleQueue()
-        self._kvikio = _configured_kvikio(options)
         self._registry = BufferRegistry(self._kvikio, options)
         self._reaper = threading.Thread(target=self._reap, name="ucm-gds", daemon=True)
         self._reaper.start()
@@ -173,7 +176,10 @@ class GdsFileIo:
             self._posix.close_file(file)
 
     def close(self) -> None:
-        """See `FileIo.close`. Deregisters every buffer."""
+        """See `FileIo.close`. Waits for what is in flight, then deregisters every buffer."""
+        with self._room:
+            self._is_closed = True
+            self._room.wait_for(lambda: not self._num_inflight)
         if self._reaper.is_alive():
             self._submitted.put(None)
             self._reaper.join()
@@ -191,9 +197,11 @@ class GdsFileIo:
                     bounced.append((index, request))
                     continue
                 results[index] = self._refusal(request, reading=reading)
+                transfer = _Transfer(index, request, _length(request), done)
+                results[index] = results[index] or self._admit(transfer.nbytes)
                 if not results[index]:
-                    self._submit(_Transfer(index, request, _length(request), done), reading)
                     num_waiting += 1
+                    self._submit(transfer, reading=reading)
             self._run_bounced(bounced, results, reading=reading)
             while num_waiting:
                 transfer = done.get()
@@ -222,16 +230,33 @@ class GdsFileIo:
             return errno.EBADMSG
         return 0
 
-    def _submit(self, transfer: _Transfer, reading: bool) -> None:
-        """Hand a request's parts to kvikio; blocks while too much is in flight.
+    def _admit(self, nbytes: int) -> int:
+        """Wait until so much more may be in flight, one caller after another; 0 when it may.
+
+        EBADF once it is closed. What is admitted must be submitted.
+        """
+        with self._turn, self._room:  # the turn keeps small ones from overtaking a large one
+            self._room.wait_for(
+                lambda: (
+                    not self._num_inflight
+                    or self._inflight_bytes + nbytes <= self._options.max_inflight_bytes
+                )
+            )
+            if self._is_closed:
+                return errno.EBADF
+            self._inflight_bytes += nbytes
+            self._num_inflight += 1
+            return 0
+
+    def _submit(self, transfer: _Transfer, *, reading: bool) -> None:
+        """Hand an admitted request's parts to kvikio.
 
         What cannot be submitted is the transfer's `code`: what was before it is still waited for.
         """
-        self._admit(transfer.nbytes)
-        request = transfer.request
-        file, offset = self._files[request.file], request.offset
-        call = file.pread if reading else file.pwrite
+        request, offset = transfer.request, transfer.request.offset
         try:
+            file = self._files[request.file]
+            call = file.pread if reading else file.pwrite
             for buffer in request.buffers:
                 if isinstance(buffer, DeviceBuffer):
                     self._registry.ensure(buffer)
@@ -243,16 +268,6 @@ class GdsFileIo:
         finally:
             self._submitted.put(transfer)
 
-    def _admit(self, nbytes: int) -> None:
-        with self._room:
-            self._room.wait_for(
-                lambda: (
-                    not self._inflight_bytes
-                    or self._inflight_bytes + nbytes <= self._options.max_inflight_bytes
-                )
-            )
-            self._inflight_bytes += nbytes
-
     def _reap(self) -> None:
         """The completion thread: wait for transfers in order until told to end."""
         while (transfer := self._submitted.get()) is not None:
@@ -263,6 +278,7 @@ class GdsFileIo:
                 transfer.code = errno.ENODATA
             with self._room:
                 self._inflight_bytes -= transfer.nbytes
+                self._num_inflight -= 1
                 self._room.notify_all()
             transfer.done.put(transfer)
 

@@ -145,6 +145,8 @@ def _tier_from_wire(tier: pb.TierStatus) -> TierStatus:
         quarantined_slots=tier.quarantined_slots,
         writable=tier.writable,
         reason=tier.reason,
+        io=tier.io,
+        io_reason=tier.io_reason,
     )
 
 

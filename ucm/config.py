@@ -88,6 +88,10 @@ class NvmeConfig:
     A flush waits for what was admitted, not for the rest."""
     policy: str = "tree-gdsf"
     """As for memory."""
+    io: str = "auto"
+    """How block data is read and written: `posix`, `gds` (GPUDirect Storage), `kvikio-compat`
+    (device memory through pinned buffers), or `auto`: the first of gds, kvikio-compat and posix
+    that works here. `ucm status` says which and why, `ucm doctor` what is missing."""
     io_threads: int = 8
     """Threads of preadv/pwritev; 8 to 16 reach the ceiling of one device."""
     write_queue_bytes: int = 1 * GIB

@@ -34,6 +34,7 @@ _UNITS: Final = {
 }  # fmt: skip
 _LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR")
 ADMISSIONS: Final = ("always", "second-touch")
+_IO_KINDS: Final = ("auto", "posix", "kvikio-compat", "gds")
 _NO_UID: Final = 2**32 - 1
 _MAY_BE_ZERO: Final = frozenset({"memory.prefault_bytes", "metrics.port"})
 
@@ -148,6 +149,8 @@ def _names(name: str) -> tuple[str, ...]:
         return _LOG_LEVELS
     if name == "nvme.admission":
         return ADMISSIONS
+    if name == "nvme.io":
+        return _IO_KINDS
     return POLICY_NAMES if name.endswith(".policy") else ()
 
 

@@ -78,6 +78,10 @@ class TierStatus:
     writable: bool
     reason: str
     """Why it takes no writes; empty when it does."""
+    io: str = ""
+    """How it reaches its device: `posix`, `kvikio-compat` or `gds`; empty for memory."""
+    io_reason: str = ""
+    """Why so."""
 
 
 @dataclass(frozen=True, slots=True)

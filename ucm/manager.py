@@ -15,6 +15,7 @@ import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ucm.storage.arena import Arena
 
@@ -75,6 +76,7 @@ class Manager:
         clock = clock or SystemClock()
         tiers = tiers or tiers_of(config)
         self._has_nvme = tiers.nvme is not None
+        self._nvme_io = tiers.nvme_io
         namespaces = NamespaceTable(config, tiers, clock, self.metrics)
         self._state = ManagerState(config, namespaces, clock, self.metrics)
         self._pool = TransferPool(TRANSFER_THREADS, config.transfer.max_queued_transfers)
@@ -359,7 +361,10 @@ class Manager:
         if self._write_behind is None:
             return (memory,)
         reason = self._write_behind.health.reason
-        return (memory, tier_status(found, TierKind.NVME, self.config.nvme.capacity_bytes, reason))
+        nvme = tier_status(found, TierKind.NVME, self.config.nvme.capacity_bytes, reason)
+        if self._nvme_io is not None:
+            nvme = replace(nvme, io=self._nvme_io.kind.value, io_reason=self._nvme_io.reason)
+        return (memory, nvme)
 
     def _set_gauges(self, snapshot: ManagerStatus) -> None:
         metrics = self.metrics

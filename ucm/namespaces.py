@@ -10,6 +10,7 @@ without reservations whoever comes first keeps what it touched until it is close
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import Counter
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ucm.storage.io_choice import IoChoice, open_file_io
 from ucm.storage.memory import MemoryTier
 from ucm.storage.prefault import STEP_BYTES
 from ucm.storage.tier import SlotId, Tier
@@ -130,20 +132,28 @@ class TierFactory:
 
     memory: Callable[[KvLayout, int], MemoryTier] = MemoryTier
     nvme: NvmeStoreLike | None = None
+    nvme_io: IoChoice | None = None
+    """How `nvme` reaches its device; None when the maker of the store decided."""
 
 
 def tiers_of(config: Config) -> TierFactory:
     """The real tiers: an arena, and the NVMe store of `config.nvme` if it has a path.
 
     Raises:
-        ConfigError: the folder belongs to another user, format version or running daemon; or the
-            quotas cannot be kept.
+        ConfigError: the folder belongs to another user, format version or running daemon,
+            `nvme.io` is not possible here, or the quotas cannot be kept.
     """
     if config.nvme.path is None:
         return TierFactory()
     from ucm.storage.nvme import NvmeStore  # needs LMDB, which memory alone does not
 
-    return TierFactory(nvme=NvmeStore(config.nvme, shares=nvme_shares(config)))
+    io, choice = open_file_io(config.nvme)
+    _log.info("NVMe tier: %s: %s", choice.kind, choice.reason)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(io.close)
+        store = NvmeStore(config.nvme, io, shares=nvme_shares(config))
+        on_failure.pop_all()
+    return TierFactory(nvme=store, nvme_io=choice)
 
 
 class NamespaceTable:

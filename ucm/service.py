@@ -386,6 +386,8 @@ def _tier_to_wire(tier: TierStatus) -> pb.TierStatus:
         quarantined_slots=tier.quarantined_slots,
         writable=tier.writable,
         reason=tier.reason,
+        io=tier.io,
+        io_reason=tier.io_reason,
     )
 
 

@@ -114,20 +114,24 @@ class CudaDriver:
             self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
 
     @contextlib.contextmanager
-    def memory(self, nbytes: int) -> Iterator[int]:
-        """Device memory for the block; its address.
+    def memory(self, nbytes: int, stream: int = 0) -> Iterator[int]:
+        """Device memory for the block, in the order of a stream; its address.
+
+        Taken from and given back to the device's pool: unlike cuMemFree, which waits for the whole
+        device, it holds up nobody else's work.
 
         Raises:
             TierUnavailableError: there is not as much.
         """
-        address = ctypes.c_size_t()
+        address, order = ctypes.c_size_t(), ctypes.c_void_p(stream)
         with self.current():
-            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+            size = ctypes.c_size_t(nbytes)
+            self._call("cuMemAllocAsync", ctypes.byref(address), size, order)
         try:
             yield address.value
         finally:
             with self.current():
-                self._call("cuMemFree_v2", address)
+                self._call("cuMemFreeAsync", address, order)
 
     def copy(self, to: int, source: int, nbytes: int, stream: int = 0) -> None:
         """Copy between any two addresses, device or host, in the order of the stream.

@@ -88,7 +88,7 @@ class SlabKernels:
         sums = np.zeros(len(offsets), np.uint64)
         driver, nbytes = self._driver, table.nbytes
         num_threads = len(offsets) * _WARP_LANES
-        with driver.memory(nbytes) as table_on, driver.memory(nbytes) as sums_on:
+        with driver.memory(nbytes, stream) as table_on, driver.memory(nbytes, stream) as sums_on:
             driver.copy(table_on, table.ctypes.data, nbytes, stream)
             arguments = (
                 ctypes.c_uint64(base),
@@ -128,7 +128,7 @@ class SlabKernels:
         if not block_ids:
             return
         table, driver = np.array(block_ids, np.uint32), self._driver
-        with driver.memory(table.nbytes) as table_on:
+        with driver.memory(table.nbytes, stream) as table_on:
             driver.copy(table_on, table.ctypes.data, table.nbytes, stream)
             arguments = (
                 ctypes.c_uint64(slabs.staging),

@@ -110,6 +110,18 @@ CUresult cuMemFree_v2(CUdeviceptr address)
     return CUDA_SUCCESS;
 }
 
+CUresult cuMemAllocAsync(CUdeviceptr *out, size_t size, void *stream)
+{
+    (void)stream;
+    return cuMemAlloc_v2(out, size);
+}
+
+CUresult cuMemFreeAsync(CUdeviceptr address, void *stream)
+{
+    (void)stream;
+    return cuMemFree_v2(address);
+}
+
 CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr address)
 {
     struct range found = find_range(address);

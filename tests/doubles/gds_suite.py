@@ -16,10 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from ucm.config import Config, MemoryConfig, NvmeConfig
 from ucm.errors import InvalidArgumentError
+from ucm.manager import Manager
+from ucm.storage import io_choice
 from ucm.storage.device import DeviceBuffer, DeviceRequest
 from ucm.storage.file_io import FileHandle, IoRequest, aligned_buffer
 from ucm.storage.gds import GdsFileIo, GdsOptions
+from ucm.storage.io_choice import IoKind, Machine, open_file_io
 from ucm.storage.nvme import NvmeStore
 from ucm.storage.tier import Tier
 from ucm.testing.doubles import Doubles, device_bytes
@@ -306,6 +310,50 @@ def test_a_call_that_raises_leaves_nothing_in_flight(
         assert io.inflight_bytes == 0
 
 
+def test_closing_waits_and_what_comes_later_is_refused(
+    make_io: Callable[..., GdsFileIo], tmp_path: Path
+) -> None:
+    """No call hangs because of another that closes."""
+    io = make_io(max_inflight_bytes=PAGE)
+    file, data = new_file(io, tmp_path)
+    with DOUBLES.device_memory(MIB) as buffer, DOUBLES.slow_transfers(50_000):
+        parts = [buffer[n * 64 * PAGE : (n + 1) * 64 * PAGE] for n in range(4)]
+        batch = [DeviceRequest(file, n * 64 * PAGE, (part,)) for n, part in enumerate(parts)]
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(io.read_batch, batch)
+            while not io.inflight_bytes:
+                pass
+            io.close()
+            codes = running.result(timeout=10)
+        assert codes[0] == 0
+        assert codes == sorted(codes)
+        assert codes[-1] == errno.EBADF
+        assert device_bytes(parts[0]) == data[: 64 * PAGE]
+        assert io.read_batch(batch) == [errno.EBADF] * 4
+
+
+def test_a_large_request_is_not_starved(make_io: Callable[..., GdsFileIo], tmp_path: Path) -> None:
+    """Small ones that keep coming do not overtake it for ever."""
+    io = make_io(max_inflight_bytes=32 * PAGE, io_threads=4)
+    file, _ = new_file(io, tmp_path)
+    stop = threading.Event()
+    with DOUBLES.device_memory(MIB) as buffer, DOUBLES.slow_transfers(1000):
+        io.registry.ensure(buffer)
+
+        def keep_busy(part: DeviceBuffer) -> None:
+            while not stop.is_set():
+                assert io.read_batch([DeviceRequest(file, 0, (part,))]) == [0]
+
+        parts = [buffer[n * 16 * PAGE : (n + 1) * 16 * PAGE] for n in range(4)]
+        with ThreadPoolExecutor(5) as pool:
+            small = [pool.submit(keep_busy, part) for part in parts]
+            large = pool.submit(io.read_batch, [DeviceRequest(file, 0, (buffer,))])
+            assert large.result(timeout=10) == [0]
+            stop.set()
+            for future in small:
+                future.result(timeout=10)
+
+
 def test_a_device_buffer_is_what_its_array_is() -> None:
     """Contiguous bytes; slices keep the allocation that is registered."""
 
@@ -332,3 +380,54 @@ def test_a_device_buffer_is_what_its_array_is() -> None:
             DeviceBuffer.of(wrong)
     with pytest.raises(InvalidArgumentError):
         buffer[::2]
+
+
+# ---------------------------------------------------------------- the choice
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """This one with the doubles: what the real probe tries, it finds."""
+    folder = Path(os.environ["UCM_DOUBLES"])
+    libraries = (str(folder / name) for name in ("libcuda.so.1", "libcufile.so.0"))
+    monkeypatch.setenv("LD_PRELOAD", " ".join(libraries))
+    (tmp_path / "modules").write_text("nvidia_fs 262144 0 - Live 0x0\n")
+    return Machine(
+        device_nodes=(tmp_path,), modules=tmp_path / "modules", udev=tmp_path, timeout_s=15
+    )
+
+
+def test_the_probe_finds_the_doubles_and_gds_is_chosen(machine: Machine, tmp_path: Path) -> None:
+    io, choice = open_file_io(NvmeConfig(), machine)
+    assert choice.kind is IoKind.GDS
+    assert isinstance(io, GdsFileIo)
+    file, data = new_file(io, tmp_path)
+    before = DOUBLES.cufile_counts().transfers
+    with DOUBLES.device_memory(MIB) as buffer:
+        assert io.read_batch([DeviceRequest(file, 0, (buffer,))]) == [0]
+        assert device_bytes(buffer) == data[:MIB]
+        io.registry.forget(buffer)
+    assert DOUBLES.cufile_counts().transfers == before + 1
+    io.close_file(file)
+    io.close()
+
+
+def test_without_nvidia_fs_kvikio_copies(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "modules").write_text("ext4 1 0\n")
+    io, choice = open_file_io(NvmeConfig(), machine)
+    assert choice.kind is IoKind.KVIKIO_COMPAT
+    assert "nvidia_fs is not loaded" in choice.reason
+    assert isinstance(io, GdsFileIo)
+    assert "compatibility" in repr(io)
+    io.close()
+
+
+def test_the_manager_says_which_and_why(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(io_choice, "Machine", lambda: machine)
+    nvme = nvme_config(tmp_path / "store", 8)
+    manager = Manager(Config(nvme=nvme, memory=MemoryConfig(capacity_bytes=MIB)))
+    (_, tier) = manager.status().tiers
+    assert (tier.io, tier.io_reason) == ("gds", "every check of GPUDirect Storage passed")
+    manager.close()

@@ -184,6 +184,17 @@ def test_golden_vectors(kernel: Checksum) -> None:
         assert size < MIN_BYTES or xxh3_64_in_blocks(data[:size]) == golden
 
 
+@pytest.mark.skipif(ON_GPU, reason="only the double counts")
+def test_a_launch_gives_its_memory_back(doubles: Doubles, kernel: Checksum) -> None:
+    before = doubles.driver_counts()
+    for _ in range(3):
+        kernel(data_of(4096), [0], 4096)
+    after = doubles.driver_counts()
+    assert after.launches - before.launches == 3
+    assert after.allocations - before.allocations == after.frees - before.frees > 0
+    assert after.synchronizations > before.synchronizations
+
+
 def test_slabs_anywhere_are_refused(kernels: SlabKernels) -> None:
     """The kernel loads 16 bytes at once."""
     for base, offsets in ((8, [0]), (16, [0, 8])):

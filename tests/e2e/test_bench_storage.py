@@ -14,7 +14,9 @@ import pytest
 from rich.console import Console
 
 from ucm.bench.storage import run_storage_bench
-from ucm.bench.storage_measure import Plan, StorageBenchOptions
+from ucm.bench.storage_lmcache import start_lmcache
+from ucm.bench.storage_measure import MIB_LAYOUT, Plan, StorageBenchOptions
+from ucm.bench.storage_payload import Audit, BlockBuffer
 from ucm.bench.storage_report import storage_bench_report
 from ucm.config import MIB
 
@@ -41,10 +43,13 @@ def result(folder: Path) -> dict[str, Any]:
         index_blocks=5000,
         index_openings=1,
         clients=(1, 3),
+        memory_chains=2,
+        disk_chains=30,
         client_processes=2,
         cell_s=0.2,
         ceiling_candidates=1,
         thorough_scouting=False,
+        whole_store_once=True,
         dram=ONCE,
         nvme=ONCE,
         lookup=Plan(repeats=5, budget_s=1),
@@ -82,8 +87,8 @@ def test_names_clients_and_peers_are_there(result: dict[str, Any]) -> None:
     assert index["blocks"] == 5000
     assert index["open_s"] > 0
     assert index["private_mib"] > 10
-    assert result["concurrent"].keys() == {"1", "3"}
-    for row in result["concurrent"].values():
+    assert result["concurrent"].keys() == result["concurrent_nvme"].keys() == {"1", "3"}
+    for row in (*result["concurrent"].values(), *result["concurrent_nvme"].values()):
         assert row["n"] > 0
         assert row["with_stores"]["n"] > 0
     expected = {"ucm", "files", "files_fsync", "lmdb"}
@@ -106,6 +111,33 @@ def test_it_prints_tables(result: dict[str, Any]) -> None:
     text = console.export_text()
     assert "files_fsync" in text
     assert "0 wrong bytes" in text
+
+
+def test_lmcache_speaks_from_its_own_environment(tmp_path: Path) -> None:
+    """A stand-in for the interpreter answers as the script does; two others cannot."""
+    payload, audit = BlockBuffer(MIB_LAYOUT, 2), Audit()
+    lines: list[str] = []
+    fake = tmp_path / "python"
+    answer = {"event": "done", "rates": {"lmcache_cpu load": 1.5}, "wrong_bytes": 3}
+    fake.write_text(
+        f"#!{sys.executable}\n"
+        "import json, sys\n"
+        "settings = json.loads(sys.argv[2])\n"
+        "size = len(open(settings['source'], 'rb').read())\n"
+        "print(json.dumps({'event': 'ready', 'version': 'fake'}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        f"    print(json.dumps({{**{answer!r}, 'checked_bytes': size}}), flush=True)\n"
+    )
+    fake.chmod(0o700)
+    peer = start_lmcache(fake, tmp_path / "a", payload, audit, lines.append)
+    assert peer is not None
+    assert peer.round() == {"lmcache_cpu load": 1.5}
+    peer.close()
+    assert (audit.wrong_bytes, audit.checked_bytes) == (3, payload.nbytes)
+    assert start_lmcache(Path(sys.executable), tmp_path / "b", payload, audit, lines.append) is None
+    assert start_lmcache(tmp_path / "none", tmp_path / "c", payload, audit, lines.append) is None
+    assert lines[0] == "LMCache fake"
+    assert [line.partition(":")[0] for line in lines[1:]] == ["LMCache left out"] * 2
 
 
 def test_nothing_is_left_behind(result: dict[str, Any], folder: Path) -> None:

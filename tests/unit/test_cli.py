@@ -77,7 +77,7 @@ def test_version(ucm: Runner) -> None:
     assert ucm("--version").out.strip() == f"ucm {__version__}"
 
 
-@pytest.mark.parametrize("name", ["serve", "status", "fsck", "config"])
+@pytest.mark.parametrize("name", ["serve", "status", "doctor", "fsck", "config"])
 def test_every_command_has_help_and_json(ucm: Runner, name: str) -> None:
     outcome = ucm(name, "--help") if name != "config" else ucm("config", "show", "--help")
     assert outcome.code == ExitCode.DONE
@@ -192,11 +192,14 @@ def test_status_of_a_daemon(ucm: Runner, folder: Path) -> None:
         assert (found["pid"], found["state"], found["num_sessions"]) == (os.getpid(), "serving", 1)
         assert found["tiers"][0]["kind"] == "memory"
         assert found["tiers"][1]["num_blocks"] == 3
+        assert found["tiers"][1]["io"] in {"posix", "kvikio-compat", "gds"}
+        assert found["tiers"][1]["io_reason"]
         assert found["namespaces"][0]["id"] == handle.id.hex()
         text = ucm("status", "--socket", path).out
         assert "serving" in text
         assert "memory" in text
         assert "1 sessions" in text
+        assert f"nvme through {found['tiers'][1]['io']}: " in text
 
 
 @pytest.fixture
@@ -266,6 +269,6 @@ def test_settings_need_a_section_and_a_value() -> None:
 
 def test_the_table_of_commands_is_sound() -> None:
     """Modules that exist expose a typer app named `command`."""
-    for name in ("serve", "status", "fsck", "config"):
+    for name in ("serve", "status", "doctor", "fsck", "config"):
         module = __import__(cli.COMMANDS[name][0], fromlist=["command"])
         assert isinstance(module.command, typer.Typer)

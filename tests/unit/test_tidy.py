@@ -40,6 +40,7 @@ LAYERS = {
     "ucm.config_loader": 4,
     "ucm.config_values": 4,
     "ucm.door_client": 4,
+    "ucm.doctor": 4,
     "ucm.sockets": 4,
     "ucm.wire": 4,
     "ucm.manager": 3,
@@ -88,6 +89,7 @@ HEAVY_IMPORTS = {
     "lmdb": ("ucm.storage.index", "ucm.bench.storage_peers", "ucm.testing.faulty_index"),
     "grpc": ("ucm.protos", "ucm.service", "ucm.daemon", "ucm.client", "ucm.admin", "ucm.testing"),
     "transformers": ("ucm.bench",),
+    "kvikio": ("ucm.storage.gds", "ucm.storage.gpu_probe"),
 }
 BANNED_NAMES = re.compile(r"(^|_)(utils?|common|helpers?|misc|manager2)$|_v[0-9]+$|_new$")
 BANNED_CALLS = re.compile(

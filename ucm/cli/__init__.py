@@ -27,6 +27,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     # name: (module with a typer.Typer named `command`, one line of help)
     "serve": ("ucm.cli.serve", "Run the daemon in the foreground."),
     "status": ("ucm.cli.status", "Show how a running daemon is doing."),
+    "doctor": ("ucm.cli.doctor", "Check this machine: what works, what is missing, what to do."),
     "fsck": ("ucm.cli.fsck", "Check a data folder, and repair it."),
     "config": ("ucm.cli.config", "Show the configuration and where it comes from."),
     "generate": ("ucm.cli.generate", "Generate text with the reference engine."),

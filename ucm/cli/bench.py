@@ -66,6 +66,10 @@ def storage(
     size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes of one NVMe round; default 512MiB.")
     ] = None,
+    lmcache_python: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Interpreter of an environment that has LMCache."),
+    ] = None,
     allow_tmpfs: Annotated[
         bool, typer.Option("--allow-tmpfs", help="Measure even where files are memory.")
     ] = False,
@@ -78,7 +82,7 @@ def storage(
     from ucm.bench.storage_measure import StorageBenchOptions
     from ucm.bench.storage_report import storage_bench_report
 
-    options = StorageBenchOptions(path=path, allow_tmpfs=allow_tmpfs)
+    options = StorageBenchOptions(path=path, allow_tmpfs=allow_tmpfs, lmcache_python=lmcache_python)
     if size is not None:
         try:
             options = replace(options, size_bytes=parse_size(size))
@@ -93,3 +97,45 @@ def storage(
         Console(highlight=False).print(storage_bench_report(result))
     if result["wrong_bytes"]:
         raise typer.Exit(ExitCode.CHECK_FAILED)
+
+
+@command.command()
+def policy(
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND|PATH",
+            help="chat, rag, agent, scan or mixed (made by chance), or a Mooncake trace.",
+        ),
+    ] = "chat",
+    seed: Annotated[int, typer.Option(help="Of a trace made by chance, and of smearing.")] = 0,
+    model: Annotated[
+        str, typer.Option(help="What a hit saves: smollm2-135m or llama-3-8b.")
+    ] = "smollm2-135m",
+    admission: Annotated[
+        str, typer.Option(help="What is stored at all: always or second-touch.")
+    ] = "always",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="4,000 requests, three sizes; below a minute.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Eviction policies on a trace: recomputation saved for each GB, against LRU and the ideal."""
+    from ucm.bench.policy import PolicyBenchOptions, policy_bench_table, run_policy_bench
+    from ucm.bench.synthetic import KINDS, SyntheticOptions
+
+    made = trace in KINDS
+    options = PolicyBenchOptions(
+        trace_path=None if made else Path(trace),
+        synthetic=SyntheticOptions(kind=trace if made else KINDS[0], seed=seed),
+        model=model,
+        admission=admission,
+        seed=seed,
+    )
+    result = run_policy_bench(
+        options.quick() if quick else options, lambda line: print(line, file=sys.stderr)
+    )
+    if as_json:
+        print_json(result)
+    else:
+        Console(highlight=False).print(policy_bench_table(result))

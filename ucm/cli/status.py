@@ -70,6 +70,9 @@ def _show(found: DaemonStatus) -> None:
     console.print(table)
     if store.namespaces:
         console.print(_namespaces_table(store.namespaces))
+    for tier in store.tiers:
+        if tier.io:
+            console.print(f"{tier.kind.value} through {tier.io}: {tier.io_reason}", markup=False)
     for problem in store.problems:
         console.print(f"problem: {problem}", style="bold red")
 

@@ -1,0 +1,192 @@
+"""`ucm doctor`: each check met and not met, what matters, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import resource
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ucm import cli, doctor
+from ucm.config import Config, NvmeConfig
+from ucm.doctor import Check, CheckStatus, Diagnosis, diagnose
+from ucm.errors import CapacityError
+from ucm.storage.io_choice import GDS_NEEDS, Finding, IoChoice, IoKind, Machine
+
+NO_GPU = Machine(device_nodes=(Path("/dev/none"),))
+
+
+def diagnosis(config: Config, *, gpu: bool = False) -> Diagnosis:
+    if not gpu:
+        return diagnose(config, NO_GPU)
+    return diagnose(config)
+
+
+def config_of(tmp_path: Path, **changes: object) -> Config:
+    nvme = NvmeConfig(path=tmp_path / "not" / "yet", capacity_bytes=1 << 20, segment_bytes=1 << 20)
+    return Config(nvme=replace(nvme, **changes))  # type: ignore[arg-type]
+
+
+def check_of(found: Diagnosis, name: str) -> Check:
+    (check,) = [check for check in found.checks if check.name == name]
+    return check
+
+
+def test_a_machine_without_a_gpu_will_do(tmp_path: Path) -> None:
+    found = diagnosis(config_of(tmp_path))
+    assert found.ok
+    assert found.io is not None
+    assert found.io.kind is IoKind.POSIX
+    assert check_of(found, "gpu").status is CheckStatus.NOTE
+    assert "not/yet" in check_of(found, "data folder").found
+    assert list(tmp_path.iterdir()) == [], "it looks and leaves nothing"
+    for check in found.checks:
+        assert check.found
+        assert check.why
+        is_told = check.advice or "see above" in check.found
+        assert check.status is CheckStatus.OK or is_told, check
+
+
+def test_what_is_asked_for_and_impossible_matters(tmp_path: Path) -> None:
+    found = diagnosis(config_of(tmp_path, io="gds"))
+    assert not found.ok
+    assert found.io is None
+    assert check_of(found, "nvme.io").status is CheckStatus.FAILED
+    assert diagnosis(config_of(tmp_path, io="posix")).ok
+
+
+def test_memory_only_needs_no_disk(tmp_path: Path) -> None:
+    found = diagnosis(config_of(tmp_path, path=None))
+    assert found.ok
+    assert found.io is None
+    assert {"O_DIRECT", "disk space"}.isdisjoint(check.name for check in found.checks)
+
+
+def test_a_folder_that_cannot_be_written_matters(tmp_path: Path) -> None:
+    found = diagnosis(config_of(tmp_path, path=Path("/proc/ucm")))
+    check = check_of(found, "data folder")
+    assert not found.ok
+    assert check.status is CheckStatus.FAILED
+    assert "(proc)" in check.found
+
+
+def test_a_file_system_without_direct_io_is_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = fcntl.fcntl
+
+    def refuse(file: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETFL and argument & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "injected")
+        return real(file, command, argument)
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    found = diagnosis(config_of(tmp_path))
+    assert found.ok
+    assert check_of(found, "O_DIRECT").status is CheckStatus.NOTE
+
+
+def test_room_for_one_segment_matters(tmp_path: Path) -> None:
+    huge = 1 << 60
+    check = check_of(diagnosis(config_of(tmp_path, capacity_bytes=huge)), "disk space")
+    assert check.status is CheckStatus.NOTE
+    found = diagnosis(config_of(tmp_path, capacity_bytes=huge, segment_bytes=huge))
+    assert check_of(found, "disk space").status is CheckStatus.FAILED
+
+
+def test_limits_are_compared_with_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {resource.RLIMIT_NOFILE: 256, resource.RLIMIT_MEMLOCK: 65536}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], limits[kind]))
+    found = diagnosis(config_of(tmp_path))
+    assert check_of(found, "open files").status is CheckStatus.FAILED
+    assert "LimitNOFILE" in check_of(found, "open files").advice
+    assert check_of(found, "locked memory").status is CheckStatus.OK, "POSIX pins nothing"
+    limits[resource.RLIMIT_NOFILE] = resource.RLIM_INFINITY
+    found = diagnosis(config_of(tmp_path))
+    assert check_of(found, "open files").status is CheckStatus.OK
+
+    every = [Finding(name, ok=True, found=name) for name in GDS_NEEDS]
+    monkeypatch.setattr(doctor, "preflight", lambda _machine: iter(every))
+    found = diagnosis(config_of(tmp_path), gpu=True)
+    assert found.io == IoChoice(IoKind.GDS, "every check of GPUDirect Storage passed")
+    assert check_of(found, "locked memory").status is CheckStatus.NOTE
+    assert all(check_of(found, name).status is CheckStatus.OK for name in GDS_NEEDS)
+
+
+def test_few_and_many_threads_are_noted(tmp_path: Path) -> None:
+    for threads, status in ((1, CheckStatus.NOTE), (8, CheckStatus.OK), (500, CheckStatus.NOTE)):
+        found = diagnosis(config_of(tmp_path, io_threads=threads))
+        assert check_of(found, "I/O threads").status is status
+
+
+def test_a_kernel_without_seals_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise CapacityError("injected")
+
+    monkeypatch.setattr(doctor, "Arena", refuse)
+    found = diagnosis(config_of(tmp_path))
+    assert check_of(found, "memfd sealing") == Check(
+        "memfd sealing",
+        CheckStatus.FAILED,
+        "injected",
+        "clients map the arena and cannot write or shrink it",
+        "use Linux 5.1 or later",
+    )
+
+
+def test_huge_pages_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "HUGE_PAGES", tmp_path)
+    config = config_of(tmp_path)
+    assert check_of(diagnosis(config), "huge pages").status is CheckStatus.NOTE
+    for text, status in (
+        ("always [within_size] advise never", CheckStatus.OK),
+        ("always within_size advise [never]", CheckStatus.NOTE),
+    ):
+        (tmp_path / "shmem_enabled").write_text(text)
+        assert check_of(diagnosis(config), "huge pages").status is status
+
+
+def test_missing_packages_and_old_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(sys, "version_info", (3, 9, 0))
+    found = diagnosis(config_of(tmp_path))
+    assert check_of(found, "torch").status is CheckStatus.NOTE
+    assert check_of(found, "python").status is CheckStatus.FAILED
+
+
+@pytest.mark.parametrize(("io", "code"), [("auto", 0), ("gds", 1)])
+def test_the_command(
+    io: str,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(doctor, "Machine", lambda: NO_GPU)
+    command = ["ucm", "doctor", "--store", str(tmp_path / "store"), "--set", f"nvme.io={io}"]
+    command += ["--set", "nvme.capacity_bytes=1MiB", "--set", "nvme.segment_bytes=1MiB"]
+    outputs = []
+    for arguments in ([*command, "--json"], command):
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert (caught.value.code or 0) == code
+        outputs.append(capsys.readouterr().out)
+    found = json.loads(outputs[0])
+    assert found["ok"] is (code == 0)
+    assert found["io"] == ("posix" if code == 0 else None)
+    assert {check["status"] for check in found["checks"]} <= {"ok", "note", "failed"}
+    assert f"{len(found['checks'])} checks, {code} failed" in outputs[1]
+    assert ("FAILED  nvme.io" in outputs[1]) is (code == 1)

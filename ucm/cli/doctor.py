@@ -1,0 +1,71 @@
+"""`ucm doctor`: what this machine offers, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from .console import ExitCode, print_json
+from .options import ConfigOption, JsonOption, SetOption, loaded_config
+
+if TYPE_CHECKING:
+    from ucm.doctor import Check, Diagnosis
+
+command = typer.Typer(add_completion=False)
+
+_MARKS = {"ok": "ok    ", "note": "note  ", "failed": "FAILED"}
+
+
+@command.command()
+def doctor(
+    config: ConfigOption = None,
+    store: Annotated[
+        str | None,
+        typer.Option("--store", metavar="PATH", help="Data folder; none for memory only."),
+    ] = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine for the daemon as it is configured; exit code 1 when it would not do."""
+    from ucm.doctor import diagnose
+
+    found = diagnose(loaded_config(config, settings, nvme__path=store).config)
+    if as_json:
+        print_json(_as_dict(found))
+    else:
+        _show(found)
+    if not found.ok:
+        raise typer.Exit(ExitCode.CHECK_FAILED)
+
+
+def _as_dict(found: Diagnosis) -> dict[str, object]:
+    return {
+        "ok": found.ok,
+        "io": found.io.kind if found.io else None,
+        "io_reason": found.io.reason if found.io else None,
+        "checks": [asdict(check) for check in found.checks],
+    }
+
+
+def _show(found: Diagnosis) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    width = max(len(check.name) for check in found.checks)
+    for check in found.checks:
+        _show_check(console, check, width)
+    failed = sum(check.status == "failed" for check in found.checks)
+    notes = sum(check.status == "note" for check in found.checks)
+    console.print(f"{len(found.checks)} checks, {failed} failed, {notes} notes")
+
+
+def _show_check(console: Console, check: Check, width: int) -> None:
+    style = "bold red" if check.status == "failed" else None
+    line = f"{_MARKS[check.status]}  {check.name:{width}}  {check.found}"
+    console.print(line, style=style, markup=False)
+    if check.status != "ok":
+        indent = " " * (width + 10)
+        console.print(f"{indent}for: {check.why}", markup=False)
+        if check.advice:
+            console.print(f"{indent}do:  {check.advice}", markup=False)
