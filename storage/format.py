@@ -4,7 +4,8 @@ namespace folder   ns/<hex of namespace id>/superblock          4096 bytes, repl
                                             index/              LMDB, see `index.py`
                                             segments/NNNN.seg   preallocated, slots from byte 0
 
-segment    = slot * slots_per_segment, then unused bytes up to segment_bytes
+segment    = slot * slots_per_segment, then unused bytes up to segment_bytes; a number without a
+             file is a segment that was given back: its slots do not exist until there is one again
 slot n     is in segment n // slots_per_segment, at (n % slots_per_segment) * slot_bytes
 slot       = header (4096) | summary area (summary_bytes, 0 in version 1) | block (payload)
 block      = num_layers slabs on a distance of slab_stride_bytes; see `ucm.layout`

@@ -272,18 +272,17 @@ class _NamespaceCheck:
         return True
 
     def _check_segment_files(self, superblock: Superblock) -> None:
-        """Missing or short files; opening for repair completes them."""
+        """Short files; opening for repair completes them. One that is missing has left."""
         numbers = segment_numbers(self._folder / "segments")
-        for number in range(numbers[-1] + 1 if numbers else 0):
+        for number in numbers:
             path = self._folder / "segments" / f"{number:04d}.seg"
-            is_there = number in numbers
-            is_file = is_there and stat.S_ISREG(path.lstat().st_mode)
-            if is_there and not is_file and self._repair:
+            is_file = stat.S_ISREG(path.lstat().st_mode)
+            if not is_file and self._repair:
                 move_aside(path, self._path / "quarantine")
             size = path.lstat().st_size if is_file else 0
             if size < superblock.segment_bytes:
                 what = f"it has {size} bytes of {superblock.segment_bytes}"
-                if is_there and not is_file:
+                if not is_file:
                     what = "it is a link or a folder, not a file"
                 finding = self._find(FindingKind.SEGMENT, what)
                 finding.segment, finding.fixed = number, self._repair
@@ -336,6 +335,7 @@ class _NamespaceCheck:
             on_failure.callback(index.close, clean=False)
             self._check_barred(files, index)
             result = reconcile(files, index, check_headers=True)
+            self._check_missing(files, result.dropped)
             bad = self._check_slabs(files, result.kept)
             gone = {dropped.key for dropped in bad}
             left, orphans = order_by_chain(r for r in result.kept if r.key not in gone)
@@ -378,6 +378,14 @@ class _NamespaceCheck:
         index.lift(slots, segments)
         for finding in findings:
             finding.fixed = True
+
+    def _check_missing(self, files: NamespaceFiles, dropped: Sequence[Dropped]) -> None:
+        """Segments that left without their blocks: their files were deleted by somebody else."""
+        slots = [item.slot for item in dropped if item.slot is not None]
+        for segment in sorted({files.segments.segment_of(slot) for slot in slots}):
+            if segment in files.segments.left:
+                finding = self._find(FindingKind.SEGMENT, "its file is missing, with blocks in it")
+                finding.segment, finding.fixed = segment, self._repair
 
     def _renew(self, segment: int, size_bytes: int) -> None:
         """A fresh file in place of one whose sync failed; without it the numbers had a gap."""

@@ -50,9 +50,10 @@ from .folder import (
 )
 from .format import Superblock
 from .index import IndexRecord
-from .integrity import record_problems
+from .integrity import find_problems
 from .recovery import NamespaceFiles, order_by_chain, recover
 from .segments import Segments
+from .shrink import Shrinker
 from .slot_io import SlotIo
 from .slots import SlotState
 from .tier import IoStatus, ReadOutcome, SlotId, TierEntry, TierUsage
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from ucm.layout import KvLayout
     from ucm.shares import Shares
 
+    from .budget import TenantBudget
     from .file_io import FileIo
     from .recovery import Recovered
     from .tier import SlotRead, SlotWrite
@@ -74,8 +76,8 @@ log = logging.getLogger(__name__)
 class NvmeTier:
     """`Tier` over a namespace's segment files and index. Made by `NvmeStore`."""
 
-    def __init__(self, files: NamespaceFiles, recovered: Recovered, tenant: str = "") -> None:
-        self.tenant = tenant
+    def __init__(self, files: NamespaceFiles, recovered: Recovered, budget: TenantBudget) -> None:
+        self.tenant = budget.tenant
         """Whose quota its segments count against."""
         self._files = files
         self._superblock = files.superblock
@@ -84,6 +86,7 @@ class NvmeTier:
         self._slot_io = SlotIo(files.superblock, files.segments, files.io)
         self._index = recovered.index
         self._slots = recovered.slots
+        self._shrinker = Shrinker(files.segments, recovered.slots, recovered.index, budget)
         self._was_rebuilt = recovered.was_rebuilt
         self._unchanged = recovered.table
         """What is in the tier, until somebody asks or changes it."""
@@ -119,7 +122,7 @@ class NvmeTier:
     @property
     def file_bytes(self) -> int:
         """Disk space of its segments."""
-        return self._segments.num_segments * self._superblock.segment_bytes
+        return self._segments.file_bytes
 
     def entries(self) -> Iterable[TierEntry]:
         """See `Tier.entries`. Nothing of it stays in memory: a second call reads the index again.
@@ -208,16 +211,14 @@ class NvmeTier:
             held_bytes=self.file_bytes,
         )
 
+    @property
+    def shrinker(self) -> Shrinker:
+        """See `Tier.shrinker`."""
+        return self._shrinker
+
     def check_integrity(self) -> list[str]:
         """See `Tier.check_integrity`. Compares every record with the slot table; call it idle."""
-        problems = self._slots.check_integrity()
-        if len(self._slots) != self._segments.num_slots:
-            problems.append(f"{len(self._slots)} slots known, {self._segments.num_slots} in files")
-        try:
-            records = list(self._index.records())
-        except UcmError as error:
-            return [*problems, str(error)]
-        return problems + record_problems(records, self._slots, self._segments)
+        return find_problems(self._index, self._slots, self._segments)
 
     def close(self) -> None:
         """See `Tier.close`."""
@@ -238,7 +239,11 @@ class NvmeTier:
         """Make sure that there may be free slots: of several callers, one adds a segment."""
         with self._grow_lock:
             if self._slots.count(SlotState.FREE) == 0:
-                self._slots.grow(self._segments.grow())
+                segment = self._segments.bring_back()
+                if segment >= 0:
+                    self._shrinker.give_up(segment)
+                else:
+                    self._slots.grow(self._segments.grow())
             return self._slots.count(SlotState.FREE) > 0
 
     def _status(self, item: SlotRead, state: SlotState) -> IoStatus:
@@ -477,7 +482,7 @@ class NvmeStore:
                 io=self._io,
                 index_map_bytes=self._config.index_map_bytes,
             )
-            tier = NvmeTier(files, recover(files), tenant)
+            tier = NvmeTier(files, recover(files), budget)
             on_failure.pop_all()
         return tier
 

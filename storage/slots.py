@@ -5,6 +5,8 @@
                           v  | free             v
                         FREE            QUARANTINED (until `fsck --repair`)
 
+    FREE --withdrawn--> ABSENT --restored--> FREE       while its segment leaves, and has left
+
 Every change is a compare-and-set under one short lock, so that of two threads that want the same
 slot one wins and the other is told.
 """
@@ -38,6 +40,8 @@ class SlotState(enum.IntEnum):
     """Holds a block that can be read."""
     QUARANTINED = 3
     """Its bytes or its device failed; not read and not handed out."""
+    ABSENT = 4
+    """Its segment leaves or has left the disk; not handed out until there is one again."""
 
 
 _STATES = tuple(SlotState)
@@ -50,7 +54,7 @@ class SlotTable:
         self._lock = threading.Lock()
         self._states = np.zeros(num_slots, np.uint8)
         self._generations = np.zeros(num_slots, np.uint64)
-        self._counts = [num_slots, 0, 0, 0]
+        self._counts = [num_slots, *[0] * (len(SlotState) - 1)]
         self._search_from = 0
 
     def __len__(self) -> int:
@@ -118,6 +122,11 @@ class SlotTable:
         """Take slots out of use, whatever state they are in."""
         for state in (SlotState.FREE, SlotState.ALLOCATED, SlotState.USED):
             self.change(slots, state, SlotState.QUARANTINED)
+
+    def count_in(self, slots: range, state: SlotState) -> int:
+        """How many of a run of slots are in `state`."""
+        with self._lock:
+            return int(np.count_nonzero(self._states[slots.start : slots.stop] == state))
 
     def state(self, slot: SlotId) -> SlotState:
         """The slot's state; QUARANTINED for a number that does not exist."""
