@@ -8,11 +8,11 @@ with the position in the prompt (`CostModel`); every block of a tier has the sam
 ages what is not used: GreedyDual-Size-Frequency (Cherkasova, "Improving WWW proxies performance
 with Greedy-Dual-Size-Frequency caching policy", HP Labs 1998), over a tree of blocks.
 
-Why the root. A block with twice the value should not stay twice as long: the chance that it is used
-again falls with its age. If ages at reuse have a Pareto tail of density a^-(1+s), a block is worth
-its place while value * a^-(1+s) is above a common price, that is up to an age of value^(1/(1+s));
-chat traces have s of 1 to 2. Without the root, long prompts that nobody comes back to crowd out
-recent short ones, and with ample room the policy loses to LRU.
+Why the root. A block with twice the value should not stay twice as long: the chance that it is
+used again falls with its age. If ages at reuse have a Pareto tail of density a^-(1+s), a block is
+worth its place while value * a^-(1+s) is above a common price, that is up to an age of
+value^(1/(1+s)); chat traces have s of 1 to 2. Without the root, long prompts that nobody comes back
+to crowd out recent short ones, and with ample room the policy loses to LRU.
 
 Over the tree, H(parent) >= H(child): a parent is no candidate while a child is in the tier, and
 when the last one goes, its H is raised to the clock, which is that child's.
