@@ -430,7 +430,8 @@ class _NamespaceCheck:
         """Report what must go; for repair, forget it and free its slots."""
         findings = []
         for kind, dropped, num_behind in _summarised(found):
-            behind = f" (and {num_behind} blocks behind it)" if num_behind else ""
+            blocks = "block" if num_behind == 1 else "blocks"
+            behind = f" (and {num_behind} {blocks} behind it)" if num_behind else ""
             finding = self._find(kind, dropped.reason + behind)
             finding.key, finding.slot = dropped.key.hex()[:8], dropped.slot
             finding.num_behind = num_behind
