@@ -6,8 +6,9 @@
 
 Seals make this the kernel's promise (`memfd_create(2)`, `F_SEAL_FUTURE_WRITE`): the daemon's own
 mapping is made before the seal and stays writable. A size that cannot shrink means that nobody can
-make the daemon die by SIGBUS. The file is sparse, so an arena costs only what was ever written;
-a sealed one cannot give pages back. It has no name, so nothing is left behind by a crash.
+make the daemon die by SIGBUS. The file is sparse, so an arena costs only what was ever written
+or `prefault`ed; a sealed one cannot give pages back. It has no name, so nothing is left behind by
+a crash.
 
 Slots are page-aligned and 4 KiB multiples: O_DIRECT reads go straight into `view(slot)`.
 """
@@ -25,6 +26,7 @@ import numpy as np
 
 from ucm.errors import CapacityError, ConfigError, InvalidArgumentError, TierUnavailableError
 
+from .prefault import Prefaulter
 from .slots import SlotTable
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ class Arena:
         self.slots = SlotTable(num_slots)
         self.checksums: NDArray[np.uint64] = np.zeros((num_slots, layout.num_layers), np.uint64)
         self._fd, self._map = _create_memfd(self.size_bytes, kind)
+        self._prefaulter = Prefaulter(self._map)
         self._view = memoryview(self._map)
 
     def __repr__(self) -> str:
@@ -116,10 +119,27 @@ class Arena:
         except ValueError as error:  # released
             raise TierUnavailableError("the arena is closed") from error
 
+    def prefault(self, num_slots: int) -> None:
+        """Make the first `num_slots` slots real memory, in the background; see `prefault.py`.
+
+        From now on they cost what they hold, used or not. Does not block.
+        """
+        self._prefaulter.request(num_slots * self.slot_bytes)
+
+    @property
+    def prefaulted_bytes(self) -> int:
+        """How much of it, from its start, was made real ahead of its use."""
+        return self._prefaulter.done_bytes
+
+    def wait_prefaulted(self, timeout_s: float) -> None:
+        """Wait until what was asked of `prefault` is done or given up."""
+        self._prefaulter.wait(timeout_s)
+
     def close(self) -> None:
         """Give the memory back. Idempotent. Views that are still held keep their pages alive."""
         if self._fd < 0:
             return
+        self._prefaulter.close()
         os.close(self._fd)
         self._fd = -1
         with contextlib.suppress(BufferError):  # a view is still held: its end ends the mapping

@@ -107,8 +107,13 @@ def aligned_buffer(size_bytes: int) -> memoryview:
 
 def is_aligned(buffer: memoryview) -> bool:
     """Whether O_DIRECT can transfer to and from `buffer` as it is."""
-    address = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
-    return address % ALIGNMENT_BYTES == 0 and buffer.nbytes % ALIGNMENT_BYTES == 0
+    if buffer.nbytes % ALIGNMENT_BYTES:
+        return False
+    if buffer.readonly or not buffer.nbytes:
+        address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
+    else:  # a tenth of the time
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    return address % ALIGNMENT_BYTES == 0
 
 
 def replace_file(path: Path, data: bytes) -> None:

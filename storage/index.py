@@ -5,14 +5,13 @@
     retired     segment (8)         -> reason, ASCII
     meta        "epoch"             -> number of openings (8)
 
-    file `clean`   "UCMCLEAN" | size of data.mdb (8) | its xxh3_64 (8) | xxh3_64 of the 24 bytes
+    files `clean` and `snapshot`: see `clean_mark.py`
 
-All integers little-endian, the record's checksum over key and value. The mark is a file beside
-LMDB because it must be read *before* the map is made: a truncated or garbled `data.mdb` can kill
-the process that maps it. With the mark, its digest vouches for the whole file; without it,
-`verify` walks the file without mapping it. LMDB settings are those that lost nothing in simulated
-power cuts: sync, no writemap (a full disk is a SIGBUS there). metasync is off, so the last commit
-is made final by one explicit sync, only where the caller promises durability.
+All integers little-endian, the record's checksum over key and value. With the clean mark, its
+digest vouches for the whole file; without it, `verify` walks the file without mapping it. LMDB
+settings are those that lost nothing in simulated power cuts: sync, no writemap (a full disk is a
+SIGBUS there). metasync is off, so the last commit is made final by one explicit sync, only where
+the caller promises durability.
 
 One writer at a time (LMDB's own lock). All lmdb errors are translated here, once.
 """
@@ -30,13 +29,15 @@ from typing import TYPE_CHECKING
 
 import lmdb
 import lmdb.verify
-import xxhash
+import numpy as np
 
-from ucm.checksum import CHECKSUM_SEED, checksum
+from ucm.checksum import checksum
 from ucm.errors import CapacityError, CorruptionError, TierUnavailableError, UcmError
 from ucm.types import KEY_BYTES, BlockKey
 
-from .file_io import replace_file, sync_folder
+from . import clean_mark
+from .entry_table import make_table
+from .file_io import sync_folder
 from .segments import NO_SPACE_ERRNOS
 from .tier import SlotId
 
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lmdb import _Database as Database
+
+    from .entry_table import EntryTable
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +67,7 @@ _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.
 _DATABASES = (b"blocks", b"quarantine", b"retired", b"meta")
 _VALUE = struct.Struct("<32sQQQ")
 _NUMBER = struct.Struct("<Q")
-_CLEAN_MAGIC = b"UCMCLEAN"
-_CLEAN = struct.Struct("<8sQQQ")
-_READ_BYTES = 4 << 20
+_FIELDS_BYTES = _VALUE.size - _NUMBER.size
 _NO_ROOM = (
     "the index {} has no room: free some disk, raise nvme.index_map_bytes or lower "
     "nvme.capacity_bytes"
@@ -262,9 +263,25 @@ class BlockIndex:
             self._closed = True
             vouch = clean and not self._read_only and not self._failed
             with _translated(self._folder):
+                table = self._table() if vouch else None
                 self._sync_and_close(sync=vouch)
                 if vouch:
-                    replace_file(self._folder / "clean", _clean_mark(self._folder))
+                    clean_mark.vouch(self._folder, table)
+
+    def _table(self) -> EntryTable | None:
+        """All records in columns, each checked; None when one is damaged or out of order."""
+        try:
+            with self._env.begin() as transaction:
+                count = transaction.stat(self._blocks)["entries"]
+                cursor = transaction.cursor(db=self._blocks)
+                keys = b"".join(cursor.iternext(keys=True, values=False))
+                values = b"".join(cursor.iternext(keys=False, values=True))
+        except lmdb.Error as error:
+            log.warning("the index %s is not snapshotted: %s", self._folder, error)
+            return None
+        if (len(keys), len(values)) != (count * KEY_BYTES, count * _VALUE.size):
+            return None
+        return _table_of(count, keys, values)
 
     def _databases(self, is_new: bool) -> list[Database]:
         """Handles of `_DATABASES`, made in one transaction: a file has all, or it is not ours."""
@@ -327,11 +344,19 @@ def is_vouched(folder: Path) -> bool:
         TierUnavailableError: a file is there but cannot be read.
     """
     with _translated(folder):
-        try:
-            mark = (folder / "clean").read_bytes()
-            return mark == _clean_mark(folder)
-        except FileNotFoundError:
-            return False
+        return clean_mark.matches(folder)
+
+
+def read_snapshot(folder: Path) -> EntryTable | None:
+    """The records that a clean end left in columns; None without, or when it is not that file.
+
+    Read it before the index is opened, which takes the mark away.
+
+    Raises:
+        TierUnavailableError: a file is there but cannot be read.
+    """
+    with _translated(folder):
+        return clean_mark.read_snapshot(folder)
 
 
 def verify(folder: Path) -> list[str]:
@@ -357,21 +382,27 @@ def _is_full(error: lmdb.Error, folder: Path) -> bool:
     return False
 
 
-def _clean_mark(folder: Path) -> bytes:
-    digest, size = xxhash.xxh3_64(seed=CHECKSUM_SEED), 0
-    with (folder / "data.mdb").open("rb") as file:
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
-            size += len(part)
-    body = _CLEAN.pack(_CLEAN_MAGIC, size, digest.intdigest(), 0)[:-8]
-    return body + _NUMBER.pack(checksum(body))
+def _table_of(count: int, keys: bytes, values: bytes) -> EntryTable | None:
+    """The table of `count` records whose keys and values lie one behind the other."""
+    key_rows = np.frombuffer(keys, np.uint8).reshape(count, KEY_BYTES)
+    value_rows = np.frombuffer(values, np.uint8).reshape(count, _VALUE.size)
+    record_bytes = KEY_BYTES + _FIELDS_BYTES
+    flat = memoryview(np.hstack([key_rows, value_rows[:, :_FIELDS_BYTES]]).tobytes())
+    numbers = np.ascontiguousarray(value_rows[:, KEY_BYTES:]).view("<u8")
+    slots, generations, stored = (np.ascontiguousarray(column) for column in numbers.T)
+    starts = range(0, len(flat), record_bytes)
+    for start, expected in zip(starts, stored.tolist(), strict=True):
+        if checksum(flat[start : start + record_bytes]) != expected:
+            return None
+    parents = np.ascontiguousarray(value_rows[:, :KEY_BYTES])
+    return make_table(key_rows, parents, slots.astype(np.int64), generations.astype(np.uint64))
 
 
 def _clear_marks(folder: Path) -> None:
     """Remove the clean mark, durably, and LMDB's reader table, which a crash may have left odd."""
     with _translated(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
-        (folder / "clean").unlink(missing_ok=True)
+        clean_mark.remove(folder)
         (folder / "lock.mdb").unlink(missing_ok=True)
         sync_folder(folder)
 

@@ -1,9 +1,8 @@
 """The NVMe tier: one namespace's blocks in slots of preallocated files.
 
-Envelope: a read is one preadv a slot (4 KiB header and the block, contiguous) straight into the
-caller's memory; a write is one pwritev a slot, then once a batch an fdatasync for each segment
-touched and one index commit (two flushes). Bytes move once; the checksum reads them once more at
-30 GB/s. The device is the limit.
+Envelope: slots that lie together are one preadv straight into the callers' memory, or one pwritev
+from it; a write is then, once a batch, an fdatasync for each segment touched and one index commit
+(two flushes). Bytes move once; the checksum reads them once more. The device is the limit.
 
     write    slabs and header -> fdatasync -> index commit -> readable        (a crash: not there)
     delete   index commit -> header blanked, fdatasync -> slot free           (a crash: not there)
@@ -50,6 +49,7 @@ from .folder import (
 )
 from .format import Superblock
 from .index import IndexRecord
+from .integrity import record_problems
 from .recovery import NamespaceFiles, order_by_chain, recover
 from .segments import SegmentBudget, Segments, segment_numbers
 from .slot_io import SlotIo
@@ -57,7 +57,7 @@ from .slots import SlotState
 from .tier import IoStatus, ReadOutcome, SlotId, TierEntry, TierUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from ucm.config import NvmeConfig
@@ -82,6 +82,8 @@ class NvmeTier:
         self._index = recovered.index
         self._slots = recovered.slots
         self._was_rebuilt = recovered.was_rebuilt
+        self._unchanged = recovered.table
+        """What is in the tier, until somebody asks or changes it."""
         self._last_generation = recovered.last_generation
         self._has_epoch = False
         self._is_closed = False
@@ -116,12 +118,16 @@ class NvmeTier:
         """Disk space of its segments."""
         return self._segments.num_segments * self._superblock.segment_bytes
 
-    def entries(self) -> Iterator[TierEntry]:
-        """See `Tier.entries`. Reads the index again at each call; nothing of it stays in memory.
+    def entries(self) -> Iterable[TierEntry]:
+        """See `Tier.entries`. Nothing of it stays in memory: a second call reads the index again.
 
         Raises:
             TierUnavailableError: the index cannot be read.
         """
+        table, self._unchanged = self._unchanged, None
+        return self._read_entries() if table is None or self._is_closed else table
+
+    def _read_entries(self) -> Iterator[TierEntry]:
         records = [item for item in self._index.records() if isinstance(item, IndexRecord)]
         readable = [item for item in records if self._slots.state(item.slot) is SlotState.USED]
         for record in order_by_chain(readable)[0]:
@@ -140,12 +146,14 @@ class NvmeTier:
 
     def write(self, items: Sequence[SlotWrite]) -> list[IoStatus]:
         """See `Tier.write`. Durable; FULL and IO_ERROR leave nothing visible."""
-        for item in items:
+        states = self._slots.states(item.slot for item in items)
+        for item, state in zip(items, states, strict=True):
             checksum.check_block_length(self._layout, item.data)
-            if self._slots.state(item.slot) in (SlotState.FREE, SlotState.USED):
+            if state in (SlotState.FREE, SlotState.USED):
                 raise InvalidArgumentError(f"slot {item.slot} was not allocated to be written")
         if not items:
             return []
+        self._unchanged = None
         try:
             first_generation = self._take_generations(len(items))
         except UcmError as error:
@@ -160,9 +168,10 @@ class NvmeTier:
         """See `Tier.read`. `into` holds garbage where the outcome is not OK."""
         for item in items:
             checksum.check_block_length(self._layout, item.into)
-        outcomes = [ReadOutcome(self._status_of_unreadable(item.slot)) for item in items]
-        readable = [i for i, outcome in enumerate(outcomes) if outcome.status is IoStatus.OK]
-        generations = [self._slots.generation(items[i].slot) for i in readable]
+        states = self._slots.states(item.slot for item in items)
+        outcomes = [ReadOutcome(self._status(*each)) for each in zip(items, states, strict=True)]
+        readable = [i for i, state in enumerate(states) if state is SlotState.USED]
+        generations = self._slots.generations([items[i].slot for i in readable])
         results = self._slot_io.read([items[i] for i in readable], generations)
         for i, generation, outcome in zip(readable, generations, results, strict=True):
             outcomes[i] = outcome
@@ -175,6 +184,7 @@ class NvmeTier:
         used = [item for item in items if self._slots.state(item[0]) is SlotState.USED]
         if not used:
             return
+        self._unchanged = None
         try:
             gone = self._index.delete(used)
         except UcmError as error:
@@ -203,16 +213,7 @@ class NvmeTier:
             records = list(self._index.records())
         except UcmError as error:
             return [*problems, str(error)]
-        taken: set[SlotId] = set()
-        for record in records:
-            if not isinstance(record, IndexRecord):
-                problems.append(f"the record of {record.hex()[:8]} is damaged")
-            elif self._segments.locate(record.slot) is not None:
-                problems += self._record_problems(record, taken)
-        if len(taken) != self._slots.count(SlotState.USED):
-            used = self._slots.count(SlotState.USED)
-            problems.append(f"{used} slots used, {len(taken)} of them in the index")
-        return problems
+        return problems + record_problems(records, self._slots, self._segments)
 
     def close(self) -> None:
         """See `Tier.close`."""
@@ -236,11 +237,11 @@ class NvmeTier:
                 self._slots.grow(self._segments.grow())
             return self._slots.count(SlotState.FREE) > 0
 
-    def _status_of_unreadable(self, slot: SlotId) -> IoStatus:
+    def _status(self, item: SlotRead, state: SlotState) -> IoStatus:
         """Why a slot cannot be read; OK if it can."""
-        if self._slots.state(slot) is SlotState.USED:
+        if state is SlotState.USED:
             return IoStatus.OK
-        is_lost = slot < len(self._slots) and self._segments.locate(slot) is None
+        is_lost = item.slot < len(self._slots) and self._segments.locate(item.slot) is None
         return IoStatus.IO_ERROR if is_lost else IoStatus.CORRUPT
 
     def _take_generations(self, count: int) -> int:
@@ -263,7 +264,7 @@ class NvmeTier:
         failed = self._segments.sync(written)
         for segment in failed:
             self._retire(segment)
-        for position, item in enumerate(items):
+        for position, item in enumerate(items if failed else ()):
             if self._segments.segment_of(item.slot) in failed:
                 statuses[position] = IoStatus.IO_ERROR
 
@@ -287,11 +288,9 @@ class NvmeTier:
             for position in good:
                 statuses[position] = _status_of(error)
             return
-        for record in records:
-            self._slots.set_generation(record.slot, record.generation)
-        used = self._slots.change(
-            [record.slot for record in records], SlotState.ALLOCATED, SlotState.USED
-        )
+        slots = [record.slot for record in records]
+        self._slots.set_generations(slots, [record.generation for record in records])
+        used = set(self._slots.change(slots, SlotState.ALLOCATED, SlotState.USED))
         for position in good:
             if items[position].slot not in used:  # its segment was retired meanwhile
                 statuses[position] = IoStatus.IO_ERROR
@@ -310,6 +309,7 @@ class NvmeTier:
 
     def _retire(self, segment: int) -> None:
         """A sync failed: the segment's blocks are missing from now on."""
+        self._unchanged = None
         self._slots.quarantine([SlotId(slot) for slot in self._segments.slots_of(segment)])
         try:
             self._index.retire(segment, "fdatasync failed")
@@ -318,6 +318,7 @@ class NvmeTier:
 
     def _quarantine(self, slot: SlotId, key: BlockKey, generation: int) -> None:
         """Bar a slot that does not hold what the index says; not one that was asked wrongly."""
+        self._unchanged = None
         try:
             record = self._index.find(key)
             if record is None or (record.slot, record.generation) != (slot, generation):
@@ -328,19 +329,6 @@ class NvmeTier:
             self._index.quarantine(slot, key, "bad checksum or header")
         except UcmError as error:
             log.warning("%r: slot %d is not quarantined for good: %s", self, slot, error)
-
-    def _record_problems(self, record: IndexRecord, taken: set[SlotId]) -> list[str]:
-        slot, state = record.slot, self._slots.state(record.slot)
-        if state is SlotState.QUARANTINED:
-            return []
-        if slot in taken:
-            return [f"two records for slot {slot}"]
-        taken.add(slot)
-        if state is not SlotState.USED:
-            return [f"slot {slot} has a record and is {state.name}"]
-        if self._slots.generation(slot) != record.generation:
-            return [f"slot {slot} has another generation than its record"]
-        return []
 
 
 def _status_of(error: UcmError) -> IoStatus:

@@ -1,6 +1,6 @@
 """Opening a namespace: decide what of its files can be believed, and repair the rest.
 
-    clean mark matches data.mdb      -> believe the index
+    clean mark matches data.mdb      -> believe the index, or the snapshot that it vouches for
     no mark, `verify` finds nothing  -> believe its structure, check the header behind every record
     otherwise                        -> set the index aside, make a new one from the slot headers
 
@@ -10,8 +10,8 @@ blocks that were written but never committed: their bytes are right, so they are
 slabs: a read checks those. Whatever the files hold, opening ends in a namespace that works; only a
 damaged superblock, which fixes where everything lies, needs `ucm fsck --repair`.
 
-Envelope: 4 KiB for each slot after an unclean end, in parallel; nothing after a clean one but the
-index itself (140 bytes a block).
+Envelope: 4 KiB for each slot after an unclean end, in parallel; after a clean one the digests of
+the index (140 bytes a block) and of its snapshot (52), 0.5 s for a million blocks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import logging
 import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ucm.errors import CapacityError, CorruptionError, TierUnavailableError
 from ucm.types import ROOT_KEY, BlockKey
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from .entry_table import EntryTable
     from .file_io import FileIo
     from .format import SlotHeader, Superblock
     from .segments import Segments
@@ -72,6 +75,8 @@ class Recovered:
     """The largest generation found."""
     was_rebuilt: bool
     dropped_blocks: int
+    table: EntryTable | None = None
+    """All blocks, where a snapshot had them ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +119,13 @@ def recover(files: NamespaceFiles) -> Recovered:
     Raises:
         TierUnavailableError, CapacityError: the disk does not even allow a new index.
     """
+    snapshot = index_file.read_snapshot(files.index_folder)
     index, is_clean, was_rebuilt = _open_index(files)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(index.close, clean=False)
+        if is_clean and snapshot is not None and _agrees(files, index, snapshot):
+            on_failure.pop_all()
+            return _from_snapshot(files, index, snapshot)
         result = reconcile(files, index, check_headers=not is_clean and not was_rebuilt)
         slots = _slot_table(files, index, result)
         on_failure.pop_all()
@@ -124,6 +133,29 @@ def recover(files: NamespaceFiles) -> Recovered:
         log.warning("%s: dropped %d unusable records", files.folder, len(result.dropped))
     last = max((record.generation for record in result.kept), default=0)
     return Recovered(index, slots, last, was_rebuilt, len(result.dropped))
+
+
+def _agrees(files: NamespaceFiles, index: BlockIndex, snapshot: EntryTable) -> bool:
+    """Whether every block of a snapshot is where it can be read; else some must be dropped."""
+    for segment in index.retired():
+        files.segments.retire(segment)
+    barred = index.quarantined()
+    return files.segments.are_there(snapshot.slots) and not np.isin(snapshot.slots, barred).any()
+
+
+def _from_snapshot(files: NamespaceFiles, index: BlockIndex, snapshot: EntryTable) -> Recovered:
+    slots = SlotTable(files.segments.num_slots)
+    slots.fill(snapshot.slots, snapshot.generations)
+    _bar(files, index, slots)
+    last = int(snapshot.generations.max(initial=0))
+    return Recovered(index, slots, last, was_rebuilt=False, dropped_blocks=0, table=snapshot)
+
+
+def _bar(files: NamespaceFiles, index: BlockIndex, slots: SlotTable) -> None:
+    """Take out of use what is quarantined or retired."""
+    slots.quarantine(index.quarantined())
+    for segment in files.segments.retired:
+        slots.quarantine([SlotId(slot) for slot in files.segments.slots_of(segment)])
 
 
 def reconcile(files: NamespaceFiles, index: BlockIndex, *, check_headers: bool) -> Reconciliation:
@@ -267,13 +299,10 @@ def _slot_table(files: NamespaceFiles, index: BlockIndex, result: Reconciliation
             # their records are still there, so their slots must not be written again
             log.warning("%s: cannot drop records yet: %s", files.folder, error)
             slots.quarantine([item.slot for item in result.dropped if item.slot is not None])
-    slots.quarantine(index.quarantined())
-    for segment in files.segments.retired:
-        slots.quarantine([SlotId(slot) for slot in files.segments.slots_of(segment)])
+    _bar(files, index, slots)
     used = [record.slot for record in result.kept]
     slots.change(used, SlotState.FREE, SlotState.USED)
-    for record in result.kept:
-        slots.set_generation(record.slot, record.generation)
+    slots.set_generations(used, [record.generation for record in result.kept])
     return slots
 
 

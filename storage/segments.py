@@ -20,11 +20,15 @@ import re
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ucm.errors import TierUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from .file_io import FileHandle, FileIo
     from .format import Superblock
@@ -149,6 +153,8 @@ class Segments:
         """
         self._folder = folder
         self._superblock = superblock
+        self._slot_bytes = superblock.slot_bytes
+        self._slots_per_segment = superblock.slots_per_segment
         self._io = io
         self._budget = budget
         self._read_only = read_only
@@ -198,7 +204,7 @@ class Segments:
 
     def segment_of(self, slot: SlotId) -> int:
         """Which segment a slot lies in."""
-        return slot // self._superblock.slots_per_segment
+        return slot // self._slots_per_segment
 
     def slots_of(self, segment: int) -> range:
         """The slot numbers of a segment."""
@@ -207,13 +213,21 @@ class Segments:
 
     def locate(self, slot: SlotId) -> tuple[FileHandle, int] | None:
         """File and byte offset of a slot's header; None when retired, or when there is no such."""
-        if not 0 <= slot < self.num_slots:
+        segment, index = divmod(slot, self._slots_per_segment)
+        if not 0 <= segment < len(self._files):
             return None
-        segment, index = divmod(slot, self._superblock.slots_per_segment)
         file = self._files[segment]
         if file is None or segment in self._retired:
             return None
-        return file, index * self._superblock.slot_bytes
+        return file, index * self._slot_bytes
+
+    def are_there(self, slots: NDArray[np.int64]) -> bool:
+        """Whether `locate` would find every one of `slots`."""
+        lost = [n for n, file in enumerate(self._files) if file is None or n in self._retired]
+        if not len(slots):
+            return True
+        is_lost = bool(np.isin(slots // self._slots_per_segment, lost).any())
+        return int(slots.min()) >= 0 and int(slots.max()) < self.num_slots and not is_lost
 
     def grow(self) -> int:
         """Create and preallocate one more segment.

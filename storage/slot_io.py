@@ -1,13 +1,23 @@
-"""Moving slots between memory and segment files: headers, checks, one request a slot.
+"""Moving slots between memory and segment files: headers, checks, adjacent slots together.
 
-    one preadv / pwritev    header (4 KiB, ours) | block (the caller's memory, no copy)
+    request  | header 7 | block 7 | header 8 | block 8 | ...   one preadv / pwritev, by iovecs
+    memory     ours       caller's  ours       caller's        no copy
 
-Says for each item what happened and changes no book keeping. The checks run on the I/O threads.
+Slots that lie together in a file become one request, of at most `MERGED_BYTES`, and of no more
+than leaves every I/O thread something to do. What happened is said for each block by itself: each
+has its own check, and a merged request that fails is done again block by block. Changes no book
+keeping. The checks run on the I/O threads.
+
+Envelope: a request costs 30 us of hand-over and system call besides what each page costs, so
+merged ones of 4 MiB read at 0.05 CPU-s/GB; the checksum, which has to fetch what the device just
+wrote from memory, adds 0.13 at 7.5 GB/s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ucm import checksum
@@ -22,12 +32,40 @@ if TYPE_CHECKING:
 
     from ucm.api import SlabChecksums
 
-    from .file_io import FileIo
+    from .file_io import FileHandle, FileIo
     from .format import Superblock
     from .segments import Segments
     from .tier import SlotId, SlotRead, SlotWrite
 
 _CORRUPT_ERRNOS = frozenset({errno.EBADMSG, errno.ENODATA})
+
+MERGED_BYTES = 4 << 20
+"""Longest merged request: from here on larger ones save nothing and delay the first block."""
+
+MERGED_SLOTS = 256
+"""Two iovecs each: half of the kernel's IOV_MAX."""
+
+REQUESTS_PER_BATCH = 8
+"""A batch is not merged into fewer requests than this: the queue depth that fills a device."""
+
+SPARE_HEADERS = 256
+"""Headers in one piece of memory that is kept for the next batch: 1 MiB."""
+
+MAX_SPARES = 8
+"""Pieces kept; as many batches as are under way at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One block of a batch on its way."""
+
+    position: int
+    """In the batch."""
+    file: FileHandle
+    offset: int
+    header: memoryview
+    data: memoryview
+    check: Callable[[], bool]
 
 
 class SlotIo:
@@ -38,15 +76,16 @@ class SlotIo:
         self._layout = superblock.layout
         self._segments = segments
         self._io = io
+        self._spare_headers: list[memoryview] = []
 
     def write(self, items: Sequence[SlotWrite], generations: Sequence[int]) -> list[IoStatus]:
         """Verify and transfer blocks with their headers; not durable yet.
 
         A retired place is an IO_ERROR, a block that does not match its checksums is CORRUPT.
         """
-        headers = aligned_buffer(len(items) * HEADER_BYTES)
+        headers = self._take_headers(len(items))
         statuses = [IoStatus.IO_ERROR] * len(items)
-        requests, positions = [], []
+        parts = []
         for position, item in enumerate(items):
             place = self._segments.locate(item.slot)
             if place is None:
@@ -55,33 +94,65 @@ class SlotIo:
                 statuses[position] = IoStatus.CORRUPT
                 continue
             view = _nth_header(headers, position)
-            encode_header(self._superblock, _header_of(item, generations[position]), view)
-            buffers = (view, item.data.cast("B"))
-            requests.append(IoRequest(*place, buffers, self._write_check(item)))
-            positions.append(position)
-        for position, code in zip(positions, self._io.write_batch(requests), strict=True):
-            statuses[position] = status_of_errno(code)
+            check = self._write_check(item, generations[position], view)
+            parts.append(_Part(position, *place, view, item.data.cast("B"), check))
+        for part, code in self._transfer(parts, self._io.write_batch):
+            statuses[part.position] = status_of_errno(code)
+        self._give_headers(headers)
         return statuses
 
     def read(self, items: Sequence[SlotRead], generations: Sequence[int]) -> list[ReadOutcome]:
         """Transfer blocks into the callers' memory and verify them there."""
-        headers = aligned_buffer(max(1, len(items)) * HEADER_BYTES)
+        headers = self._take_headers(len(items))
         found: list[SlabChecksums] = [()] * len(items)
         outcomes = [ReadOutcome(IoStatus.IO_ERROR)] * len(items)
-        requests, positions = [], []
+        parts = []
         for position, item in enumerate(items):
             place = self._segments.locate(item.slot)
             if place is None:
                 continue
             view = _nth_header(headers, position)
             check = self._read_check(item, generations[position], view, (found, position))
-            requests.append(IoRequest(*place, (view, item.into.cast("B")), check))
-            positions.append(position)
-        for position, code in zip(positions, self._io.read_batch(requests), strict=True):
+            parts.append(_Part(position, *place, view, item.into.cast("B"), check))
+        for part, code in self._transfer(parts, self._io.read_batch):
             status = status_of_errno(code)
-            sums = found[position] if status is IoStatus.OK else ()
-            outcomes[position] = ReadOutcome(status, sums)
+            sums = found[part.position] if status is IoStatus.OK else ()
+            outcomes[part.position] = ReadOutcome(status, sums)
+        self._give_headers(headers)
         return outcomes
+
+    def _transfer(
+        self, parts: Sequence[_Part], batch: Callable[[Sequence[IoRequest]], list[int]]
+    ) -> list[tuple[_Part, int]]:
+        """Transfer every part, neighbours together; an `errno` for each of them.
+
+        The parts of a merged request that fails are tried again one by one, so that each gets its
+        own answer.
+        """
+        runs = adjacent_runs(parts, self._superblock.slot_bytes)
+        codes = batch([_request_of(run) for run in runs])
+        done = [(run[0], code) for run, code in zip(runs, codes, strict=True) if len(run) == 1]
+        again: list[_Part] = []
+        for run, code in zip(runs, codes, strict=True):
+            if len(run) > 1 and code == 0:
+                done += [(part, 0) for part in run]
+            elif len(run) > 1:
+                again += run
+        codes = batch([_request_of([part]) for part in again]) if again else []
+        return done + list(zip(again, codes, strict=True))
+
+    def _take_headers(self, count: int) -> memoryview:
+        """Memory for `count` headers, used before if possible: fresh pages cost 5 us each."""
+        with contextlib.suppress(IndexError):
+            spare = self._spare_headers.pop()
+            if len(spare) >= count * HEADER_BYTES:
+                return spare
+        return aligned_buffer(max(count, SPARE_HEADERS) * HEADER_BYTES)
+
+    def _give_headers(self, headers: memoryview) -> None:
+        """Keep memory for the next batch; not after an error, when a thread may still use it."""
+        if len(headers) == SPARE_HEADERS * HEADER_BYTES and len(self._spare_headers) < MAX_SPARES:
+            self._spare_headers.append(headers)
 
     def blank(self, slots: Sequence[SlotId]) -> None:
         """Write zeros over the headers; not durable yet. A place that fails keeps its header."""
@@ -90,8 +161,18 @@ class SlotIo:
         places = [self._segments.locate(slot) for slot in slots]
         self._io.write_batch([IoRequest(*place, (blank,)) for place in places if place is not None])
 
-    def _write_check(self, item: SlotWrite) -> Callable[[], bool]:
-        return lambda: checksum.verify(self._layout, item.data, item.checksums)
+    def _write_check(
+        self, item: SlotWrite, generation: int, header_view: memoryview
+    ) -> Callable[[], bool]:
+        """Verify what is to be written; make its header, there where others are being written."""
+
+        def check() -> bool:
+            if not checksum.verify(self._layout, item.data, item.checksums):
+                return False
+            encode_header(self._superblock, _header_of(item, generation), header_view)
+            return True
+
+        return check
 
     def _read_check(
         self,
@@ -130,6 +211,32 @@ def _header_of(item: SlotWrite, generation: int) -> SlotHeader:
         generation=generation,
         checksums=item.checksums,
     )
+
+
+def adjacent_runs(parts: Sequence[_Part], slot_bytes: int) -> list[list[_Part]]:
+    """Group parts whose slots lie together in one file, each group in the order of the file.
+
+    Args:
+        parts: of one batch; no two have the same place.
+        slot_bytes: from one slot to the next.
+    """
+    fair_share = len(parts) // REQUESTS_PER_BATCH
+    limit = max(1, min(fair_share, MERGED_BYTES // slot_bytes, MERGED_SLOTS))
+    runs: list[list[_Part]] = []
+    for part in sorted(parts, key=lambda part: (part.file, part.offset)):
+        last = runs[-1][-1] if runs and len(runs[-1]) < limit else None
+        if last is not None and (part.file, part.offset) == (last.file, last.offset + slot_bytes):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return runs
+
+
+def _request_of(run: Sequence[_Part]) -> IoRequest:
+    """One request for neighbours; its check fails if that of any of them does."""
+    buffers = tuple(buffer for part in run for buffer in (part.header, part.data))
+    checks = [part.check for part in run]
+    return IoRequest(run[0].file, run[0].offset, buffers, lambda: all(check() for check in checks))
 
 
 def _nth_header(headers: memoryview, position: int) -> memoryview:

@@ -22,6 +22,8 @@ from .tier import SlotId
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from numpy.typing import NDArray
+
 SEARCH_WINDOW_SLOTS = 1 << 16
 """Slots looked at in one step of the search for free ones: 64 KiB, a few microseconds."""
 
@@ -36,6 +38,9 @@ class SlotState(enum.IntEnum):
     """Holds a block that can be read."""
     QUARANTINED = 3
     """Its bytes or its device failed; not read and not handed out."""
+
+
+_STATES = tuple(SlotState)
 
 
 class SlotTable:
@@ -90,16 +95,24 @@ class SlotTable:
         Returns:
             Those that were in `expected`; the others, unknown numbers included, stay untouched.
         """
+        wanted = np.fromiter(slots, np.int64)
         with self._lock:
-            moved: list[SlotId] = []
-            for slot in slots:
-                if 0 <= slot < len(self._states) and self._states[slot] == expected:
-                    self._states[slot] = new
-                    moved.append(slot)
-            self._move_counts(expected, new, len(moved))
-            if new is SlotState.FREE and moved:
-                self._search_from = min(self._search_from, *moved)
-            return moved
+            known = wanted[(wanted >= 0) & (wanted < len(self._states))]
+            moved = known[self._states[known] == expected]
+            self._states[moved] = new
+            found: list[SlotId] = list(dict.fromkeys(moved.tolist()))
+            self._move_counts(expected, new, len(found))
+            if new is SlotState.FREE and found:
+                self._search_from = min(self._search_from, int(moved.min()))
+            return found
+
+    def fill(self, slots: NDArray[np.int64], generations: NDArray[np.uint64]) -> None:
+        """Make free slots, each named once, USED with these generations: what an opening found."""
+        with self._lock:
+            assert (self._states[slots] == SlotState.FREE).all(), "a slot is used twice"
+            self._states[slots] = SlotState.USED
+            self._generations[slots] = generations
+            self._move_counts(SlotState.FREE, SlotState.USED, len(slots))
 
     def quarantine(self, slots: Sequence[SlotId]) -> None:
         """Take slots out of use, whatever state they are in."""
@@ -113,18 +126,38 @@ class SlotTable:
                 return SlotState.QUARANTINED
             return SlotState(int(self._states[slot]))
 
+    def states(self, slots: Iterable[SlotId]) -> list[SlotState]:
+        """The state of each slot, as `state` says it, all of one moment."""
+        wanted = np.fromiter(slots, np.int64)
+        with self._lock:
+            known = (wanted >= 0) & (wanted < len(self._states))
+            found = np.full(len(wanted), SlotState.QUARANTINED, np.uint8)
+            found[known] = self._states[wanted[known]]
+        return [_STATES[value] for value in found.tolist()]
+
     def generation(self, slot: SlotId) -> int:
         """The number that the slot's last rewrite got; 0 before the first."""
         return int(self._generations[slot])
 
+    def generations(self, slots: Sequence[SlotId]) -> list[int]:
+        """As `generation`, for several slots."""
+        found: list[int] = self._generations[np.fromiter(slots, np.int64)].tolist()
+        return found
+
     def set_generation(self, slot: SlotId, generation: int) -> None:
-        """Record a rewrite of the slot; the number must grow.
+        """As `set_generations`, for one slot."""
+        self.set_generations([slot], [generation])
+
+    def set_generations(self, slots: Sequence[SlotId], generations: Sequence[int]) -> None:
+        """Record rewrites of slots, each named once; the numbers must grow.
 
         Raises:
-            AssertionError: it does not, which would let an old reader mistake new bytes for old.
+            AssertionError: one does not, which would let an old reader mistake new bytes for old.
         """
-        assert generation > self._generations[slot], (slot, generation)
-        self._generations[slot] = generation
+        where = np.fromiter(slots, np.int64)
+        values = np.fromiter(generations, np.uint64)
+        assert (values > self._generations[where]).all(), (slots, generations)
+        self._generations[where] = values
 
     def check_integrity(self) -> list[str]:
         """Whether the counters match the column."""

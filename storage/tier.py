@@ -14,7 +14,7 @@ durable as `write`: after it returned, no reopening brings the block back.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
@@ -107,8 +107,10 @@ class Tier(Protocol):
     def layout(self) -> KvLayout:
         """Shape of every block in it."""
 
-    def entries(self) -> Iterator[TierEntry]:
+    def entries(self) -> Iterable[TierEntry]:
         """The blocks found at opening, a parent before its children, oldest first.
+
+        A large tier may answer an `EntryTable`, which has them in columns.
 
         Orphans (whose parent is not in the tier) were removed at opening.
         """

@@ -22,6 +22,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+from ucm.storage.entry_table import EntryTable
 from ucm.storage.tier import SlotId, TierEntry
 
 from .eviction import EvictionPolicy, LruPolicy
@@ -299,12 +302,37 @@ class BlockIndex:
 
         The order becomes the order of last use, before anything that a clock gives.
         """
+        if isinstance(entries, EntryTable) and not self._keys:
+            self._load_table(entries, _POSITION[tier])
+            return
         for entry in entries:
             parent = NO_ROW if entry.parent == ROOT_KEY else self._rows.get(entry.parent, NO_ROW)
             known = entry.key in self._rows
             if known or (parent == NO_ROW and entry.parent != ROOT_KEY):
                 continue
             self.place(self.add_row(entry.key, parent), tier, entry.slot)
+
+    def _load_table(self, table: EntryTable, position: int) -> None:
+        """As `load` into an empty index: the rows are the table's, all columns filled at once."""
+        count = len(table)
+        has_parent = table.parents != NO_ROW
+        children = np.bincount(table.parents[has_parent], minlength=count).astype(np.intc)
+        keys = table.key_list()
+        self._keys = list(keys)
+        self._rows = dict(zip(keys, range(count), strict=True))
+        zeros, none = bytes(4 * count), np.full(count, NO_SLOT, np.intc).tobytes()
+        self._parents.frombytes(table.parents.astype(np.intc).tobytes())
+        self._slots[position].frombytes(table.slots.astype(np.intc).tobytes())
+        self._slots[1 - position].frombytes(none)
+        self._children[position].frombytes(children.tobytes())
+        self._children[1 - position].frombytes(zeros)
+        self._child_rows.frombytes(children.tobytes())
+        self._pins.frombytes(zeros)
+        self._last_use_us.frombytes(bytes(8 * count))
+        self._flags.extend(bytes(count))
+        self._num_copies[position] = count
+        for row in np.flatnonzero(children == 0).tolist():
+            self._offer(row)
 
     def _settle(self, row: int) -> None:
         """After a change: offer the row for eviction, or drop it and settle its parent."""

@@ -33,7 +33,7 @@ _UNITS: Final = {
 }  # fmt: skip
 _LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR")
 _NO_UID: Final = 2**32 - 1
-_MAY_BE_ZERO: Final = frozenset({"metrics.port"})
+_MAY_BE_ZERO: Final = frozenset({"memory.prefault_bytes", "metrics.port"})
 
 
 def closest(name: str, known: Sequence[str]) -> str:

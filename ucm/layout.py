@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from functools import cached_property
 
 from .errors import LayoutMismatchError
 
@@ -43,7 +44,7 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: what follows from the fields is worked out once
 class KvLayout:
     """Shape and dtype of one block of KV: all layers of one rank and one KV group."""
 
@@ -73,17 +74,17 @@ class KvLayout:
         """[2, num_kv_heads, block_tokens, head_dim]."""
         return (2, self.num_kv_heads, self.block_tokens, self.head_dim)
 
-    @property
+    @cached_property
     def slab_bytes(self) -> int:
         """Bytes of one layer of one block, without padding."""
         return 2 * self.num_kv_heads * self.block_tokens * self.head_dim * self.dtype.itemsize_bytes
 
-    @property
+    @cached_property
     def slab_stride_bytes(self) -> int:
         """Distance between two slabs of a block: `slab_bytes` rounded up to the alignment."""
         return round_up(self.slab_bytes, ALIGNMENT_BYTES)
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """Bytes of one block in an arena or a slot, padding included, header excluded."""
         return self.num_layers * self.slab_stride_bytes

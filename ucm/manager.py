@@ -107,6 +107,7 @@ class Manager:
                 )
             session = SessionId(next(self._session_numbers))
             staging = Staging(service.staging_bytes)
+            staging.prefault(min(self.config.memory.prefault_bytes, service.staging_bytes) // 8)
             state.sessions[session] = Session(session, client, staging)
         return session
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ucm.storage.memory import MemoryTier
+from ucm.storage.prefault import STEP_BYTES
 from ucm.storage.tier import SlotId, Tier
 
 from .block_index import BlockIndex
@@ -74,8 +75,10 @@ class Namespace:
     promotions: dict[int, Promotion] = field(default_factory=dict)
     undeleted: list[Victim] = field(default_factory=list)
     """Copies that left the index and are still on NVMe; the next commit deletes them."""
+    handed_slots: int = 0
+    """Arena slots that were ever handed out."""
     touched_slots: int = 0
-    """Arena slots that were ever handed out, so cost memory."""
+    """Those, and the ones made real ahead of their use: they cost memory."""
     num_sessions: int = 0
     num_leases: int = 0
     num_writing: int = 0
@@ -191,6 +194,7 @@ class NamespaceTable:
             opened = self._open_tiers(namespace, spec.layout)
             with self.lock:
                 self._by_id[namespace] = opened
+                self._prefault_locked(opened)
                 use(opened)  # if it raises, nobody has it open: it makes way when room is needed
             return opened
 
@@ -260,8 +264,24 @@ class NamespaceTable:
         free = total - (usage.used_slots - len(victims))
         slots = namespace.memory.allocate(max(0, min(count, free)))
         if slots:
-            namespace.touched_slots = max(namespace.touched_slots, max(slots) + 1)
+            namespace.handed_slots = max(namespace.handed_slots, max(slots) + 1)
+            namespace.touched_slots = max(namespace.touched_slots, namespace.handed_slots)
+            self._prefault_locked(namespace)
         return slots
+
+    def _prefault_locked(self, namespace: Namespace) -> None:
+        """Have memory made ready for the next slots, more for a namespace that uses more."""
+        block_bytes, limit_bytes = namespace.layout.block_bytes, self._config.prefault_bytes
+        handed_bytes = namespace.handed_slots * block_bytes
+        ahead_bytes = min(limit_bytes, max(limit_bytes // 4, handed_bytes))
+        ahead_bytes = min(ahead_bytes, self._config.capacity_bytes // 8)
+        if ahead_bytes < STEP_BYTES:
+            return  # the touches that it saves are not worth a thread
+        allowed = namespace.touched_slots + self._growable_locked(namespace)
+        target = min(allowed, namespace.handed_slots + ahead_bytes // block_bytes)
+        if target > namespace.touched_slots:
+            namespace.touched_slots = target
+            namespace.memory.prefault(target)
 
     def close(self) -> None:
         """Close every tier, and the NVMe store. Nothing may be in flight."""

@@ -12,6 +12,7 @@ import contextlib
 import mmap
 
 from ucm.storage.arena import Arena, ArenaKind
+from ucm.storage.prefault import STEP_BYTES
 
 from .errors import InvalidArgumentError, TierUnavailableError
 from .layout import ALIGNMENT_BYTES, KvDtype, KvLayout, round_up
@@ -83,6 +84,11 @@ class Staging:
         self.runs = RunAllocator(self.arena.size_bytes)
         self._map = mmap.mmap(self.arena.fd, self.arena.size_bytes)
         self._view = memoryview(self._map)
+
+    def prefault(self, num_bytes: int) -> None:
+        """Make the first `num_bytes` real memory, in the background; the lowest are reused most."""
+        if num_bytes >= STEP_BYTES:
+            self.arena.prefault(num_bytes // ALIGNMENT_BYTES)
 
     def reserve(self, num_bytes: int) -> int | None:
         """See `RunAllocator.reserve`; whole pages."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ucm.checksum import block_checksums, checksum, verify
+from ucm.checksum import CACHED_BYTES, block_checksums, checksum, copy_block, verify
 from ucm.errors import LayoutMismatchError
+from ucm.layout import KvDtype, KvLayout
 from ucm.testing.tier_conformance import LAYOUT, make_block
 
 
@@ -48,3 +49,38 @@ def test_a_wrong_number_of_checksums_is_no_match() -> None:
 def test_a_wrong_length_is_refused() -> None:
     with pytest.raises(LayoutMismatchError, match=str(LAYOUT.block_bytes)):
         block_checksums(LAYOUT, memoryview(bytes(LAYOUT.block_bytes - 1)))
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "tokens"),
+    [(1, 1), (3, 24), (5, 4096), (2, 8192), (2, 8200), (3, 20_001)],
+    ids=["tiny", "padded", "many a piece", "one a piece", "above a piece", "several pieces"],
+)
+def test_a_copy_is_whole_and_its_checksums_are_those_of_the_copy(
+    num_layers: int, tokens: int
+) -> None:
+    layout = KvLayout(
+        num_layers=num_layers,
+        num_kv_heads=1,
+        head_dim=8,
+        block_tokens=tokens,
+        dtype=KvDtype.FLOAT32,
+    )
+    source = make_block("source", layout)
+    into = memoryview(bytearray(layout.block_bytes))
+    assert copy_block(layout, source, into) == block_checksums(layout, source)
+    assert into == source
+
+
+def test_the_cases_above_are_below_at_and_above_the_size_of_a_piece() -> None:
+    assert CACHED_BYTES == 8192 * 2 * 8 * 4
+
+
+def test_a_copy_between_blocks_of_other_lengths_is_refused() -> None:
+    short = memoryview(bytearray(LAYOUT.block_bytes - 1))
+    for source, into in (
+        (short, memoryview(bytearray(LAYOUT.block_bytes))),
+        (make_block(1), short),
+    ):
+        with pytest.raises(LayoutMismatchError):
+            copy_block(LAYOUT, source, into)
