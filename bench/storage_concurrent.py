@@ -190,6 +190,7 @@ def _figures(turns: list[Turn], seconds: float) -> Result:
     by_client = [list(itertools.chain.from_iterable(each)) for each in per_client]
     every = [value for values in by_client for value in values]
     counts = [float(len(values)) for values in by_client]
+    require(bool(every), "not one load was admitted")
     p50, p99 = percentile(every, 50), percentile(every, 99)
     figures = {
         "p50_ms": p50,

@@ -14,7 +14,7 @@ from ucm.config import MIB
 
 from .demo_processes import START_TIMEOUT_S, ChildProcess
 
-CONNECT_TIMEOUT_S = 120.0
+CONNECT_TIMEOUT_S = 300.0
 """Opening a namespace is a call with this deadline; a large index takes seconds."""
 
 

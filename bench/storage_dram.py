@@ -135,7 +135,9 @@ class DramBench:
             if verified:
                 copy_verified(layout, block, target)
             else:
-                target[:] = ready_data(block)
+                np.copyto(
+                    np.frombuffer(target, np.uint8), np.frombuffer(ready_data(block), np.uint8)
+                )
         self._cache.complete_load(lease.id)
         rate = gb_s(self._target.nbytes, begin)
         require({b.tier for b in lease.blocks} == {TierKind.MEMORY}, "a block was not in memory")

@@ -39,8 +39,8 @@ PAGE_LAYOUT = KvLayout(
 
 CHAIN_BLOCKS = 1000
 CHAINS_PER_COMMIT = 50
-PILOT_CHAINS = 5
-OPENING_SHARE = 2.5
+PILOT_CHAINS = 20
+OPENING_SHARE = 4
 """A daemon's opening takes so many times what its NVMe tier alone takes."""
 INDEX_MAP_BYTES = 4 * GIB
 LOOKUPS_AT_SIZE = 50

@@ -85,7 +85,7 @@ class StorageBenchOptions:
     lookup_keys: tuple[int, ...] = (1_000, 10_000)
     index_blocks: int = 1_000_000
     index_openings: int = 3
-    index_budget_s: float = 120.0
+    index_budget_s: float = 60.0
     """An index that would take longer to open stays smaller; its `blocks` says so."""
     clients: tuple[int, ...] = (1, 4, 16)
     client_processes: int = 4

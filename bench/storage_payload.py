@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucm.api import LoadedBlock, SlabChecksums, StoreSlot
-from ucm.checksum import block_checksums, verify
+from ucm.checksum import block_checksums, copy_block
 from ucm.errors import CorruptionError
 from ucm.hashing import NamespaceSpec, chain_keys
 from ucm.layout import KvLayout
@@ -124,8 +124,8 @@ def copy_verified(layout: KvLayout, block: LoadedBlock, into: memoryview) -> Non
     """
     require(block.status is LoadStatus.READY, f"a load ended with {block.status}")
     assert block.data is not None
-    np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(block.data, np.uint8))
-    require(verify(layout, into, block.checksums), "a block failed its checksum after the copy")
+    found = copy_block(layout, block.data, into)
+    require(found == tuple(block.checksums), "a block failed its checksum after the copy")
 
 
 def fill_slot(layout: KvLayout, slot: StoreSlot, source: memoryview) -> SlabChecksums:
@@ -136,8 +136,7 @@ def fill_slot(layout: KvLayout, slot: StoreSlot, source: memoryview) -> SlabChec
     """
     require(slot.data is not None, f"a block was not wanted: {slot.status}")
     assert slot.data is not None
-    np.copyto(np.frombuffer(slot.data, np.uint8), np.frombuffer(source, np.uint8))
-    return block_checksums(layout, slot.data)
+    return copy_block(layout, source, slot.data)
 
 
 def require(condition: bool, what: str) -> None:

@@ -98,6 +98,18 @@ class SegmentBudget:
         over_all = min(over_all, self.shares.spare_bytes(tenant, used_bytes))
         return max(0, over_quota, over_all)
 
+    def could_take(self, tenant: str, donor: str, size_bytes: int) -> bool:
+        """Whether `tenant` could reserve `size_bytes` if `donor` released as many.
+
+        Not what `donor` has reserved for itself.
+        """
+        with self._lock:
+            used_bytes = dict(self._used_bytes)
+        if donor != tenant and self.shares.spare_bytes(donor, used_bytes) < size_bytes:
+            return False
+        used_bytes[donor] = used_bytes.get(donor, 0) - size_bytes
+        return self.shares.available_bytes(tenant, used_bytes) >= size_bytes
+
     def reserve(self, tenant: str, size_bytes: int) -> bool:
         """Take `size_bytes` if there are as many or idle segments can make way. May block."""
         while not self._take(tenant, size_bytes):

@@ -5,7 +5,8 @@ namespace folder   ns/<hex of namespace id>/superblock          4096 bytes, repl
                                             segments/NNNN.seg   preallocated, slots from byte 0
                                             segments/NNNN.compact.seg   the same, smaller slots
 
-segment    = slots, then unused bytes up to segment_bytes
+segment    = slots, then unused bytes up to segment_bytes; a number without a file is a segment
+             that was given back: its slots do not exist until there is one again
 slot n     is in segment n // slots_per_segment, as number i = n % slots_per_segment of it:
            | compact segment: at i * slot_bytes
            | full segment: at i * (4096 + summary_bytes + block bytes); no slot where that does

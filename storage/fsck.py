@@ -272,17 +272,15 @@ class _NamespaceCheck:
         return True
 
     def _check_segment_files(self, superblock: Superblock) -> None:
-        """Missing or short files; opening for repair completes them."""
-        paths = segment_files(self._folder / "segments")
-        for number in range(max(paths, default=-1) + 1):
-            path = paths.get(number)
-            is_file = path is not None and stat.S_ISREG(path.lstat().st_mode)
-            if path is not None and not is_file and self._repair:
+        """Short files; opening for repair completes them. One that is missing has left."""
+        for number, path in sorted(segment_files(self._folder / "segments").items()):
+            is_file = stat.S_ISREG(path.lstat().st_mode)
+            if not is_file and self._repair:
                 move_aside(path, self._path / "quarantine")
-            size = path.lstat().st_size if path is not None and is_file else 0
+            size = path.lstat().st_size if is_file else 0
             if size < superblock.segment_bytes:
                 what = f"it has {size} bytes of {superblock.segment_bytes}"
-                if path is not None and not is_file:
+                if not is_file:
                     what = "it is a link or a folder, not a file"
                 finding = self._find(FindingKind.SEGMENT, what)
                 finding.segment, finding.fixed = number, self._repair
@@ -335,6 +333,7 @@ class _NamespaceCheck:
             on_failure.callback(index.close, clean=False)
             self._check_barred(files, index)
             result = reconcile(files, index, check_headers=True)
+            self._check_missing(files, result.dropped)
             bad = self._check_slabs(files, result.kept)
             gone = {dropped.key for dropped in bad}
             left, orphans = order_by_chain(r for r in result.kept if r.key not in gone)
@@ -377,6 +376,14 @@ class _NamespaceCheck:
         index.lift(slots, segments)
         for finding in findings:
             finding.fixed = True
+
+    def _check_missing(self, files: NamespaceFiles, dropped: Sequence[Dropped]) -> None:
+        """Segments that left without their blocks: their files were deleted by somebody else."""
+        slots = [item.slot for item in dropped if item.slot is not None]
+        for segment in sorted({files.segments.segment_of(slot) for slot in slots}):
+            if segment in files.segments.left:
+                finding = self._find(FindingKind.SEGMENT, "its file is missing, with blocks in it")
+                finding.segment, finding.fixed = segment, self._repair
 
     def _renew(self, segment: int, superblock: Superblock) -> None:
         """A fresh file in place of one whose sync failed; without it the numbers had a gap."""
@@ -424,7 +431,8 @@ class _NamespaceCheck:
         """Report what must go; for repair, forget it and free its slots."""
         findings = []
         for kind, dropped, num_behind in _summarised(found):
-            behind = f" (and {num_behind} blocks behind it)" if num_behind else ""
+            blocks = "block" if num_behind == 1 else "blocks"
+            behind = f" (and {num_behind} {blocks} behind it)" if num_behind else ""
             finding = self._find(kind, dropped.reason + behind)
             finding.key, finding.slot = dropped.key.hex()[:8], dropped.slot
             finding.num_behind = num_behind

@@ -1,46 +1,43 @@
-"""Whether an index and the slot table of the same namespace say the same. Reads no block data."""
+"""Whether the index, the slot table and the segment files of a namespace agree."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .index import IndexRecord
-from .slots import SlotState
+from ucm.errors import UcmError
+
+from .index import BlockIndex, IndexRecord
+from .slots import SlotState, SlotTable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ucm.types import BlockKey
-
     from .segments import Segments
-    from .slots import SlotTable
     from .tier import SlotId
 
 
-def record_problems(
-    records: Sequence[IndexRecord | BlockKey], slots: SlotTable, segments: Segments
-) -> list[str]:
-    """Every contradiction between records and slots, in words.
-
-    Args:
-        records: all of the index, as `BlockIndex.records` gives them.
-        slots: the state of every slot; idle, nobody writes or deletes.
-        segments: where slots lie; a record in a retired one is not looked at.
-    """
-    problems: list[str] = []
+def find_problems(index: BlockIndex, slots: SlotTable, segments: Segments) -> list[str]:
+    """Every disagreement, in words. O(blocks); nothing may be under way."""
+    problems = slots.check_integrity()
+    if len(slots) != segments.num_slots:
+        problems.append(f"{len(slots)} slots known, {segments.num_slots} in files")
+    try:
+        records = list(index.records())
+    except UcmError as error:
+        return [*problems, str(error)]
     taken: set[SlotId] = set()
     for record in records:
         if not isinstance(record, IndexRecord):
             problems.append(f"the record of {record.hex()[:8]} is damaged")
         elif segments.locate(record.slot) is not None:
-            problems += _problems_of(record, slots, taken)
-    used = slots.count(SlotState.USED)
-    if len(taken) != used:
+            problems += _record_problems(record, slots, taken)
+        elif segments.segment_of(record.slot) in segments.left:
+            problems.append(f"slot {record.slot} has a record, but its segment has left")
+    if len(taken) != slots.count(SlotState.USED):
+        used = slots.count(SlotState.USED)
         problems.append(f"{used} slots used, {len(taken)} of them in the index")
     return problems
 
 
-def _problems_of(record: IndexRecord, slots: SlotTable, taken: set[SlotId]) -> list[str]:
+def _record_problems(record: IndexRecord, slots: SlotTable, taken: set[SlotId]) -> list[str]:
     slot, state = record.slot, slots.state(record.slot)
     if state is SlotState.QUARANTINED:
         return []

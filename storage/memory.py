@@ -165,6 +165,11 @@ class MemoryTier:
             slot_bytes=self._arena.slot_bytes,
         )
 
+    @property
+    def shrinker(self) -> None:
+        """See `Tier.shrinker`: a sealed arena gives no pages back."""
+        return
+
     def check_integrity(self) -> list[str]:
         """See `Tier.check_integrity`."""
         problems = self._arena.slots.check_integrity()

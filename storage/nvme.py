@@ -51,9 +51,10 @@ from .folder import (
 )
 from .format import effective_codec, new_superblock
 from .index import IndexRecord
-from .integrity import record_problems
+from .integrity import find_problems
 from .recovery import NamespaceFiles, append_segment, order_by_chain, recover
 from .segments import Segments
+from .shrink import Shrinker
 from .slots import SlotState
 from .tier import IoStatus, ReadOutcome, SlotId, TierEntry, TierUsage
 
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from ucm.layout import KvLayout
     from ucm.shares import Shares
 
+    from .budget import TenantBudget
     from .codec import Codec
     from .file_io import FileIo
     from .recovery import Recovered
@@ -75,8 +77,8 @@ log = logging.getLogger(__name__)
 class NvmeTier:
     """`Tier` over a namespace's segment files and index. Made by `NvmeStore`."""
 
-    def __init__(self, files: NamespaceFiles, recovered: Recovered, tenant: str = "") -> None:
-        self.tenant = tenant
+    def __init__(self, files: NamespaceFiles, recovered: Recovered, budget: TenantBudget) -> None:
+        self.tenant = budget.tenant
         """Whose quota its segments count against."""
         self._files = files
         self._superblock = files.superblock
@@ -85,6 +87,7 @@ class NvmeTier:
         self._slot_io = slot_io_for(files.superblock, files.segments, files.io)
         self._index = recovered.index
         self._slots = recovered.slots
+        self._shrinker = Shrinker(files.segments, recovered.slots, recovered.index, budget)
         self._was_rebuilt = recovered.was_rebuilt
         self._unchanged = recovered.table
         """What is in the tier, until somebody asks or changes it."""
@@ -120,14 +123,10 @@ class NvmeTier:
     @property
     def file_bytes(self) -> int:
         """Disk space of its segments."""
-        return self._segments.num_segments * self._superblock.segment_bytes
+        return self._segments.file_bytes
 
     def entries(self) -> Iterable[TierEntry]:
-        """See `Tier.entries`. Nothing of it stays in memory: a second call reads the index again.
-
-        Raises:
-            TierUnavailableError: the index cannot be read.
-        """
+        """See `Tier.entries`. Nothing stays in memory: a second call reads the index again."""
         table, self._unchanged = self._unchanged, None
         return self._read_entries() if table is None or self._is_closed else table
 
@@ -212,16 +211,14 @@ class NvmeTier:
             held_bytes=self.file_bytes,
         )
 
+    @property
+    def shrinker(self) -> Shrinker:
+        """See `Tier.shrinker`."""
+        return self._shrinker
+
     def check_integrity(self) -> list[str]:
         """See `Tier.check_integrity`. Compares every record with the slot table; call it idle."""
-        problems = self._slots.check_integrity()
-        if len(self._slots) != self._segments.num_slots:
-            problems.append(f"{len(self._slots)} slots known, {self._segments.num_slots} in files")
-        try:
-            records = list(self._index.records())
-        except UcmError as error:
-            return [*problems, str(error)]
-        return problems + record_problems(records, self._slots, self._segments)
+        return find_problems(self._index, self._slots, self._segments)
 
     def close(self) -> None:
         """See `Tier.close`."""
@@ -243,10 +240,12 @@ class NvmeTier:
         with self._grow_lock:
             if self._slots.has_free(full=full):
                 return True
-            if not self._segments.grow(full=full):
-                return False
-            append_segment(self._slots, self._segments, self._segments.num_segments - 1)
-            return True
+            segment = self._segments.bring_back(full=full)
+            if segment >= 0:
+                self._shrinker.give_up(segment)
+            elif self._segments.grow(full=full):
+                append_segment(self._slots, self._segments, self._segments.num_segments - 1)
+            return self._slots.has_free(full=full)
 
     def _status(self, item: SlotRead, state: SlotState) -> IoStatus:
         """Why a slot cannot be read; OK if it can."""
@@ -477,8 +476,8 @@ class NvmeStore:
     ) -> NvmeTier:
         folder = self._root / namespace.hex()
         if not folder.exists():
-            size_bytes = self._config.segment_bytes
-            made = new_superblock(namespace, layout, codec, segment_bytes=size_bytes)
+            size = self._config.segment_bytes
+            made = new_superblock(namespace, layout, codec, segment_bytes=size)
             create_namespace(folder, made, self._io)
         superblock = open_superblock(folder, namespace, layout, codec.codec_id)
         budget = self._budget.of(tenant)
@@ -495,6 +494,6 @@ class NvmeStore:
                 io=self._io,
                 index_map_bytes=self._config.index_map_bytes,
             )
-            tier = NvmeTier(files, recover(files), tenant)
+            tier = NvmeTier(files, recover(files), budget)
             on_failure.pop_all()
         return tier

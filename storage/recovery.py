@@ -157,10 +157,13 @@ def _from_snapshot(files: NamespaceFiles, index: BlockIndex, snapshot: EntryTabl
 
 
 def _bar(files: NamespaceFiles, index: BlockIndex, slots: SlotTable) -> None:
-    """Take out of use what is quarantined or retired."""
+    """Take out of use what is quarantined or retired, or has left the disk."""
     slots.quarantine(index.quarantined())
     for segment in files.segments.retired:
         slots.quarantine([SlotId(slot) for slot in files.segments.slots_of(segment)])
+    for segment in files.segments.left:
+        left = [SlotId(slot) for slot in files.segments.slots_of(segment)]
+        slots.change(left, SlotState.FREE, SlotState.ABSENT)
 
 
 def reconcile(files: NamespaceFiles, index: BlockIndex, *, check_headers: bool) -> Reconciliation:
@@ -325,7 +328,7 @@ def append_segment(slots: SlotTable, segments: Segments, segment: int) -> None:
     num_real = segments.num_real_slots(segment)
     full = segments.is_full_slot(SlotId(numbers.start))
     slots.grow(num_real, full=full)
-    slots.grow(len(numbers) - num_real, SlotState.ABSENT, full=full)
+    slots.grow(len(numbers) - num_real, SlotState.NO_PLACE, full=full)
 
 
 def _with_matching_headers(

@@ -8,7 +8,9 @@ for encoded blocks, and full ones for blocks that do not fit those. Both take s 
 ones of a full segment stand for nothing (`storage.format`).
 
 A segment's disk space is reserved when it is created, so that a full disk shows then and not in
-the middle of a write; `budget.py` says whether there may be one more. A segment whose
+the middle of a write; `budget.py` says whether there may be one more. A file that is not there is
+a segment that has *left* (see `shrink.py`): its numbers are kept for it, and it comes back, empty,
+before new numbers are begun. A segment whose
 fsync failed once is *retired*: nothing in it is read or written again until `fsck --repair`.
 Syncs of one segment are serialised with its retirement: of two threads that sync it, the kernel
 tells only one of a failure, and the other must learn of it before it commits.
@@ -93,8 +95,9 @@ class Segments:
     ) -> None:
         """Open what is there; `budget` has counted the files already.
 
-        A file that is missing or shorter than it should be is completed where the disk allows it;
-        otherwise its segment is retired. `read_only` changes nothing on the disk.
+        A file that is shorter than it should be is completed where the disk allows it; otherwise
+        its segment is retired. One that is missing has left. `read_only` changes nothing on the
+        disk.
 
         Raises:
             TierUnavailableError: the folder cannot be read.
@@ -111,6 +114,7 @@ class Segments:
         self._files: list[FileHandle | None] = []
         self._sync_locks: list[threading.Lock] = []
         self._retired: set[int] = set()
+        self._left: set[int] = set()
         self._grow_lock = threading.Lock()
         self._full_at_free_bytes = -1
         """Free disk when a segment last found no room; -1 when it found some."""
@@ -119,8 +123,11 @@ class Segments:
         except OSError as error:
             raise TierUnavailableError(f"cannot read {folder}: {error}") from error
         for number in range(max(paths, default=-1) + 1):
-            path = paths.get(number) or self._path(number)
-            self._append(self._open_existing(path), path)
+            path = paths.get(number)
+            if path is None:
+                self._left.add(number)
+            file = None if path is None else self._open_existing(path)
+            self._append(file, path or self._path(number))
 
     @property
     def num_segments(self) -> int:
@@ -138,6 +145,21 @@ class Segments:
         return frozenset(self._retired)
 
     @property
+    def left(self) -> frozenset[int]:
+        """Segments that have left the disk."""
+        return frozenset(self._left)
+
+    @property
+    def segment_bytes(self) -> int:
+        """Size of each file."""
+        return self._superblock.segment_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Disk space of all files."""
+        return (self.num_segments - len(self._left)) * self._superblock.segment_bytes
+
+    @property
     def disk_is_full(self) -> bool:
         """Whether the last segment that the budget allowed found no room on the disk."""
         return self._full_at_free_bytes >= 0
@@ -151,7 +173,8 @@ class Segments:
         if full_at >= 0 and _free_bytes(self._folder) < full_at + size_bytes:
             return 0
         room = self._budget.remaining_bytes // self._superblock.segment_bytes
-        return min(room, MAX_SEGMENTS - self.num_segments) * self._superblock.slots_per_segment
+        numbers = MAX_SEGMENTS - self.num_segments + len(self._left)
+        return min(room, numbers) * self._superblock.slots_per_segment
 
     def segment_of(self, slot: SlotId) -> int:
         """Which segment a slot lies in."""
@@ -199,26 +222,81 @@ class Segments:
         return not np.isin(segments, lost).any() and bool((numbers < real[segments]).all())
 
     def grow(self, *, full: bool = False) -> int:
-        """Create and preallocate one more segment; `full` where blocks are encoded otherwise.
+        """Create and preallocate one more segment, behind all others.
+
+        `full` is one with full slots where blocks are encoded otherwise.
 
         Returns:
             The number of new slots at the end; 0 when the budget or the disk has no room.
         """
-        size_bytes = self._superblock.segment_bytes
         with self._grow_lock:
             number = self.num_segments
-            if number >= MAX_SEGMENTS or not self._budget.reserve(size_bytes):
-                return 0
-            is_compact = self._superblock.has_compact_slots and not full
-            path = segment_path(self._folder, number, is_compact=is_compact)
-            file = self._create(path)
+            path = self._path(number, full=full)
+            file = self._make(path) if number < MAX_SEGMENTS else None
             if file is None:
-                self._full_at_free_bytes = _free_bytes(self._folder)
-                self._budget.release(size_bytes)
                 return 0
-            self._full_at_free_bytes = -1
             self._append(file, path)
             return self.num_real_slots(number)
+
+    def bring_back(self, *, full: bool = False) -> int:
+        """Create and preallocate the first segment of a class that has left, empty.
+
+        Returns:
+            Its number; -1 when none has left, or the budget or the disk has no room.
+        """
+        with self._grow_lock:
+            left = [number for number in self._left if self._full[number] == full]
+            number = min(left, default=-1)
+            file = self._make(self._path(number, full=full)) if number >= 0 else None
+            if file is None:
+                return -1
+            self._files[number] = file
+            self._left.discard(number)
+            return number
+
+    def remove(self, segment: int) -> bool:
+        """Take a segment off the disk and give its bytes back to the budget.
+
+        The caller guarantees that no record names a slot of it, durably, and that nothing reads or
+        writes it. A crash in between shows the file, empty, or no file.
+
+        Returns:
+            Whether it is gone; False when it is retired, has left, or cannot be deleted.
+        """
+        with self._sync_locks[segment]:
+            file = self._files[segment]
+            if file is None or segment in self._retired:
+                return False
+            # whoever else has the file open must not keep its disk space, nor find blocks in it
+            with contextlib.suppress(OSError):  # not every file system can
+                self._io.punch_hole(file, 0, self._superblock.segment_bytes)
+            try:
+                self._path(segment, full=self._full[segment]).unlink()
+            except OSError as error:
+                log.warning("segment %04d cannot be deleted: %s", segment, error)
+                return False
+            self._files[segment] = None
+            self._left.add(segment)
+            self._close_file(file)
+        try:
+            self._io.sync_folder(self._folder)
+        except OSError as error:
+            log.warning("segment %04d may be back, empty, after a crash: %s", segment, error)
+        self._budget.release(self._superblock.segment_bytes)
+        return True
+
+    def _make(self, path: Path) -> FileHandle | None:
+        """A new file within the budget; None when there is no room."""
+        size_bytes = self._superblock.segment_bytes
+        if not self._budget.reserve(size_bytes):
+            return None
+        file = self._create(path)
+        if file is None:
+            self._full_at_free_bytes = _free_bytes(self._folder)
+            self._budget.release(size_bytes)
+            return None
+        self._full_at_free_bytes = -1
+        return file
 
     def sync(self, segments: Iterable[int]) -> set[int]:
         """Make writes to `segments` durable; one that fails is retired, not tried again.
@@ -249,31 +327,31 @@ class Segments:
         """Close the files. Idempotent."""
         for number, file in enumerate(self._files):
             if file is not None:
-                with contextlib.suppress(OSError):  # nothing is buffered: all was synced
-                    self._io.close_file(file)
+                self._close_file(file)
             self._files[number] = None
 
+    def _close_file(self, file: FileHandle) -> None:
+        with contextlib.suppress(OSError):  # nothing is buffered: all was synced
+            self._io.close_file(file)
+
     def _append(self, file: FileHandle | None, path: Path) -> None:
-        if file is None:
+        if file is None and len(self._files) not in self._left:
             self._retired.add(len(self._files))
         is_compact = path == segment_path(self._folder, len(self._full), is_compact=True)
         self._full.append(self._superblock.has_compact_slots and not is_compact)
         self._files.append(file)
         self._sync_locks.append(threading.Lock())
 
-    def _path(self, number: int) -> Path:
-        is_compact = self._superblock.has_compact_slots
+    def _path(self, number: int, *, full: bool = False) -> Path:
+        is_compact = self._superblock.has_compact_slots and not full
         return segment_path(self._folder, number, is_compact=is_compact)
 
     def _open_existing(self, path: Path) -> FileHandle | None:
-        create = not self._read_only and not path.exists()
         try:
-            file = self._io.open(path, create=create, writable=not self._read_only)
+            file = self._io.open(path, create=False, writable=not self._read_only)
         except OSError as error:
             log.warning("segment %s cannot be opened, its blocks are missing: %s", path, error)
             return None
-        if create:
-            self._budget.count_existing(self._superblock.segment_bytes)
         try:
             if not self._read_only and self._io.size(file) < self._superblock.segment_bytes:
                 log.warning("segment %s is too short: completing it", path)

@@ -5,6 +5,8 @@
                           v  | free             v
                         FREE            QUARANTINED (until `fsck --repair`)
 
+    FREE --withdrawn--> ABSENT --restored--> FREE       while its segment leaves, and has left
+
 Every change is a compare-and-set under one short lock, so that of two threads that want the same
 slot one wins and the other is told.
 """
@@ -39,7 +41,9 @@ class SlotState(enum.IntEnum):
     QUARANTINED = 3
     """Its bytes or its device failed; not read and not handed out."""
     ABSENT = 4
-    """A number without a place: behind the last slot of a segment with larger slots."""
+    """Its segment leaves or has left the disk; not handed out until there is one again."""
+    NO_PLACE = 5
+    """A number behind the last slot of a segment with larger slots: it stands for nothing."""
 
 
 _STATES = tuple(SlotState)
@@ -133,6 +137,11 @@ class SlotTable:
         """Take slots out of use, whatever state they are in."""
         for state in (SlotState.FREE, SlotState.ALLOCATED, SlotState.USED):
             self.change(slots, state, SlotState.QUARANTINED)
+
+    def count_in(self, slots: range, state: SlotState) -> int:
+        """How many of a run of slots are in `state`."""
+        with self._lock:
+            return int(np.count_nonzero(self._states[slots.start : slots.stop] == state))
 
     def state(self, slot: SlotId) -> SlotState:
         """The slot's state; QUARANTINED for a number that does not exist."""

@@ -16,11 +16,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NewType, Protocol
+from typing import TYPE_CHECKING, NewType, Protocol
 
 from ucm.api import SlabChecksums
 from ucm.layout import KvLayout
 from ucm.types import BlockKey, TierKind
+
+if TYPE_CHECKING:
+    from .shrink import Shrinker
 
 SlotId = NewType("SlotId", int)
 """Index of a slot in one namespace's tier, 0-based and dense."""
@@ -153,6 +156,10 @@ class Tier(Protocol):
 
     def usage(self) -> TierUsage:
         """How full it is."""
+
+    @property
+    def shrinker(self) -> Shrinker | None:
+        """What gives disk space back; None where there is none to give."""
 
     def check_integrity(self) -> list[str]:
         """Every violated invariant, in words; empty when sound. Cheap: reads no block data."""

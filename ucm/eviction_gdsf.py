@@ -8,11 +8,14 @@ with the position in the prompt (`CostModel`); every block of a tier has the sam
 ages what is not used: GreedyDual-Size-Frequency (Cherkasova, "Improving WWW proxies performance
 with Greedy-Dual-Size-Frequency caching policy", HP Labs 1998), over a tree of blocks.
 
-Why the root. A block with twice the value should not stay twice as long: the chance that it is used
-again falls with its age. If ages at reuse have a Pareto tail of density a^-(1+s), a block is worth
-its place while value * a^-(1+s) is above a common price, that is up to an age of value^(1/(1+s));
-chat traces have s of 1 to 2. Without the root, long prompts that nobody comes back to crowd out
-recent short ones, and with ample room the policy loses to LRU.
+Why the root. A block with twice the value should not stay twice as long: the chance that it is
+used again falls with its age. If ages at reuse have a Pareto tail of density a^-(1+s), a block is
+worth its place while value * a^-(1+s) is above a common price, that is up to an age of
+value^(1/(1+s)); chat traces have s of 1 to 2. Without the root, long prompts that nobody comes back
+to crowd out recent short ones, and with ample room the policy loses to LRU.
+
+f counts up to four, about as many as S3-FIFO does: a conversation of fifty turns is no likelier to
+have a next one than one of ten, but its beginning would stay long after its end.
 
 Over the tree, H(parent) >= H(child): a parent is no candidate while a child is in the tier, and
 when the last one goes, its H is raised to the clock, which is that child's.
@@ -28,6 +31,8 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 from .eviction import CandidateHeap, RowView
+
+_MAX_USES = 4.0
 
 _SCALE = 1 << 20
 """Ranks are whole numbers: millionths of the value of a prompt's first block."""
@@ -123,5 +128,5 @@ class TreeGdsfPolicy:
 
     def _rank(self, row: int, view: RowView) -> int:
         value = self._cost.value(view.depth(row))
-        priority = math.sqrt(view.hits(row) * value)
+        priority = math.sqrt(min(view.hits(row), _MAX_USES) * value)
         return int((self._clock_at_use[row] + priority) * _SCALE)

@@ -150,6 +150,8 @@ class Manager:
                 found.num_sessions += 1
 
         found = self._state.namespaces.open(spec, use)
+        if self._write_behind is not None:
+            self._write_behind.trim(found)
         return NamespaceHandle(found.id, found.layout)
 
     def arena(self, session: SessionId, namespace: NamespaceId) -> Arena:
@@ -332,6 +334,7 @@ class Manager:
             word = "closed" if state.closed else "draining" if state.draining else "serving"
             problems = [each.problem for each in namespaces if each.problem]
             problems += [each.memory_shortage for each in state.namespaces if each.memory_shortage]
+            problems += [each.nvme_shortage for each in state.namespaces if each.nvme_shortage]
             problems += [
                 f"{tier.kind}: stores stop, loads go on: {tier.reason}"
                 for tier in tiers

@@ -57,6 +57,9 @@ METRICS: Final[tuple[MetricSpec, ...]] = (
     MetricSpec(
         "ucm_evicted_blocks_total", "counter", "blocks", ("tier",), "Blocks evicted for room."
     ),
+    MetricSpec(
+        "ucm_released_segments_total", "counter", "segments", (), "Segments that were given back."
+    ),
     MetricSpec("ucm_io_bytes_total", "counter", "bytes", ("tier", "op"), "Block bytes moved."),
     MetricSpec(
         "ucm_io_duration_seconds", "histogram", "seconds", ("tier", "op"), "Time of one batch."

@@ -79,6 +79,10 @@ class Namespace:
     tenant: str = ""
     memory_shortage: str = ""
     """Why it gets less memory than its part, for an operator; empty when it has what it asks."""
+    nvme_shortage: str = ""
+    """As for memory, of NVMe."""
+    shrink_retry_us: int = 0
+    """When it may be asked for a segment again."""
     problem: str = ""
     """What is wrong with its NVMe tier, for an operator; empty when all is well."""
     full_at_slots: int = -1

@@ -26,6 +26,7 @@ from .eviction import Watermarks
 from .manager_state import US_PER_S, ManagerState
 from .namespaces import Namespace
 from .placement import Victim, evict, plan_commit, plan_flush
+from .shrink import Shrinking
 from .transfer import CommitLimits, GroupCommit, TransferPool
 from .types import BlockKey, TierKind
 
@@ -84,6 +85,7 @@ class WriteBehind:
         self.num_rejected = 0
         """Times that a block was stored or loaded and not admitted."""
         self.health = DiskHealth()
+        self._shrinking = Shrinking(state, self._delete)
         limits = CommitLimits(
             max_items=config.commit_blocks,
             max_queued_bytes=config.write_queue_bytes,
@@ -180,6 +182,17 @@ class WriteBehind:
                 num_left += found.index.is_unqueued(row)
         return num_left
 
+    def trim(self, found: Namespace) -> None:
+        """Begin to give segments back if the namespace has too many; returns at once."""
+        if not self._shrinking.wants_more(found):
+            return
+        with self._state.lock:
+            try:
+                self._commits.offer((found, NO_ROW), 0)
+            except (CapacityError, TierUnavailableError):
+                return  # the next commit does it, or the store is closing
+            found.num_writing += 1
+
     def close(self, *, timeout_s: float) -> bool:
         """Write what is queued and end; False on time-out."""
         return self._commits.close(timeout_s=timeout_s)
@@ -193,9 +206,12 @@ class WriteBehind:
         for found, rows in by_namespace.values():
             self._commit_namespace(found, rows)
 
-    def _commit_namespace(self, found: Namespace, rows: list[int]) -> None:
+    def _commit_namespace(self, found: Namespace, queued: list[int]) -> None:
+        rows = [row for row in queued if row != NO_ROW]  # NO_ROW only wants segments given back
         nvme = found.nvme
         assert nvme is not None, "only namespaces with NVMe queue writes"
+        if self.health.writable:
+            self._make_room(found, rows)
         with self._state.lock:
             writable, victims = self._plan_locked(found, rows)
         undeleted = {victim.key for victim in self._delete(found, victims)}
@@ -222,8 +238,21 @@ class WriteBehind:
         written = {item.slot for item, is_good in zip(items, good, strict=True) if is_good}
         nvme.free([slot for slot in slots if slot not in written])
         self._delete(found, orphans)
+        self.trim(found)
         with self._state.lock:
-            found.num_writing -= len(rows)  # last: from now on the tier may be closed
+            found.num_writing -= len(queued)  # last: from now on the tier may be closed
+
+    def _make_room(self, found: Namespace, rows: list[int]) -> None:
+        """Give or get a segment where that is due; the blocks' parents stay meanwhile."""
+        with self._state.lock:
+            parents = [found.index.parent(row) for row in rows]
+            parents = [parent for parent in parents if parent != NO_ROW]
+            for parent in parents:
+                found.index.pin(parent)
+        self._shrinking.make_room(found, len(rows))
+        with self._state.lock:
+            for parent in parents:
+                found.index.unpin(parent)
 
     def _plan_locked(self, found: Namespace, rows: list[int]) -> tuple[list[int], list[Victim]]:
         """Rows to write, in order, and copies to delete before."""

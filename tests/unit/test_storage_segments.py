@@ -125,7 +125,9 @@ def test_a_full_disk_leaves_no_file_and_gives_the_budget_back(
     segments.close()
 
 
-def test_short_and_missing_files_are_completed(folder: Path, io: PosixFileIo) -> None:
+def test_short_files_are_completed_and_missing_ones_have_left(
+    folder: Path, io: PosixFileIo
+) -> None:
     segments = Segments(folder, SUPERBLOCK, io, budget_of(3))
     assert [segments.grow() for _ in range(3)] == [3, 3, 3]
     segments.close()
@@ -133,13 +135,43 @@ def test_short_and_missing_files_are_completed(folder: Path, io: PosixFileIo) ->
     os.truncate(folder / "0002.seg", 100)
     (folder / "notes.txt").touch()
     read_only = Segments(folder, SUPERBLOCK, io, budget_of(0), read_only=True)
-    assert read_only.retired == {1}
+    assert not read_only.retired
+    assert read_only.left == {1}
     assert os.stat(folder / "0002.seg").st_size == 100
     read_only.close()
     segments = Segments(folder, SUPERBLOCK, io, budget_of(0))
-    assert (segments.num_slots, segments.retired) == (9, frozenset())
+    assert (segments.num_slots, len(segments.retired), set(segments.left)) == (9, 0, {1})
+    assert segments.file_bytes == 2 * SUPERBLOCK.segment_bytes
+    assert segments.locate(SlotId(3)) is None
+    assert segments.bring_back() == -1, "no budget"
+    segments.close()
+    segments = Segments(folder, SUPERBLOCK, io, budget_of(2))
+    assert (segments.growable_slots(), segments.bring_back(), segments.bring_back()) == (6, 1, -1)
+    assert segments.locate(SlotId(3)) is not None
     sizes = {os.stat(folder / f"{n:04d}.seg").st_size for n in range(3)}
     assert sizes == {SUPERBLOCK.segment_bytes}
+    segments.close()
+
+
+def test_a_removed_segment_costs_no_disk_space_and_its_number_comes_back(
+    folder: Path, io: PosixFileIo
+) -> None:
+    budget = budget_of(2)
+    segments = Segments(folder, SUPERBLOCK, io, budget)
+    assert (segments.grow(), segments.grow(), segments.grow()) == (3, 3, 0)
+    reader = os.open(folder / "0000.seg", os.O_RDONLY)  # somebody else still has it open
+    assert os.fstat(reader).st_blocks * 512 >= SUPERBLOCK.segment_bytes
+    assert segments.remove(0)
+    assert os.fstat(reader).st_blocks == 0
+    assert os.pread(reader, 4, 0) == bytes(4)
+    os.close(reader)
+    assert segment_numbers(folder) == [1]
+    assert budget.remaining_bytes == SUPERBLOCK.segment_bytes
+    assert not segments.remove(0)
+    assert segments.bring_back() == 0
+    assert (segments.bring_back(), segments.grow(), segments.left) == (-1, 0, frozenset())
+    segments.retire(1)
+    assert not segments.remove(1)
     segments.close()
 
 

@@ -51,6 +51,7 @@ LAYERS = {
     "ucm.loads": 3,
     "ucm.stores": 3,
     "ucm.pins": 3,
+    "ucm.shrink": 3,
     "ucm.staging": 3,
     "ucm.write_behind": 3,
     "ucm.transfer": 3,

@@ -65,7 +65,7 @@ def _line(finding: FsckFinding) -> str:
     place = " ".join(
         f"{name} {value}"
         for name, value in (
-            ("namespace", finding.namespace),
+            ("namespace", finding.namespace or None),
             ("segment", finding.segment),
             ("slot", finding.slot),
             ("block", finding.key or None),
@@ -73,4 +73,4 @@ def _line(finding: FsckFinding) -> str:
         if value is not None
     )
     fixed = " [fixed]" if finding.fixed else ""
-    return f"{finding.kind.value}: {place}: {finding.what}{fixed}"
+    return ": ".join(filter(None, (finding.kind.value, place, finding.what))) + fixed

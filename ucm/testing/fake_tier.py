@@ -176,6 +176,11 @@ class FakeTier:
             dead = len(self._quarantined)
             return TierUsage(used, self._num_slots - used - dead, dead, self._layout.block_bytes)
 
+    @property
+    def shrinker(self) -> None:
+        """See `Tier.shrinker`."""
+        return
+
     def flip_bit(self, key: BlockKey) -> None:
         """Damage the stored bytes of a block."""
         block = next(block for block in self.blocks.values() if block.key == key)
