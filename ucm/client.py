@@ -52,7 +52,6 @@ from .protos import cache_pb2_grpc as pb_grpc
 from .sockets import check_path_length, door_path, grpc_target
 from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus
 from .wire import (
-    ERROR_METADATA,
     LOAD_STATUS_FROM_WIRE,
     STORE_STATUS_FROM_WIRE,
     TIER_FROM_WIRE,
@@ -60,7 +59,7 @@ from .wire import (
     Word,
     checksums_from_wire,
     checksums_to_wire,
-    error_from_wire,
+    error_from_metadata,
     keys_to_wire,
     words_from_wire,
 )
@@ -208,7 +207,11 @@ class RemoteCache:
     def complete_store(
         self, lease_id: LeaseId, checksums: Mapping[BlockKey, SlabChecksums]
     ) -> tuple[StoreStatus, ...]:
-        """See `CacheApi.complete_store`."""
+        """See `CacheApi.complete_store`. Refused for want of capacity, it is tried again in time.
+
+        Raises:
+            CapacityError: the daemon copied others' stores all the time; the lease stays.
+        """
         if len({len(block) for block in checksums.values()}) > 1:
             raise InvalidArgumentError("the blocks of one lease have as many checksums each")
         request = pb.CompleteStoreRequest(
@@ -216,7 +219,16 @@ class RemoteCache:
             keys=keys_to_wire(list(checksums)),
             checksums=checksums_to_wire(checksums.values()),
         )
-        reply = self._call(self._stub.CompleteStore, request)
+        deadline_s = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                reply = self._call(self._stub.CompleteStore, request)
+                break
+            except CapacityError as error:
+                # The lease stays, and its bytes are in place: too good to drop for a short wait.
+                if time.monotonic() + error.retry_after_s >= deadline_s:
+                    raise
+                time.sleep(error.retry_after_s)
         return _words(reply.statuses, STORE_STATUS_FROM_WIRE)
 
     def release(self, lease_id: LeaseId) -> None:
@@ -295,10 +307,9 @@ def _daemon_timeout_s(timeout_s: float) -> float:
 def _translated(error: grpc.RpcError) -> UcmError:
     assert isinstance(error, grpc.Call)
     details = error.details() or "no details"
-    for key, value in error.trailing_metadata() or ():
-        if key == ERROR_METADATA:
-            name = value if isinstance(value, str) else value.decode("ascii", "replace")
-            return error_from_wire(name, details)
+    ours = error_from_metadata(error.trailing_metadata() or (), details)
+    if ours is not None:
+        return ours
     kind = _ERROR_BY_CODE.get(error.code(), UcmError)
     return kind(f"the daemon's call failed ({error.code().name}): {details}")
 

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -114,9 +114,8 @@ class Daemon:
         self.door = Door(door_path(path), self.manager, self.tokens, service)
         stack.callback(self.door.stop)
         self._engine = self._server(stack, service.rpc_threads, ENGINE_POLICIES)
-        pb_grpc.add_CacheServicer_to_server(
-            CacheService(self.manager, self.tokens, self.config), self._engine
-        )
+        self.engine_service = CacheService(self.manager, self.tokens, self.config)
+        pb_grpc.add_CacheServicer_to_server(self.engine_service, self._engine)
         _bind(self._engine, path, SOCKET_MODE)
         self._admin = self._server(stack, _ADMIN_THREADS, ADMIN_POLICIES)
         pb_grpc.add_AdminServicer_to_server(
@@ -144,7 +143,7 @@ class Daemon:
         reflection.enable_server_reflection(
             [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
         )
-        stack.callback(_stop_server, server, pool)
+        stack.callback(_stop_server, server, pool, self.manager.interrupt)
         return server
 
     def _serve_metrics(self, stack: contextlib.ExitStack) -> None:
@@ -229,6 +228,9 @@ def _bind(server: grpc.Server, path: Path, mode: int) -> None:
         raise ConfigError(f"cannot listen at {path}: {error}") from error
 
 
-def _stop_server(server: grpc.Server, pool: ThreadPoolExecutor) -> None:
+def _stop_server(
+    server: grpc.Server, pool: ThreadPoolExecutor, interrupt: Callable[[], None]
+) -> None:
+    interrupt()  # whoever waits for the disk is answered now, with what there is
     server.stop(_RPC_GRACE_S).wait()
     pool.shutdown(wait=True)

@@ -25,7 +25,7 @@ from .hashing import NamespaceSpec
 from .layout import KvLayout
 from .metrics import Metrics
 from .placement import Victim, evict
-from .types import BlockKey, LoadStatus, NamespaceId, TierKind
+from .types import BlockKey, LoadStatus, NamespaceId, SessionId, TierKind
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ class Promotion:
     key: BlockKey
     source: SlotId
     target: SlotId
+    session: SessionId
+    """Who asked first; its credit pays for the read."""
     waits: list[LoadWait] = field(default_factory=list)
 
 

@@ -47,6 +47,7 @@ LAYERS = {
     "ucm.namespaces": 3,
     "ucm.grants": 3,
     "ucm.loads": 3,
+    "ucm.credits": 3,
     "ucm.stores": 3,
     "ucm.staging": 3,
     "ucm.write_behind": 3,
