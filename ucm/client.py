@@ -6,6 +6,8 @@ stay mapped as long as somebody holds one, also after `close`.
 
 Invariants
     * Every call has a deadline; a call with `timeout_s` returns within it (but see `MIN_RPC_S`).
+    * A refused call raises `CapacityError` with `retry_after_s`; only calls that give something
+      back are made again here.
     * Once the door is closed, by either side, every call raises `TierUnavailableError` at once.
       Connecting again is the caller's business: it starts a new session with no leases.
     * No thread of Python's is started here. A process that forks keeps the session in the parent;
@@ -188,7 +190,7 @@ class RemoteCache:
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""
         request = pb.CompleteLoadRequest(lease_id=lease_id, corrupt=keys_to_wire(corrupt))
-        self._call(self._stub.CompleteLoad, request)
+        self._call_patiently(self._stub.CompleteLoad, request)
 
     def prepare_store(
         self, namespace: NamespaceId, parent: BlockKey, keys: Sequence[BlockKey]
@@ -219,21 +221,12 @@ class RemoteCache:
             keys=keys_to_wire(list(checksums)),
             checksums=checksums_to_wire(checksums.values()),
         )
-        deadline_s = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                reply = self._call(self._stub.CompleteStore, request)
-                break
-            except CapacityError as error:
-                # The lease stays, and its bytes are in place: too good to drop for a short wait.
-                if time.monotonic() + error.retry_after_s >= deadline_s:
-                    raise
-                time.sleep(error.retry_after_s)
+        reply = self._call_patiently(self._stub.CompleteStore, request)
         return _words(reply.statuses, STORE_STATUS_FROM_WIRE)
 
     def release(self, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""
-        self._call(self._stub.Release, pb.ReleaseRequest(lease_ids=[lease_id]))
+        self._call_patiently(self._stub.Release, pb.ReleaseRequest(lease_ids=[lease_id]))
 
     def flush(self, *, timeout_s: float) -> bool:
         """See `CacheApi.flush`."""
@@ -276,6 +269,22 @@ class RemoteCache:
         except ValueError as error:
             # What grpc raises when the channel was closed by another thread.
             raise TierUnavailableError("the session has ended; connect again") from error
+
+    def _call_patiently(self, method: Callable[..., Any], request: object) -> Any:
+        """A call that gives something back: refused, it is made again until its deadline.
+
+        A lease that nobody ends keeps its memory for half a minute, and a store that was staged is
+        too good to drop for a short wait.
+        """
+        deadline_s = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                left_s = deadline_s - time.monotonic()
+                return self._call(method, request, timeout_s=left_s)
+            except CapacityError as error:
+                if time.monotonic() + error.retry_after_s >= deadline_s:
+                    raise
+                time.sleep(error.retry_after_s)
 
     def _abandon_in_child(self) -> None:
         # A copy of the door's descriptor would keep the session alive after the parent's death.

@@ -10,6 +10,8 @@ Who gets what, of the `service.rpc_threads` that answer calls (`ThreadShares`):
     quarter   stores that copy into the arena
     the rest  answers at once: lookups, loads from memory, what gives something back
 
+Loads have priority over stores: `Pacer` leaves stores a share of the time while loads go on.
+
 Thread-safe; never blocks.
 """
 
@@ -96,3 +98,46 @@ class Credit:
             yield
         finally:
             self.give_back(owner)
+
+
+class Pacer:
+    """Lets work through for a share of the time while something more urgent goes on.
+
+    Decides by the times it is given, in seconds of one clock. Thread-safe.
+    """
+
+    def __init__(self, share: float, quiet_s: float) -> None:
+        """Nothing urgent goes on yet.
+
+        Args:
+            share: of the time, above 0, that the work may take while it is not quiet.
+            quiet_s: nothing urgent for so long means that the work may take all of it.
+        """
+        self._rest = 1.0 / share - 1.0
+        self._quiet_s = quiet_s
+        self._lock = threading.Lock()
+        self._urgent_at_s = float("-inf")
+        self._next_at_s = float("-inf")
+
+    def note_urgent(self, now_s: float) -> None:
+        """Something urgent begins or ends."""
+        with self._lock:
+            self._urgent_at_s = now_s
+
+    def check(self, now_s: float) -> None:
+        """Pass when the work may begin now.
+
+        Raises:
+            CapacityError: it rests, with the time until it may.
+        """
+        with self._lock:
+            left_s = self._next_at_s - now_s
+            if left_s > 0 and now_s - self._urgent_at_s < self._quiet_s:
+                raise CapacityError(
+                    "loads go first; the lease stays, complete it again", retry_after_s=left_s
+                )
+
+    def note_done(self, started_s: float, now_s: float) -> None:
+        """A piece of the work has ended: it rests in proportion."""
+        with self._lock:
+            self._next_at_s = max(self._next_at_s, now_s) + (now_s - started_s) * self._rest

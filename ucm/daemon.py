@@ -52,7 +52,9 @@ _TICK_S: Final = 0.25
 _POLL_S: Final = 0.02
 _FLUSH_SLICE_S: Final = 0.25
 _RPC_GRACE_S: Final = 0.5
-_WAITING_RPCS_A_THREAD: Final = 16
+_RPCS_A_THREAD: Final = 4
+"""Calls in service or waiting for a thread: a longer queue only makes every answer late. One more
+is refused by gRPC itself."""
 _ADMIN_THREADS: Final = 4
 _METRICS_HOST: Final = "127.0.0.1"
 
@@ -136,7 +138,7 @@ class Daemon:
                 ("grpc.max_send_message_length", limit),
                 ("grpc.so_reuseport", 0),
             ],
-            maximum_concurrent_rpcs=threads * _WAITING_RPCS_A_THREAD,
+            maximum_concurrent_rpcs=threads * _RPCS_A_THREAD,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]

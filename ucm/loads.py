@@ -48,7 +48,7 @@ class LoadPath:
         self._interrupted = False
         self._waits: dict[LoadWait, SessionId] = {}
         self._places = Credit(
-            ThreadShares.of(service.rpc_threads).waiting,
+            min(service.max_waiting_loads, ThreadShares.of(service.rpc_threads).waiting),
             "{limit} loads wait for the disk, as many as may; come again or compute",
             retry_after_s=WAIT_RETRY_S,
         )

@@ -25,7 +25,7 @@ import grpc
 
 from . import __version__
 from .config import Config
-from .credits import Credit, ThreadShares
+from .credits import Credit, Pacer, ThreadShares
 from .door import SessionTokens
 from .errors import CapacityError, InvalidArgumentError, PermissionDeniedError, UcmError
 from .grants import ManagerStatus, NamespaceStatus, TierStatus
@@ -59,6 +59,16 @@ MAX_RELEASES_PER_CALL: Final = 1024
 
 CALL_RETRY_S: Final = 0.05
 """Hint to a session that has all its calls in service: about what one of them takes."""
+
+LOAD_RETRY_S: Final = 0.25
+"""Hint to a load when as many are in service as may: some tens of loads later."""
+
+STORE_SHARE: Final = 0.1
+"""Of the time, for the copies of stores while loads go on: behind a copy come as long a write to
+disk and its commit, and loads may lose a quarter of their speed to all of it."""
+
+LOADS_QUIET_S: Final = 0.1
+"""No load for so long: stores may take all the time there is."""
 
 COPY_RETRY_S: Final = 0.01
 """Hint to a store that found all copying places taken: a batch of 64 MiB takes about as long."""
@@ -198,6 +208,12 @@ class CacheService(pb_grpc.CacheServicer):
             "service.max_calls_per_session; wait for one of them",
             retry_after_s=CALL_RETRY_S,
         )
+        self._loads = Credit(
+            min(2 * config.service.max_waiting_loads, config.service.rpc_threads),
+            "{limit} loads are in service, as many as may; come again or compute",
+            retry_after_s=LOAD_RETRY_S,
+        )
+        self._pacer = Pacer(STORE_SHARE, LOADS_QUIET_S)
         self._copies = Credit(
             self._shares.copying,
             "{limit} stores are being copied, as many as may; the lease stays, complete it again",
@@ -211,6 +227,25 @@ class CacheService(pb_grpc.CacheServicer):
             session = self._tokens.session_of(_token(context.invocation_metadata()))
             with self._calls.taken(session):
                 yield session
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        self._pacer.note_urgent(time.monotonic())
+        try:
+            with self._loads.taken():
+                yield
+        finally:
+            self._pacer.note_urgent(time.monotonic())
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        started_s = time.monotonic()
+        self._pacer.check(started_s)
+        with self._copies.taken():
+            try:
+                yield
+            finally:
+                self._pacer.note_done(started_s, time.monotonic())
 
     def Lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> pb.LookupReply:
         """Longest cached prefix."""
@@ -234,12 +269,11 @@ class CacheService(pb_grpc.CacheServicer):
         """Pin blocks in the arena."""
         with self._serving(context) as session:
             keys = keys_from_wire(request.keys, limit=self._max_keys)
-            grants = self._manager.prepare_load(
-                session,
-                NamespaceId(request.namespace),
-                keys,
-                timeout_s=_checked_timeout(request.timeout_s),
-            )
+            timeout_s = _checked_timeout(request.timeout_s)
+            with self._loading():
+                grants = self._manager.prepare_load(
+                    session, NamespaceId(request.namespace), keys, timeout_s=timeout_s
+                )
             if not context.is_active():
                 # Nobody will read this answer: its caller gave up or died.
                 self._manager.release(session, grants.lease_id)
@@ -288,11 +322,13 @@ class CacheService(pb_grpc.CacheServicer):
         with self._serving(context) as session:
             keys = keys_from_wire(request.keys, limit=self._max_keys)
             checksums = checksums_from_wire(request.checksums, num_blocks=len(keys))
-            lease_id, given = (
-                lease_from_wire(request.lease_id),
-                dict(zip(keys, checksums, strict=True)),
-            )
-            with self._copies.taken():
+            lease_id = lease_from_wire(request.lease_id)
+            given = dict(zip(keys, checksums, strict=True))
+            if not context.is_active():
+                # Cancelled while it waited for a thread: nobody is to see it.
+                self._manager.release(session, lease_id)
+                return pb.CompleteStoreReply()
+            with self._copying():
                 statuses = self._manager.complete_store(session, lease_id, given)
             return pb.CompleteStoreReply(statuses=words_to_wire(statuses, STORE_STATUS_TO_WIRE))
 

@@ -22,9 +22,10 @@ from ucm.protos import cache_pb2 as pb
 from ucm.testing.blocks import TINY_LAYOUT, chain, content, get, loaded, put, tiny_spec
 from ucm.testing.daemon import running_daemon, short_folder, small_config
 from ucm.testing.fake_tier import FakeDisk
+from ucm.testing.partial_conformance import fill
 from ucm.testing.stores import FakeStore, small_store_config, wait_until
-from ucm.types import BlockKey, LoadStatus, StoreStatus
-from ucm.wire import RETRY_AFTER_METADATA
+from ucm.types import ROOT_KEY, BlockKey, LoadStatus, StoreStatus
+from ucm.wire import RETRY_AFTER_METADATA, checksums_to_wire, keys_to_wire
 
 READY, NO_SPACE = LoadStatus.READY, LoadStatus.NO_SPACE
 BLOCK_BYTES = TINY_LAYOUT.block_bytes
@@ -153,6 +154,12 @@ def prepared_disk(daemon: Daemon, num_chains: int) -> tuple[RemoteCache, list[li
     return cache, chains
 
 
+def num_copying(daemon: Daemon) -> int:
+    state = daemon.manager._state
+    with state.lock:
+        return sum(found.num_copying for found in state.namespaces)
+
+
 def test_one_client_cannot_hold_every_thread(daemon: Daemon, disk: FakeDisk) -> None:
     greedy, chains = prepared_disk(daemon, 3)
     namespace = tiny_spec().fingerprint()
@@ -231,3 +238,26 @@ def test_closing_the_daemon_does_not_wait_for_loads_that_wait(
         release.join()
         cache.close()
         assert took_s < 10
+
+
+def test_a_cancelled_store_is_whole_or_nowhere_and_leaves_nothing(daemon: Daemon) -> None:
+    with connect(daemon.config.service.socket_path, timeout_s=10) as cache:
+        handle = cache.open_namespace(tiny_spec())
+        for seed in range(20, 30):
+            keys = chain(handle.id, 4, seed)
+            lease = cache.prepare_store(handle.id, ROOT_KEY, keys)
+            sums = fill(handle, lease)
+            request = pb.CompleteStoreRequest(
+                lease_id=lease.id,
+                keys=keys_to_wire(list(sums)),
+                checksums=checksums_to_wire(sums.values()),
+            )
+            call = cache._stub.CompleteStore.future(request, metadata=cache._metadata, timeout=5)
+            threading.Event().wait((seed - 20) / 5_000)  # 0 to 2 ms: each stage has its turn
+            call.cancel()
+            cache.release(lease.id)
+            wait_until(lambda: daemon.manager.status().num_leases == 0)
+            wait_until(lambda: not num_copying(daemon))
+            num_found = cache.lookup(handle.id, keys).num_blocks
+            assert num_found in (0, 4)
+            assert get(cache, handle, keys) == [content(key) for key in keys[:num_found]]

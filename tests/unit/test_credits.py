@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ucm.credits import Credit, ThreadShares
+from ucm.credits import Credit, Pacer, ThreadShares
 from ucm.errors import CapacityError
 
 
@@ -34,3 +34,17 @@ def test_quick_calls_keep_a_thread_from_four_on(num_threads: int) -> None:
     shares = ThreadShares.of(num_threads)
     assert min(shares.waiting, shares.copying) >= 1
     assert num_threads < 4 or shares.waiting + shares.copying < num_threads
+
+
+def test_stores_rest_in_proportion_only_while_loads_go_on() -> None:
+    pacer = Pacer(share=0.1, quiet_s=1.0)
+    pacer.check(0.0)
+    pacer.note_done(0.0, 0.5)
+    pacer.check(0.6)  # no load: nothing to wait for
+    pacer.note_urgent(0.7)
+    with pytest.raises(CapacityError, match="loads go first") as caught:
+        pacer.check(1.0)
+    assert caught.value.retry_after_s == pytest.approx(4.0)
+    pacer.check(1.8)  # the load was long ago
+    pacer.note_urgent(4.9)
+    pacer.check(5.0)
