@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ucm.admission import Admission
-from ucm.block_index import NO_ROW, BlockIndex
+from ucm.block_columns import NO_ROW
+from ucm.block_index import BlockIndex
 from ucm.eviction import EvictionPolicy, LruPolicy
 from ucm.placement import evict
 from ucm.storage.tier import SlotId

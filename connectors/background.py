@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ucm.api import SlabChecksums, StoreLease
-from ucm.errors import UcmError
+from ucm.errors import CapacityError, UcmError
 from ucm.types import BlockKey, StoreStatus
 
 from .deadline import DeadlineCaller
@@ -84,7 +84,7 @@ class Background:
         """Queue a store; False, and nothing kept, when it would not fit."""
         with self._changed:
             fits = self._queued_blocks + len(job.keys) <= self._limits.max_queued_blocks
-            if self._is_closing or not fits or not self._link.is_open():
+            if self._is_closing or not fits or not self._link.takes_calls():
                 return False
             self._jobs.append(job)
             self._queued_blocks += len(job.keys)
@@ -177,6 +177,8 @@ class Background:
 
     def _store_batch(self, job: StoreJob, indexes: range) -> int:
         """Returns how many of the blocks the cache has now."""
+        if not self._link.takes_calls():
+            return 0
         keys = job.keys[indexes.start : indexes.stop]
         parent = job.keys[indexes.start - 1] if indexes.start else job.parent
         prepared = self._link.attempt(
@@ -213,6 +215,8 @@ class Background:
             lambda connection: connection.cache.complete_store(lease.id, by_key),
             self._limits.deadline_s,
         )
+        if isinstance(completed.error, CapacityError):  # refused: the lease is still ours
+            self._run_errand(lambda connection: connection.cache.release(lease.id))
         return num_present + self._count_accepted(completed.value or ())
 
     def _count_accepted(self, statuses: Sequence[StoreStatus]) -> int:

@@ -2,7 +2,9 @@
 
 Every call goes through `Link.attempt`, under a deadline. What fails is counted and fed to the
 circuit breaker; nothing is raised. Connecting happens in `Link.probe`, on the background thread
-only. A call that says "busy" or "too late" is an answer, not a failure of the connection.
+only. A call that says "busy" or "too late" is an answer, not a failure of the connection; after
+"busy", `takes_calls` says no for as long as the cache asked for. What gives something back is sent
+all the same.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ class Link:
         self._num_connections = 0
         self._suspect = False
         self._changed = threading.Condition()
+        self._clock = clock
+        self._busy_until_us = 0
         self.breaker = CircuitBreaker(options.breaker, clock)
         self.last_error: BaseException | None = None
         self.on_trouble: Callable[[], None] = lambda: None
@@ -70,6 +74,10 @@ class Link:
     def is_open(self) -> bool:
         """Whether a call would be made now."""
         return self._connection is not None and self.breaker.allows()
+
+    def takes_calls(self) -> bool:
+        """Whether an ordinary call should be made: open, and not asked to come again later."""
+        return self.is_open() and self._clock.now_us() >= self._busy_until_us
 
     def attempt(
         self,
@@ -100,6 +108,8 @@ class Link:
         if isinstance(error, ANSWERS_OF_A_LIVING_CACHE) and not outcome.timed_out:
             log.debug("cache call refused: %s", error)
             self._suspect = False
+            if isinstance(error, CapacityError):
+                self._busy_until_us = self._clock.now_us() + round(error.retry_after_s * 1e6)
             return
         self._suspect = True
         if self.breaker.record_failure(timed_out=outcome.timed_out):

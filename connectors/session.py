@@ -160,7 +160,7 @@ class CacheSession:
             token_ids: all prompt tokens.
             num_local_blocks: what the engine holds already.
         """
-        if not self._link.is_open():
+        if not self._link.takes_calls():
             return num_local_blocks
         started_s = time.monotonic()
         keys = self._chains.prompt_keys(token_ids)[num_local_blocks:]
@@ -196,7 +196,7 @@ class CacheSession:
             been written to and hold nothing of value.
         """
         keys = self._chains.request_keys(request_id, token_ids)[blocks.start : blocks.stop]
-        if not keys or not self._link.is_open():
+        if not keys or not self._link.takes_calls():
             return 0
         spent_s = self._match_spent_s.pop(keys[0], 0.0)
         with self._timed(spent_s):

@@ -18,7 +18,7 @@ from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
 from .sockets import admin_path, check_path_length, grpc_target
 from .types import NamespaceId, TierKind
-from .wire import ERROR_METADATA, TIER_FROM_WIRE, error_from_wire
+from .wire import TIER_FROM_WIRE, error_from_metadata
 
 _GRACE_S: Final = 1.0
 
@@ -97,9 +97,9 @@ class AdminClient:
     def _translated(self, error: grpc.RpcError) -> UcmError:
         assert isinstance(error, grpc.Call)
         details = error.details() or "no details"
-        for key, value in error.trailing_metadata() or ():
-            if key == ERROR_METADATA:
-                return error_from_wire(str(value), details)
+        ours = error_from_metadata(error.trailing_metadata() or (), details)
+        if ours is not None:
+            return ours
         if "Permission denied" in details:
             return PermissionDeniedError(
                 f"{self._path} belongs to another user; ask as the daemon's user"

@@ -31,46 +31,30 @@ import numpy as np
 from ucm.storage.entry_table import EntryTable
 from ucm.storage.tier import SlotId, TierEntry
 
+from .block_columns import (
+    FASTEST_FIRST,
+    IN_FLIGHT,
+    LOST,
+    NO_ROW,
+    NO_SLOT,
+    POSITION,
+    UNQUEUED,
+    WRITING,
+    Columns,
+    column,
+    depths_of,
+    find_problems,
+)
 from .eviction import EvictionPolicy, LruPolicy
+from .tier_view import TierView
 from .types import ROOT_KEY, BlockKey, TierKind
 
 HIT_HALF_LIFE_US = 600 * 1_000_000
 """A use counts half after ten minutes: four fifths of the reuse in public chat traces comes sooner
 (Wang et al., "KVCache cache in the wild", arXiv 2506.02634)."""
 
-NO_ROW = -1
-NO_SLOT = SlotId(-1)
-
-WRITING = 1
-"""Flight: queued for, or being written to, NVMe; the memory copy must stay."""
-PROMOTING = 2
-"""Flight: being read from NVMe into memory; the NVMe copy must stay."""
-_IN_FLIGHT = WRITING | PROMOTING
-
-_FASTEST_FIRST = (TierKind.MEMORY, TierKind.NVME)
-_POSITION = {tier: position for position, tier in enumerate(_FASTEST_FIRST)}
-_LOST = (4, 8)
-"""Flag per tier: the copy was quarantined while children stayed."""
-_UNQUEUED = 16
-"""Flag: only memory has it and no write is on its way, because one was refused or failed."""
-
-
 _KEYS_A_PROBE = 1024
 """Keys that a lookup takes at once."""
-
-
-def _column(values: array[int], dtype: type[np.generic] = np.int32) -> Any:
-    """A column for numpy, without a copy. While it is held, the column cannot grow."""
-    return np.frombuffer(values, dtype)
-
-
-def _depths_of(parents: list[int]) -> list[int]:
-    """Blocks before each one in its chain; a parent stands before its children."""
-    depths = [0] * len(parents)
-    for row, parent in enumerate(parents):
-        if parent != NO_ROW:
-            depths[row] = depths[parent] + 1
-    return depths
 
 
 class BlockIndex:
@@ -83,7 +67,7 @@ class BlockIndex:
             policies: eviction order of memory and of NVMe; LRU for both when None.
         """
         self._policies = policies or (LruPolicy(), LruPolicy())
-        self._views = (_View(self, 0), _View(self, 1))
+        self._views = (TierView(self, 0), TierView(self, 1))
         self._rows: dict[BlockKey, int] = {}
         self._keys: list[BlockKey | None] = []
         self._parents = array("i")
@@ -107,7 +91,7 @@ class BlockIndex:
 
     def num_copies(self, tier: TierKind) -> int:
         """Blocks that have a copy in `tier`."""
-        return self._num_copies[_POSITION[tier]]
+        return self._num_copies[POSITION[tier]]
 
     def find(self, key: BlockKey) -> int:
         """Row of `key`, ghosts included; NO_ROW if there is none."""
@@ -130,11 +114,11 @@ class BlockIndex:
 
     def slot(self, row: int, tier: TierKind) -> SlotId:
         """Slot of the row's copy in `tier`, or NO_SLOT."""
-        return SlotId(self._slots[_POSITION[tier]][row])
+        return SlotId(self._slots[POSITION[tier]][row])
 
     def has(self, row: int, tier: TierKind) -> bool:
         """Whether the row has a copy in `tier`."""
-        return self._slots[_POSITION[tier]][row] >= 0
+        return self._slots[POSITION[tier]][row] >= 0
 
     def resident(self, row: int) -> bool:
         """Whether the row has a copy in any tier."""
@@ -148,7 +132,7 @@ class BlockIndex:
         """Number of leases that hold the row."""
         return self._pins[row]
 
-    def in_flight(self, row: int, flight: int = _IN_FLIGHT) -> bool:
+    def in_flight(self, row: int, flight: int = IN_FLIGHT) -> bool:
         """Whether a transfer of kind `flight` (WRITING, PROMOTING; any of both) holds the row."""
         return bool(self._flags[row] & flight)
 
@@ -168,11 +152,11 @@ class BlockIndex:
         """Rows marked by `mark_unqueued`. O(rows) if there is one, else at once."""
         if not self._num_unqueued:
             return []
-        return [row for row, flags in enumerate(self._flags) if flags & _UNQUEUED]
+        return [row for row, flags in enumerate(self._flags) if flags & UNQUEUED]
 
     def is_unqueued(self, row: int) -> bool:
         """Whether `mark_unqueued` marked the row and nothing changed since."""
-        return bool(self._flags[row] & _UNQUEUED)
+        return bool(self._flags[row] & UNQUEUED)
 
     def usable(self, row: int) -> bool:
         """Whether the row and all its ancestors are in some tier. O(depth)."""
@@ -218,8 +202,8 @@ class BlockIndex:
             return np.empty(0, np.int32)
         found = map(self._rows.get, keys, itertools.repeat(NO_ROW))
         rows = np.fromiter(found, np.int32, len(keys))
-        parents = _column(self._parents)[rows]
-        linked = (_column(self._slots[0])[rows] >= 0) | (_column(self._slots[1])[rows] >= 0)
+        parents = column(self._parents)[rows]
+        linked = (column(self._slots[0])[rows] >= 0) | (column(self._slots[1])[rows] >= 0)
         linked &= rows >= 0  # NO_ROW picked the last one
         linked[1:] &= parents[1:] == rows[:-1]
         linked[0] &= previous in (NO_ROW, int(parents[0]))
@@ -230,27 +214,27 @@ class BlockIndex:
         return self._tiers(np.array(rows, np.int32)) if rows else ()
 
     def _tiers(self, rows: Any) -> tuple[TierKind, ...]:
-        slower = _column(self._slots[0])[rows] < 0
+        slower = column(self._slots[0])[rows] < 0
         if not slower.any():
             return (TierKind.MEMORY,) * len(slower)
-        return tuple(map(_FASTEST_FIRST.__getitem__, slower.tolist()))
+        return tuple(map(FASTEST_FIRST.__getitem__, slower.tolist()))
 
     def lacking(self, rows: Sequence[int], tier: TierKind) -> list[int]:
         """Those of `rows` that have no copy in `tier`, in order."""
-        slots = self._slots[_POSITION[tier]]
+        slots = self._slots[POSITION[tier]]
         return [row for row in rows if slots[row] < 0]
 
     def slots(self, rows: Sequence[int], tier: TierKind) -> list[SlotId]:
         """`slot` of each row."""
-        column = self._slots[_POSITION[tier]]
+        column = self._slots[POSITION[tier]]
         return [SlotId(column[row]) for row in rows]
 
     def may_leave(self, row: int, tier: TierKind) -> bool:
         """Whether eviction may take the row's copy out of `tier` now."""
-        return self._may_leave(row, _POSITION[tier])
+        return self._may_leave(row, POSITION[tier])
 
     def _may_leave(self, row: int, position: int) -> bool:
-        if self._slots[position][row] < 0 or self._pins[row] or self._flags[row] & _IN_FLIGHT:
+        if self._slots[position][row] < 0 or self._pins[row] or self._flags[row] & IN_FLIGHT:
             return False
         if self._children[position][row]:
             return False
@@ -284,8 +268,8 @@ class BlockIndex:
         self._parents.append(parent)
         for slots in self._slots:
             slots.append(NO_SLOT)
-        for column in (*self._children, self._child_rows, self._pins, self._depths):
-            column.append(0)
+        for counters in (*self._children, self._child_rows, self._pins, self._depths):
+            counters.append(0)
         self._last_use_us.append(0)
         self._hits.append(0.0)
         self._flags.append(0)
@@ -293,10 +277,10 @@ class BlockIndex:
 
     def place(self, row: int, tier: TierKind, slot: SlotId) -> None:
         """Record that the row has a copy in `slot` of `tier`, where it had none."""
-        position = _POSITION[tier]
+        position = POSITION[tier]
         assert self._slots[position][row] < 0, row
         self._slots[position][row] = slot
-        self._flags[row] &= ~_LOST[position]
+        self._flags[row] &= ~LOST[position]
         self._num_copies[position] += 1
         if tier is TierKind.NVME:
             self.unmark_unqueued(row)
@@ -309,13 +293,13 @@ class BlockIndex:
     def evict(self, row: int, tier: TierKind) -> SlotId:
         """Forget the copy in `tier` that `may_leave`; the slot is the caller's to free."""
         assert self.may_leave(row, tier), row
-        return self._displace(row, _POSITION[tier])
+        return self._displace(row, POSITION[tier])
 
     def lose(self, row: int, tier: TierKind) -> SlotId:
         """Forget a copy that turned out bad, whoever holds it. Its slot is returned."""
-        position = _POSITION[tier]
+        position = POSITION[tier]
         if self._child_rows[row]:
-            self._flags[row] |= _LOST[position]
+            self._flags[row] |= LOST[position]
         return self._displace(row, position)
 
     def _displace(self, row: int, position: int) -> SlotId:
@@ -347,24 +331,30 @@ class BlockIndex:
         """`pin` and `touch` rows that differ from each other."""
         if rows:
             numbers = np.array(rows, np.int32)
-            _column(self._pins)[numbers] += 1
-            _column(self._last_use_us, np.int64)[numbers] = now_us
+            column(self._pins)[numbers] += 1
+            last_use_us = column(self._last_use_us, np.int64)
+            hits = column(self._hits, np.float32)
+            decay = 0.5 ** ((now_us - last_use_us[numbers]) / HIT_HALF_LIFE_US)
+            hits[numbers] = 1.0 + hits[numbers] * decay
+            last_use_us[numbers] = now_us
+            for policy, slots in zip(self._policies, self._slots, strict=True):
+                policy.touched_all(numbers[column(slots)[numbers] >= 0])
 
     def unpin_all(self, rows: Sequence[int]) -> None:
         """`unpin` rows that differ from each other."""
         if not rows:
             return
         numbers = np.array(rows, np.int32)
-        pins = _column(self._pins)
+        pins = column(self._pins)
         assert (pins[numbers] > 0).all(), rows
         pins[numbers] -= 1
         # Only leaves, which may now be evicted, and ghosts need a look at each.
         inner = np.zeros(len(numbers), bool)
         leaf = np.zeros(len(numbers), bool)
         for slots, children in zip(self._slots, self._children, strict=True):
-            has = _column(slots)[numbers] >= 0
+            has = column(slots)[numbers] >= 0
             inner |= has
-            leaf |= has & (_column(children)[numbers] == 0)
+            leaf |= has & (column(children)[numbers] == 0)
         for row in numbers[(pins[numbers] == 0) & (leaf | ~inner)].tolist():
             if self._keys[row] is not None:  # not dropped along with a child of its
                 self._settle(row)
@@ -390,12 +380,12 @@ class BlockIndex:
         """
         if self.has(row, TierKind.MEMORY) and not self.has(row, TierKind.NVME):
             self._num_unqueued += not self.is_unqueued(row)
-            self._flags[row] |= _UNQUEUED
+            self._flags[row] |= UNQUEUED
 
     def unmark_unqueued(self, row: int) -> None:
         """Undo `mark_unqueued`."""
         self._num_unqueued -= self.is_unqueued(row)
-        self._flags[row] &= ~_UNQUEUED
+        self._flags[row] &= ~UNQUEUED
 
     def touch(self, row: int, now_us: int) -> None:
         """Record a use (a store, a load or a prefetch). The clock never goes back."""
@@ -410,7 +400,7 @@ class BlockIndex:
 
     def next_victim(self, tier: TierKind) -> int:
         """Row whose copy should leave `tier` next, or NO_ROW. The caller evicts it."""
-        position = _POSITION[tier]
+        position = POSITION[tier]
         self._offer_pending(position)
         row = self._policies[position].next_victim(self._views[position])
         return NO_ROW if row is None else row
@@ -421,7 +411,7 @@ class BlockIndex:
         The order becomes the order of last use, before anything that a clock gives.
         """
         if isinstance(entries, EntryTable) and not self._keys:
-            self._load_table(entries, _POSITION[tier])
+            self._load_table(entries, POSITION[tier])
             return
         for entry in entries:
             parent = NO_ROW if entry.parent == ROOT_KEY else self._rows.get(entry.parent, NO_ROW)
@@ -447,12 +437,11 @@ class BlockIndex:
         self._child_rows.frombytes(children.tobytes())
         self._pins.frombytes(zeros)
         self._last_use_us.frombytes(bytes(8 * count))
-        self._hits.frombytes(bytes(self._hits.itemsize * count))
-        self._depths.extend(_depths_of(table.parents.tolist()))
+        self._hits.frombytes(zeros)
+        self._depths.frombytes(depths_of(table.parents).tobytes())
         self._flags.extend(bytes(count))
         self._num_copies[position] = count
-        for row in range(count):
-            self._policies[position].placed(row, self._views[position])
+        self._policies[position].filled(count, self._views[position])
         for row in np.flatnonzero(children == 0).tolist():
             self._offer(row)
 
@@ -462,7 +451,7 @@ class BlockIndex:
             if self.resident(row):
                 self._offer(row)
                 return
-            if self._pins[row] or self._flags[row] & _IN_FLIGHT or self._child_rows[row]:
+            if self._pins[row] or self._flags[row] & IN_FLIGHT or self._child_rows[row]:
                 return
             row = self._drop_row(row)
 
@@ -496,90 +485,15 @@ class BlockIndex:
 
     def check_integrity(self) -> list[str]:
         """Every violated invariant, in words. O(n): for tests, `fsck` and idle times."""
-        counted = (array("i", bytes(4 * len(self._keys))), array("i", bytes(4 * len(self._keys))))
-        child_rows = array("i", bytes(4 * len(self._keys)))
-        problems: list[str] = []
-        for key, row in self._rows.items():
-            problems += self._check_row(key, row)
-            parent = self._parents[row]
-            if parent != NO_ROW:
-                child_rows[parent] += 1
-                for position in (0, 1):
-                    counted[position][parent] += self._slots[position][row] >= 0
-        for row in self._rows.values():
-            if child_rows[row] != self._child_rows[row]:
-                problems.append(f"row {row}: {child_rows[row]} child rows, not as counted")
-            problems += [
-                f"row {row}: {counted[position][row]} children in {tier}, not as counted"
-                for position, tier in enumerate(_FASTEST_FIRST)
-                if counted[position][row] != self._children[position][row]
-            ]
-        marked = sum(bool(flags & _UNQUEUED) for flags in self._flags)
-        if marked != self._num_unqueued:
-            problems.append(f"{marked} rows unqueued, {self._num_unqueued} counted")
-        return problems + self._check_slots()
-
-    def _check_row(self, key: BlockKey, row: int) -> list[str]:
-        problems: list[str] = []
-        if self._keys[row] != key:
-            problems.append(f"row {row}: its key differs from the table's")
-        parent = self._parents[row]
-        if parent != NO_ROW and self._keys[parent] is None:
-            problems.append(f"row {row}: its parent row {parent} is gone")
-        held = self._pins[row] or self._flags[row] & _IN_FLIGHT or self._child_rows[row]
-        if not self.resident(row) and not held:
-            problems.append(f"row {row}: no copy, no lease, no child: it should be gone")
-        if self._pins[row] < 0:
-            problems.append(f"row {row}: {self._pins[row]} pins")
-        if self._slots[1][row] >= 0 and parent != NO_ROW:
-            parent_left = self._slots[1][parent] < 0 and not self._flags[parent] & _LOST[1]
-            if parent_left:
-                problems.append(f"row {row}: its parent {parent} left nvme before it")
-        return problems
-
-    def _check_slots(self) -> list[str]:
-        problems: list[str] = []
-        for position, tier in enumerate(_FASTEST_FIRST):
-            used = [self._slots[position][row] for row in self._rows.values()]
-            used = [slot for slot in used if slot >= 0]
-            if len(used) != self._num_copies[position]:
-                problems.append(f"{tier}: {len(used)} copies, {self._num_copies[position]} counted")
-            if len(used) != len(set(used)):
-                problems.append(f"{tier}: a slot is used twice")
-        return problems
-
-
-class _View:
-    """One tier of an index, as an eviction policy sees it."""
-
-    def __init__(self, index: BlockIndex, position: int) -> None:
-        self._index = index
-        self._tier = _FASTEST_FIRST[position]
-
-    def may_leave(self, row: int) -> bool:
-        """See `CandidateView.may_leave`."""
-        return self._index.may_leave(row, self._tier)
-
-    def last_use_us(self, row: int) -> int:
-        """See `CandidateView.last_use_us`."""
-        return self._index.last_use_us(row)
-
-    def key(self, row: int) -> BlockKey:
-        """See `RowView.key`."""
-        return self._index.key(row)
-
-    def has_copy(self, row: int) -> bool:
-        """See `RowView.has_copy`."""
-        return self._index.has(row, self._tier)
-
-    def parent(self, row: int) -> int:
-        """See `RowView.parent`."""
-        return self._index.parent(row)
-
-    def depth(self, row: int) -> int:
-        """See `RowView.depth`."""
-        return self._index.depth(row)
-
-    def hits(self, row: int) -> float:
-        """See `RowView.hits`."""
-        return self._index.hits(row)
+        columns = Columns(
+            rows=self._rows,
+            keys=self._keys,
+            parents=self._parents,
+            slots=self._slots,
+            children=self._children,
+            child_rows=self._child_rows,
+            pins=self._pins,
+            depths=self._depths,
+            flags=self._flags,
+        )
+        return find_problems(columns, self._num_copies, self._num_unqueued)

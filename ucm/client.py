@@ -6,6 +6,8 @@ stay mapped as long as somebody holds one, also after `close`.
 
 Invariants
     * Every call has a deadline; a call with `timeout_s` returns within it (but see `MIN_RPC_S`).
+    * A refused call raises `CapacityError` with `retry_after_s`; only calls that give something
+      back are made again here.
     * Once the door is closed, by either side, every call raises `TierUnavailableError` at once.
       Connecting again is the caller's business: it starts a new session with no leases.
     * No thread of Python's is started here. A process that forks keeps the session in the parent;
@@ -53,7 +55,6 @@ from .protos import cache_pb2_grpc as pb_grpc
 from .sockets import check_path_length, door_path, grpc_target
 from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus
 from .wire import (
-    ERROR_METADATA,
     LOAD_STATUS_FROM_WIRE,
     STORE_STATUS_FROM_WIRE,
     TIER_FROM_WIRE,
@@ -61,7 +62,7 @@ from .wire import (
     Word,
     checksums_from_wire,
     checksums_to_wire,
-    error_from_wire,
+    error_from_metadata,
     keys_to_wire,
     words_from_wire,
 )
@@ -190,7 +191,7 @@ class RemoteCache:
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""
         request = pb.CompleteLoadRequest(lease_id=lease_id, corrupt=keys_to_wire(corrupt))
-        self._call(self._stub.CompleteLoad, request)
+        self._call_patiently(self._stub.CompleteLoad, request)
 
     def prepare_store(
         self, namespace: NamespaceId, parent: BlockKey, keys: Sequence[BlockKey]
@@ -209,7 +210,11 @@ class RemoteCache:
     def complete_store(
         self, lease_id: LeaseId, checksums: Mapping[BlockKey, SlabChecksums]
     ) -> tuple[StoreStatus, ...]:
-        """See `CacheApi.complete_store`."""
+        """See `CacheApi.complete_store`. Refused for want of capacity, it is tried again in time.
+
+        Raises:
+            CapacityError: the daemon copied others' stores all the time; the lease stays.
+        """
         if len({len(block) for block in checksums.values()}) > 1:
             raise InvalidArgumentError("the blocks of one lease have as many checksums each")
         request = pb.CompleteStoreRequest(
@@ -217,7 +222,7 @@ class RemoteCache:
             keys=keys_to_wire(list(checksums)),
             checksums=checksums_to_wire(checksums.values()),
         )
-        reply = self._call(self._stub.CompleteStore, request)
+        reply = self._call_patiently(self._stub.CompleteStore, request)
         return _words(reply.statuses, STORE_STATUS_FROM_WIRE)
 
     def pin(
@@ -240,7 +245,7 @@ class RemoteCache:
 
     def release(self, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""
-        self._call(self._stub.Release, pb.ReleaseRequest(lease_ids=[lease_id]))
+        self._call_patiently(self._stub.Release, pb.ReleaseRequest(lease_ids=[lease_id]))
 
     def flush(self, *, timeout_s: float) -> bool:
         """See `CacheApi.flush`."""
@@ -284,6 +289,22 @@ class RemoteCache:
             # What grpc raises when the channel was closed by another thread.
             raise TierUnavailableError("the session has ended; connect again") from error
 
+    def _call_patiently(self, method: Callable[..., Any], request: object) -> Any:
+        """A call that gives something back: refused, it is made again until its deadline.
+
+        A lease that nobody ends keeps its memory for half a minute, and a store that was staged is
+        too good to drop for a short wait.
+        """
+        deadline_s = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                left_s = deadline_s - time.monotonic()
+                return self._call(method, request, timeout_s=left_s)
+            except CapacityError as error:
+                if time.monotonic() + error.retry_after_s >= deadline_s:
+                    raise
+                time.sleep(error.retry_after_s)
+
     def _abandon_in_child(self) -> None:
         # A copy of the door's descriptor would keep the session alive after the parent's death.
         self._door.close()
@@ -314,10 +335,9 @@ def _daemon_timeout_s(timeout_s: float) -> float:
 def _translated(error: grpc.RpcError) -> UcmError:
     assert isinstance(error, grpc.Call)
     details = error.details() or "no details"
-    for key, value in error.trailing_metadata() or ():
-        if key == ERROR_METADATA:
-            name = value if isinstance(value, str) else value.decode("ascii", "replace")
-            return error_from_wire(name, details)
+    ours = error_from_metadata(error.trailing_metadata() or (), details)
+    if ours is not None:
+        return ours
     kind = _ERROR_BY_CODE.get(error.code(), UcmError)
     return kind(f"the daemon's call failed ({error.code().name}): {details}")
 

@@ -39,7 +39,18 @@ class ServiceConfig:
     max_message_bytes: int = 8 * MIB
     """Largest gRPC message; names and checksums only, so small."""
     rpc_threads: int = 16
-    """Threads that answer calls; a load waits on one of them."""
+    """Threads that answer calls. Loads that wait for the disk and flushes hold at most half of
+    them, stores that are copied a quarter; one more is refused with a retry hint."""
+    max_waiting_loads: int = 8
+    """Loads that wait for the disk at once, but never more than half of `rpc_threads`. Twice as
+    many are in service at once, from memory or not. On a busy machine each takes as many times
+    longer; fewer mean more refusals, with retry hints."""
+    max_calls_per_session: int = 8
+    """Calls of one session in service at once; one more is refused with a retry hint, so that no
+    client holds all the threads. An engine makes two: one on its step path, one behind it."""
+    inflight_bytes_per_session: int = 1 * GIB
+    """Bytes that the disk may be reading for one session. A load that needs more gets its leading
+    blocks, and NO_SPACE for the others, so that no client fills the queue of reads."""
     drain_timeout_s: float = 10.0
     """On SIGTERM: how long leases may run out and accepted blocks be flushed."""
 

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +52,9 @@ _TICK_S: Final = 0.25
 _POLL_S: Final = 0.02
 _FLUSH_SLICE_S: Final = 0.25
 _RPC_GRACE_S: Final = 0.5
-_WAITING_RPCS_A_THREAD: Final = 16
+_RPCS_A_THREAD: Final = 4
+"""Calls in service or waiting for a thread: a longer queue only makes every answer late. One more
+is refused by gRPC itself."""
 _ADMIN_THREADS: Final = 4
 _METRICS_HOST: Final = "127.0.0.1"
 
@@ -114,9 +116,8 @@ class Daemon:
         self.door = Door(door_path(path), self.manager, self.tokens, service)
         stack.callback(self.door.stop)
         self._engine = self._server(stack, service.rpc_threads, ENGINE_POLICIES)
-        pb_grpc.add_CacheServicer_to_server(
-            CacheService(self.manager, self.tokens, self.config), self._engine
-        )
+        self.engine_service = CacheService(self.manager, self.tokens, self.config)
+        pb_grpc.add_CacheServicer_to_server(self.engine_service, self._engine)
         _bind(self._engine, path, SOCKET_MODE)
         self._admin = self._server(stack, _ADMIN_THREADS, ADMIN_POLICIES)
         pb_grpc.add_AdminServicer_to_server(
@@ -137,14 +138,14 @@ class Daemon:
                 ("grpc.max_send_message_length", limit),
                 ("grpc.so_reuseport", 0),
             ],
-            maximum_concurrent_rpcs=threads * _WAITING_RPCS_A_THREAD,
+            maximum_concurrent_rpcs=threads * _RPCS_A_THREAD,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection(
             [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
         )
-        stack.callback(_stop_server, server, pool)
+        stack.callback(_stop_server, server, pool, self.manager.interrupt)
         return server
 
     def _serve_metrics(self, stack: contextlib.ExitStack) -> None:
@@ -229,6 +230,9 @@ def _bind(server: grpc.Server, path: Path, mode: int) -> None:
         raise ConfigError(f"cannot listen at {path}: {error}") from error
 
 
-def _stop_server(server: grpc.Server, pool: ThreadPoolExecutor) -> None:
+def _stop_server(
+    server: grpc.Server, pool: ThreadPoolExecutor, interrupt: Callable[[], None]
+) -> None:
+    interrupt()  # whoever waits for the disk is answered now, with what there is
     server.stop(_RPC_GRACE_S).wait()
     pool.shutdown(wait=True)

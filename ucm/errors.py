@@ -47,10 +47,20 @@ class LeaseExpiredError(UcmError):
 
 
 class CapacityError(UcmError):
-    """A bounded queue, pool, arena or disk is full."""
+    """A bounded queue, pool, arena or disk is full, or a client's credit is used up."""
 
     grpc_status = "RESOURCE_EXHAUSTED"
     retryable = True
+
+    def __init__(self, message: str = "", *, retry_after_s: float = 0.1) -> None:
+        """As other errors.
+
+        Args:
+            message: what is full and what to do.
+            retry_after_s: the same call made earlier than this is likely to be refused again.
+        """
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class CorruptionError(UcmError):

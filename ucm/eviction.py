@@ -14,9 +14,14 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from .types import BlockKey
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ROW_BITS = 32
 ROW_MASK = (1 << ROW_BITS) - 1
@@ -64,8 +69,14 @@ class EvictionPolicy(Protocol):
     def placed(self, row: int, view: RowView) -> None:
         """A copy has arrived in the tier."""
 
+    def filled(self, count: int, view: RowView) -> None:
+        """Copies of rows 0 to `count` - 1 were found in the tier, which was empty, at the start."""
+
     def touched(self, row: int) -> None:
         """A row of the tier was used; `last_use_us` and `hits` know of it already."""
+
+    def touched_all(self, rows: NDArray[np.int32]) -> None:
+        """As `touched` for rows that differ from each other."""
 
     def removed(self, row: int, view: RowView) -> None:
         """A copy has left the tier, evicted or lost."""
@@ -134,8 +145,14 @@ class LruPolicy:
     def placed(self, row: int, view: RowView) -> None:
         """Nothing to note: the index keeps the time of use."""
 
+    def filled(self, count: int, view: RowView) -> None:
+        """Nothing to note."""
+
     def touched(self, row: int) -> None:
         """Nothing to note: the index keeps the time of use."""
+
+    def touched_all(self, rows: NDArray[np.int32]) -> None:
+        """As `touched`."""
 
     def removed(self, row: int, view: RowView) -> None:
         """Nothing to note: the entry is dropped when it comes up."""

@@ -28,9 +28,15 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from .errors import ConfigError
 from .eviction import CandidateHeap, RowView
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _MAX_USES = 4.0
 
@@ -96,15 +102,24 @@ class TreeGdsfPolicy:
 
     def placed(self, row: int, view: RowView) -> None:  # noqa: ARG002  the protocol's signature
         """See `EvictionPolicy.placed`."""
-        missing = row + 1 - len(self._clock_at_use)
-        if missing > 0:
-            spare = len(self._clock_at_use) // 2
-            self._clock_at_use.frombytes(bytes(8 * (missing + spare)))
+        if row >= len(self._clock_at_use):
+            self._reserve(row + 1 + len(self._clock_at_use) // 2)
         self._clock_at_use[row] = self._clock
+
+    def filled(self, count: int, view: RowView) -> None:  # noqa: ARG002  the protocol's signature
+        """See `EvictionPolicy.filled`; the clock of an empty tier is 0."""
+        self._reserve(count)
+
+    def _reserve(self, num_rows: int) -> None:
+        self._clock_at_use.frombytes(bytes(8 * max(0, num_rows - len(self._clock_at_use))))
 
     def touched(self, row: int) -> None:
         """See `EvictionPolicy.touched`."""
         self._clock_at_use[row] = self._clock
+
+    def touched_all(self, rows: NDArray[np.int32]) -> None:
+        """See `EvictionPolicy.touched_all`."""
+        np.frombuffer(self._clock_at_use)[rows] = self._clock
 
     def removed(self, row: int, view: RowView) -> None:
         """Nothing to note: the entry is dropped when it comes up."""

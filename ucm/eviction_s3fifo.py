@@ -16,9 +16,15 @@ is O(log n), after at most three rounds of each candidate.
 from __future__ import annotations
 
 from array import array
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from .eviction import CandidateHeap, RowView
 from .ghost import GhostSet
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _SMALL, _MAIN = 0, 1
 _SMALL_SHARE = 0.1
@@ -64,9 +70,19 @@ class S3FifoPolicy:
         self._uses[row] = 0
         self._arrive(row)
 
+    def filled(self, count: int, view: RowView) -> None:
+        """See `EvictionPolicy.filled`."""
+        for row in range(count):
+            self.placed(row, view)
+
     def touched(self, row: int) -> None:
         """See `EvictionPolicy.touched`."""
         self._uses[row] = min(_MAX_USES, self._uses[row] + 1)
+
+    def touched_all(self, rows: NDArray[np.int32]) -> None:
+        """See `EvictionPolicy.touched_all`."""
+        uses = np.frombuffer(self._uses, np.uint8)
+        uses[rows] = np.minimum(_MAX_USES, uses[rows] + 1)
 
     def removed(self, row: int, view: RowView) -> None:
         """See `EvictionPolicy.removed`."""

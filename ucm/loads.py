@@ -9,6 +9,7 @@ what follows it in the chain is then unusable and answered alike. Nothing raises
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -16,7 +17,8 @@ from collections.abc import Sequence
 
 from ucm.storage.tier import IoStatus, ReadOutcome, SlotRead
 
-from .block_index import PROMOTING
+from .block_columns import PROMOTING
+from .credits import Credit, ThreadShares
 from .errors import CapacityError, TierUnavailableError, UcmError
 from .grants import LoadGrants
 from .leases import Lease, LeaseKind
@@ -27,6 +29,9 @@ from .transfer import Priority, TransferPool
 from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, SessionId, TierKind
 
 _log = logging.getLogger(__name__)
+
+WAIT_RETRY_S = 0.1
+"""Hint to a load that found all waiting places taken: some tens of blocks' reads."""
 
 BLOCKS_PER_READ = 16
 """Blocks in one job: enough to keep a device's queue full, few enough to interleave loads."""
@@ -39,6 +44,15 @@ class LoadPath:
         self._state = state
         self._pool = pool
         self._hold_s = state.config.transfer.lease_timeout_s
+        service = state.config.service
+        self._interrupted = False
+        self._waits: dict[LoadWait, SessionId] = {}
+        self._places = Credit(
+            min(service.max_waiting_loads, ThreadShares.of(service.rpc_threads).waiting),
+            "{limit} loads wait for the disk, as many as may; come again or compute",
+            retry_after_s=WAIT_RETRY_S,
+        )
+        self._reading_bytes = Credit(service.inflight_bytes_per_session, "", retry_after_s=0.0)
 
     def lookup(
         self, session: SessionId, namespace: NamespaceId, keys: Sequence[BlockKey]
@@ -62,7 +76,8 @@ class LoadPath:
             found, now_us = state.begin_locked(session, namespace)
             plan = plan_load(found.index, keys)
             found.index.pin_all(plan.rows, now_us)
-            promoted = self._promote_locked(found, plan.promote, Priority.PREFETCH)
+            affordable = self._affordable(session, found, plan.promote)
+            promoted = self._promote_locked(found, session, affordable, Priority.PREFETCH)
             found.index.unpin_all(plan.rows)
             return promoted
 
@@ -82,22 +97,41 @@ class LoadPath:
         with state.lock:
             found, _ = state.begin_locked(session, namespace)
         state.namespaces.relieve(found, len(keys))
+        with contextlib.ExitStack() as places:
+            with state.lock:
+                found, now_us = state.begin_locked(session, namespace)
+                plan = plan_load(found.index, keys)
+                if wait_us and found.index.lacking(plan.rows, TierKind.MEMORY):
+                    places.enter_context(self._places.taken())
+                hold_us = int(self._hold_s * US_PER_S)
+                deadline_us = now_us + wait_us + hold_us
+                lease = state.grant_locked(session, found, LeaseKind.LOAD, deadline_us)
+                tiers = found.index.tiers(plan.rows)
+                wait = self._start_locked(found, lease, plan, now_us)
+            if wait.pending and not self._interrupted:
+                wait.done.wait(timeout_s)
         with state.lock:
-            found, now_us = state.begin_locked(session, namespace)
-            plan = plan_load(found.index, keys)
-            hold_us = int(self._hold_s * US_PER_S)
-            deadline_us = now_us + wait_us + hold_us
-            lease = state.grant_locked(session, found, LeaseKind.LOAD, deadline_us)
-            tiers = found.index.tiers(plan.rows)
-            wait = self._start_locked(found, lease, plan, now_us)
-        if wait.pending:
-            wait.done.wait(timeout_s)
-        with state.lock:
+            self._waits.pop(wait, None)
             statuses = self._statuses_locked(found, lease, plan, wait, len(keys))
             state.leases.set_deadline(lease, state.clock.now_us() + hold_us)
             grants = _granted(found, lease, statuses, tiers, self._hold_s)
         self._count(grants)
         return grants
+
+    def waiting_place(self) -> contextlib.AbstractContextManager[None]:
+        """A waiting place for the length of a `with` block.
+
+        Raises:
+            CapacityError: all are taken.
+        """
+        return self._places.taken()
+
+    def end_waits_locked(self, session: SessionId | None = None) -> None:
+        """Let loads that wait answer now: an ended session's, or all, for good, when None."""
+        self._interrupted = self._interrupted or session is None
+        for wait, owner in self._waits.items():
+            if session in (None, owner):
+                wait.done.set()
 
     def _start_locked(
         self, found: Namespace, lease: Lease, plan: LoadPlan, now_us: int
@@ -105,7 +139,8 @@ class LoadPath:
         """Pin the prefix, queue what must be read, and join what is being read."""
         self._state.hold_locked(lease, found, plan.rows, now_us)
         lease.num_bytes = len(plan.rows) * found.layout.block_bytes
-        self._promote_locked(found, plan.promote, Priority.LOAD)
+        affordable = self._affordable(lease.session, found, plan.promote)
+        self._promote_locked(found, lease.session, affordable, Priority.LOAD)
         wait = LoadWait()
         for row in found.index.lacking(plan.rows, TierKind.MEMORY):
             promotion = found.promotions.get(row)
@@ -114,13 +149,26 @@ class LoadPath:
                 wait.pending.add(row)
             else:
                 wait.failed[row] = LoadStatus.NO_SPACE
+        if wait.pending:
+            self._waits[wait] = lease.session
         return wait
 
-    def _promote_locked(self, found: Namespace, rows: Sequence[int], priority: Priority) -> int:
+    def _affordable(
+        self, session: SessionId, found: Namespace, rows: Sequence[int]
+    ) -> Sequence[int]:
+        """The leading rows that the session's credit covers; one, if nothing is read for it."""
+        count = self._reading_bytes.left(session) // found.layout.block_bytes
+        return rows[: max(count, int(not self._reading_bytes.used(session)))]
+
+    def _promote_locked(
+        self, found: Namespace, session: SessionId, rows: Sequence[int], priority: Priority
+    ) -> int:
         """Give rows memory slots and queue their reads; those that find no room stay behind."""
         slots = self._state.namespaces.take_slots_locked(found, len(rows))
         promotions = [
-            Promotion(row, found.index.key(row), found.index.slot(row, TierKind.NVME), slot)
+            Promotion(
+                row, found.index.key(row), found.index.slot(row, TierKind.NVME), slot, session
+            )
             for row, slot in zip(rows, slots, strict=False)
         ]
         queued = 0
@@ -132,6 +180,7 @@ class LoadPath:
             for promotion in batch:
                 found.index.begin_flight(promotion.row, PROMOTING)
                 found.promotions[promotion.row] = promotion
+            self._reading_bytes.charge(session, len(batch) * found.layout.block_bytes)
             queued += len(batch)
         return queued
 
@@ -166,6 +215,7 @@ class LoadPath:
     def _settle_locked(self, found: Namespace, promotion: Promotion, outcome: ReadOutcome) -> None:
         row, index = promotion.row, found.index
         del found.promotions[row]
+        self._reading_bytes.give_back(promotion.session, found.layout.block_bytes)
         failure: LoadStatus | None = None
         if outcome.status is IoStatus.OK:
             found.memory.adopt(

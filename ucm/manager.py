@@ -11,10 +11,11 @@ and the end of the store.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ucm.storage.arena import Arena
@@ -40,6 +41,9 @@ from .types import BlockKey, LeaseId, NamespaceId, SessionId, StoreStatus, TierK
 from .write_behind import WriteBehind
 
 _log = logging.getLogger(__name__)
+
+_FLUSH_TURN_S = 0.25
+"""How long a flush waits before it looks whether somebody still wants it."""
 
 TRANSFER_THREADS = 4
 """Batches in flight; each is spread over the NVMe tier's own I/O threads."""
@@ -87,6 +91,7 @@ class Manager:
         self._pins = PinPath(self._state, self._loads)
         self._stores = StorePath(self._state, self._write_behind)
         self._session_numbers = itertools.count(1)
+        self._interrupted = False
         self.metrics.set("ucm_build_info", 1, version=__version__)
 
     # -------------------------------------------------------------- sessions
@@ -120,6 +125,7 @@ class Manager:
         """End a session: its leases, pins and staging memory go back. Idempotent."""
         with self._state.lock:
             ended = self._state.end_session_locked(session)
+            self._loads.end_waits_locked(session)
         if ended is not None:
             ended.staging.close()
 
@@ -266,6 +272,33 @@ class Manager:
         if self._write_behind is None:
             return True
         return self._write_behind.flush(timeout_s=min(timeout_s, MAX_WAIT_S))
+
+    def flush_while(self, wanted: Callable[[], bool], *, timeout_s: float) -> bool:
+        """`flush` that gives up, with False, soon after `wanted()` is False or `interrupt`."""
+        stop_s = time.monotonic() + min(timeout_s, MAX_WAIT_S)
+        while True:
+            started_s = time.monotonic()
+            turn_s = min(max(stop_s - started_s, 0.0), _FLUSH_TURN_S)
+            if self.flush(timeout_s=turn_s):
+                return True
+            now_s = time.monotonic()
+            failed = now_s - started_s < turn_s  # it did not run out of time
+            if failed or now_s >= stop_s or self._interrupted or not wanted():
+                return False
+
+    def waiting_place(self) -> contextlib.AbstractContextManager[None]:
+        """One of the places of calls that wait, for the length of a `with` block.
+
+        Raises:
+            CapacityError: all are taken.
+        """
+        return self._loads.waiting_place()
+
+    def interrupt(self) -> None:
+        """Let every call that waits answer now; for the end of the process that serves them."""
+        self._interrupted = True
+        with self._state.lock:
+            self._loads.end_waits_locked()
 
     # ------------------------------------------------------------- lifecycle
 

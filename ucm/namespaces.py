@@ -34,7 +34,7 @@ from .layout import KvLayout
 from .metrics import Metrics
 from .placement import Victim, evict
 from .shares import memory_shares, nvme_shares
-from .types import BlockKey, LoadStatus, NamespaceId, TierKind
+from .types import BlockKey, LoadStatus, NamespaceId, SessionId, TierKind
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +64,8 @@ class Promotion:
     key: BlockKey
     source: SlotId
     target: SlotId
+    session: SessionId
+    """Who asked first; its credit pays for the read."""
     waits: list[LoadWait] = field(default_factory=list)
 
 

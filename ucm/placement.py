@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from ucm.storage.tier import SlotId
 
-from .block_index import NO_ROW, PROMOTING, WRITING, BlockIndex
+from .block_columns import NO_ROW, PROMOTING, WRITING
+from .block_index import BlockIndex
 from .errors import InvalidArgumentError
 from .types import ROOT_KEY, BlockKey, StoreStatus, TierKind
 

@@ -25,6 +25,7 @@ import grpc
 
 from . import __version__
 from .config import Config
+from .credits import Credit, Pacer, ThreadShares
 from .door import SessionTokens
 from .errors import CapacityError, InvalidArgumentError, PermissionDeniedError, UcmError
 from .grants import ManagerStatus, NamespaceStatus, ShareStatus, TierStatus
@@ -34,12 +35,12 @@ from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
 from .types import NamespaceId, SessionId, StoreStatus
 from .wire import (
-    ERROR_METADATA,
     LOAD_STATUS_TO_WIRE,
     STORE_STATUS_TO_WIRE,
     TIER_TO_WIRE,
     TOKEN_METADATA,
     checksums_from_wire,
+    error_to_metadata,
     keys_from_wire,
     lease_from_wire,
     words_to_wire,
@@ -55,6 +56,22 @@ ADMIN_METHODS: Final = tuple(
 )
 
 MAX_RELEASES_PER_CALL: Final = 1024
+
+CALL_RETRY_S: Final = 0.05
+"""Hint to a session that has all its calls in service: about what one of them takes."""
+
+LOAD_RETRY_S: Final = 0.25
+"""Hint to a load when as many are in service as may: some tens of loads later."""
+
+STORE_SHARE: Final = 0.1
+"""Of the time, for the copies of stores while loads go on: behind a copy come as long a write to
+disk and its commit, and loads may lose a quarter of their speed to all of it."""
+
+LOADS_QUIET_S: Final = 0.1
+"""No load for so long: stores may take all the time there is."""
+
+COPY_RETRY_S: Final = 0.01
+"""Hint to a store that found all copying places taken: a batch of 64 MiB takes about as long."""
 
 MAX_REFLECTION_STREAMS: Final = 2
 """A stream holds one of the threads that answer calls for as long as its client likes."""
@@ -163,7 +180,7 @@ def _token(metadata: Any) -> bytes:
 
 
 def _abort(context: grpc.ServicerContext, error: UcmError) -> None:
-    context.set_trailing_metadata(((ERROR_METADATA, type(error).__name__),))
+    context.set_trailing_metadata(error_to_metadata(error))
     context.abort(grpc.StatusCode[error.grpc_status], str(error))
 
 
@@ -184,14 +201,55 @@ class CacheService(pb_grpc.CacheServicer):
         self._manager = manager
         self._tokens = tokens
         self._max_keys = config.service.max_keys_per_call
+        self._shares = ThreadShares.of(config.service.rpc_threads)
+        self._calls = Credit(
+            config.service.max_calls_per_session,
+            "this session has {limit} calls in service, the limit is "
+            "service.max_calls_per_session; wait for one of them",
+            retry_after_s=CALL_RETRY_S,
+        )
+        self._loads = Credit(
+            min(2 * config.service.max_waiting_loads, config.service.rpc_threads),
+            "{limit} loads are in service, as many as may; come again or compute",
+            retry_after_s=LOAD_RETRY_S,
+        )
+        self._pacer = Pacer(STORE_SHARE, LOADS_QUIET_S)
+        self._copies = Credit(
+            self._shares.copying,
+            "{limit} stores are being copied, as many as may; the lease stays, complete it again",
+            retry_after_s=COPY_RETRY_S,
+        )
 
-    def _session(self, context: grpc.ServicerContext) -> SessionId:
-        return self._tokens.session_of(_token(context.invocation_metadata()))
+    @contextlib.contextmanager
+    def _serving(self, context: grpc.ServicerContext) -> Iterator[SessionId]:
+        """The session that calls, which pays for this call with one of its credits."""
+        with _translated(context):
+            session = self._tokens.session_of(_token(context.invocation_metadata()))
+            with self._calls.taken(session):
+                yield session
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        self._pacer.note_urgent(time.monotonic())
+        try:
+            with self._loads.taken():
+                yield
+        finally:
+            self._pacer.note_urgent(time.monotonic())
+
+    @contextlib.contextmanager
+    def _copying(self) -> Iterator[None]:
+        started_s = time.monotonic()
+        self._pacer.check(started_s)
+        with self._copies.taken():
+            try:
+                yield
+            finally:
+                self._pacer.note_done(started_s, time.monotonic())
 
     def Lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> pb.LookupReply:
         """Longest cached prefix."""
-        with _translated(context):
-            session = self._session(context)
+        with self._serving(context) as session:
             keys = keys_from_wire(request.keys, limit=self._max_keys)
             result = self._manager.lookup(session, NamespaceId(request.namespace), keys)
             return pb.LookupReply(tiers=words_to_wire(result.tiers, TIER_TO_WIRE))
@@ -200,8 +258,7 @@ class CacheService(pb_grpc.CacheServicer):
         self, request: pb.PrefetchRequest, context: grpc.ServicerContext
     ) -> pb.PrefetchReply:
         """Start promotions."""
-        with _translated(context):
-            session = self._session(context)
+        with self._serving(context) as session:
             keys = keys_from_wire(request.keys, limit=self._max_keys)
             queued = self._manager.prefetch(session, NamespaceId(request.namespace), keys)
             return pb.PrefetchReply(queued=queued)
@@ -210,15 +267,13 @@ class CacheService(pb_grpc.CacheServicer):
         self, request: pb.PrepareLoadRequest, context: grpc.ServicerContext
     ) -> pb.PrepareLoadReply:
         """Pin blocks in the arena."""
-        with _translated(context):
-            session = self._session(context)
+        with self._serving(context) as session:
             keys = keys_from_wire(request.keys, limit=self._max_keys)
-            grants = self._manager.prepare_load(
-                session,
-                NamespaceId(request.namespace),
-                keys,
-                timeout_s=_checked_timeout(request.timeout_s),
-            )
+            timeout_s = _checked_timeout(request.timeout_s)
+            with self._loading():
+                grants = self._manager.prepare_load(
+                    session, NamespaceId(request.namespace), keys, timeout_s=timeout_s
+                )
             if not context.is_active():
                 # Nobody will read this answer: its caller gave up or died.
                 self._manager.release(session, grants.lease_id)
@@ -235,8 +290,7 @@ class CacheService(pb_grpc.CacheServicer):
         self, request: pb.CompleteLoadRequest, context: grpc.ServicerContext
     ) -> pb.CompleteLoadReply:
         """Give a load lease back."""
-        with _translated(context):
-            session = self._session(context)
+        with self._serving(context) as session:
             corrupt = keys_from_wire(request.corrupt, limit=self._max_keys)
             self._manager.complete_load(session, lease_from_wire(request.lease_id), corrupt)
             return pb.CompleteLoadReply()
@@ -245,8 +299,7 @@ class CacheService(pb_grpc.CacheServicer):
         self, request: pb.PrepareStoreRequest, context: grpc.ServicerContext
     ) -> pb.PrepareStoreReply:
         """Grant staging slots."""
-        with _translated(context):
-            session = self._session(context)
+        with self._serving(context) as session:
             keys = keys_from_wire(request.keys, limit=self._max_keys)
             parent = check_key(request.parent)
             namespace = NamespaceId(request.namespace)
@@ -266,37 +319,39 @@ class CacheService(pb_grpc.CacheServicer):
         self, request: pb.CompleteStoreRequest, context: grpc.ServicerContext
     ) -> pb.CompleteStoreReply:
         """Copy, verify and accept what was staged."""
-        with _translated(context):
-            session = self._session(context)
+        with self._serving(context) as session:
             keys = keys_from_wire(request.keys, limit=self._max_keys)
             checksums = checksums_from_wire(request.checksums, num_blocks=len(keys))
-            statuses = self._manager.complete_store(
-                session,
-                lease_from_wire(request.lease_id),
-                dict(zip(keys, checksums, strict=True)),
-            )
+            lease_id = lease_from_wire(request.lease_id)
+            given = dict(zip(keys, checksums, strict=True))
+            if not context.is_active():
+                # Cancelled while it waited for a thread: nobody is to see it.
+                self._manager.release(session, lease_id)
+                return pb.CompleteStoreReply()
+            with self._copying():
+                statuses = self._manager.complete_store(session, lease_id, given)
             return pb.CompleteStoreReply(statuses=words_to_wire(statuses, STORE_STATUS_TO_WIRE))
 
     def Pin(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.PinReply:
         """Keep a prefix in memory."""
-        with _translated(context):
-            session = self._session(context)
+        with self._serving(context) as session:
             keys = keys_from_wire(request.keys, limit=self._max_keys)
-            pin = self._manager.pin(
-                session,
-                NamespaceId(request.namespace),
-                keys,
-                hold_s=request.hold_s,
-                timeout_s=_checked_timeout(request.timeout_s),
-            )
+            timeout_s = _checked_timeout(request.timeout_s)
+            with self._loading():
+                pin = self._manager.pin(
+                    session,
+                    NamespaceId(request.namespace),
+                    keys,
+                    hold_s=request.hold_s,
+                    timeout_s=timeout_s,
+                )
             if not context.is_active():
                 self._manager.release(session, pin.id)
             return pb.PinReply(lease_id=pin.id, num_blocks=pin.num_blocks, hold_s=pin.hold_s)
 
     def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:
         """Drop leases."""
-        with _translated(context):
-            session = self._session(context)
+        with self._serving(context) as session:
             if len(request.lease_ids) > MAX_RELEASES_PER_CALL:
                 raise InvalidArgumentError(
                     f"{len(request.lease_ids)} leases, at most {MAX_RELEASES_PER_CALL} a call"
@@ -307,9 +362,9 @@ class CacheService(pb_grpc.CacheServicer):
 
     def Flush(self, request: pb.FlushRequest, context: grpc.ServicerContext) -> pb.FlushReply:
         """Wait for durability."""
-        with _translated(context):
-            self._session(context)
-            flushed = self._manager.flush(timeout_s=_checked_timeout(request.timeout_s))
+        with self._serving(context), self._manager.waiting_place():
+            timeout_s = _checked_timeout(request.timeout_s)
+            flushed = self._manager.flush_while(context.is_active, timeout_s=timeout_s)
             return pb.FlushReply(flushed=flushed)
 
 
@@ -351,7 +406,8 @@ class AdminService(pb_grpc.AdminServicer):
     def Flush(self, request: pb.FlushRequest, context: grpc.ServicerContext) -> pb.FlushReply:
         """Wait until all that was accepted is flushed."""
         with _translated(context):
-            flushed = self._manager.flush(timeout_s=_checked_timeout(request.timeout_s))
+            timeout_s = _checked_timeout(request.timeout_s)
+            flushed = self._manager.flush_while(context.is_active, timeout_s=timeout_s)
             return pb.FlushReply(flushed=flushed)
 
     def Drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainReply:

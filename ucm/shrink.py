@@ -20,7 +20,7 @@ from ucm.storage.file_io import aligned_buffer
 from ucm.storage.shrink import Shrinker
 from ucm.storage.tier import IoStatus, SlotId, SlotRead, SlotWrite, TierEntry
 
-from .block_index import NO_ROW, PROMOTING
+from .block_columns import NO_ROW, PROMOTING
 from .errors import UcmError
 from .manager_state import US_PER_S, ManagerState
 from .namespaces import Namespace

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ucm.storage.tier import IoStatus, SlotId, SlotWrite
 
 from .api import SlabChecksums
-from .block_index import NO_ROW
+from .block_columns import NO_ROW
 from .errors import InvalidArgumentError, LeaseExpiredError
 from .grants import StoreGrant, StoreGrants
 from .hashing import check_key

@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from .api import SlabChecksums
-from .errors import LEAVES, InvalidArgumentError, UcmError
+from .errors import LEAVES, CapacityError, InvalidArgumentError, UcmError
 from .hashing import CheckedKeys, NamespaceSpec, check_keys
 from .layout import KvDtype, KvLayout
 from .protos import cache_pb2 as pb
@@ -37,6 +37,12 @@ TOKEN_METADATA: Final = "ucm-session"  # noqa: S105  the name of the header
 
 ERROR_METADATA: Final = "ucm-error"
 """Trailing metadata key of a failed call: the name of the error's class."""
+
+RETRY_AFTER_METADATA: Final = "ucm-retry-after-ms"
+"""Trailing metadata key of a refusal: how long to wait before the next try, in milliseconds."""
+
+MAX_RETRY_AFTER_S: Final = 60.0
+"""Longest wait that a client believes."""
 
 CHECKSUM_BYTES: Final = 8
 
@@ -79,6 +85,35 @@ ERROR_BY_NAME: Final[Mapping[str, type[UcmError]]] = {leaf.__name__: leaf for le
 def error_from_wire(name: str, message: str) -> UcmError:
     """The error that the other side raised; plain `UcmError` for a class this side lacks."""
     return ERROR_BY_NAME.get(name, UcmError)(message)
+
+
+def error_to_metadata(error: UcmError) -> tuple[tuple[str, str], ...]:
+    """The trailing metadata of a call that failed with `error`."""
+    name = (ERROR_METADATA, type(error).__name__)
+    if not isinstance(error, CapacityError):
+        return (name,)
+    return name, (RETRY_AFTER_METADATA, str(max(1, round(error.retry_after_s * 1000))))
+
+
+def error_from_metadata(
+    metadata: Iterable[tuple[str, str | bytes]], message: str
+) -> UcmError | None:
+    """The error that `error_to_metadata` described; None if it describes none.
+
+    A retry hint that is no number, or out of bounds, is left out.
+    """
+    texts = {
+        key: value if isinstance(value, str) else value.decode("ascii", "replace")
+        for key, value in metadata
+        if key in (ERROR_METADATA, RETRY_AFTER_METADATA)
+    }
+    if ERROR_METADATA not in texts:
+        return None
+    error = error_from_wire(texts[ERROR_METADATA], message)
+    hint = texts.get(RETRY_AFTER_METADATA, "")
+    if isinstance(error, CapacityError) and hint.isascii() and hint.isdecimal() and len(hint) < 10:
+        error.retry_after_s = min(int(hint) / 1000, MAX_RETRY_AFTER_S)
+    return error
 
 
 def keys_to_wire(keys: Sequence[BlockKey]) -> bytes:

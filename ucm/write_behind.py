@@ -19,7 +19,7 @@ from dataclasses import replace
 from ucm.storage.tier import IoStatus, SlotId, SlotWrite
 
 from .admission import admission_of
-from .block_index import NO_ROW, NO_SLOT, WRITING
+from .block_columns import NO_ROW, NO_SLOT, WRITING
 from .config import NvmeConfig
 from .errors import CapacityError, TierUnavailableError, UcmError
 from .eviction import Watermarks

@@ -15,6 +15,7 @@ from ucm.embedded import EmbeddedCache
 from ucm.manager import Manager
 from ucm.testing.blocks import TINY_LAYOUT
 from ucm.testing.cache_conformance import MEMORY_BLOCKS, CacheApiTests, CacheHarness
+from ucm.testing.partial_conformance import PartialResultTests
 
 
 class EmbeddedHarness:
@@ -62,7 +63,7 @@ class EmbeddedHarness:
         assert time.monotonic() - start < 10
 
 
-class TestEmbeddedCache(CacheApiTests):
+class TestEmbeddedCache(CacheApiTests, PartialResultTests):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> Iterator[CacheHarness]:
         harness = EmbeddedHarness(tmp_path / "store")

@@ -16,6 +16,7 @@ from ucm.daemon import Daemon
 from ucm.testing.blocks import TINY_LAYOUT
 from ucm.testing.cache_conformance import MEMORY_BLOCKS, CacheApiTests, CacheHarness
 from ucm.testing.daemon import running_daemon, short_folder, small_config
+from ucm.testing.partial_conformance import PartialResultTests
 
 LEASE_TIMEOUT_S = 30.0
 MAX_LEASES_PER_SESSION = 8
@@ -66,7 +67,7 @@ def tiny_config(folder: Path) -> Config:
     )
 
 
-class TestRemoteCache(CacheApiTests):
+class TestRemoteCache(CacheApiTests, PartialResultTests):
     @pytest.fixture
     def harness(self) -> Iterator[CacheHarness]:
         clock = SimClock()

@@ -12,7 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ucm.block_index import NO_ROW, PROMOTING, WRITING, BlockIndex
+from ucm.block_columns import NO_ROW, PROMOTING, WRITING
+from ucm.block_index import BlockIndex
 from ucm.eviction_gdsf import CostModel
 from ucm.eviction_policies import make_policy
 from ucm.placement import evict

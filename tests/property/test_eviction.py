@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm.block_index import NO_ROW, BlockIndex
+from ucm.block_columns import NO_ROW
+from ucm.block_index import BlockIndex
 from ucm.eviction import LruPolicy, Watermarks
 from ucm.placement import evict
 from ucm.storage.tier import SlotId

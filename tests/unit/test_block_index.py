@@ -7,7 +7,8 @@ import tracemalloc
 
 import pytest
 
-from ucm.block_index import NO_ROW, NO_SLOT, PROMOTING, WRITING, BlockIndex
+from ucm.block_columns import NO_ROW, NO_SLOT, PROMOTING, WRITING
+from ucm.block_index import BlockIndex
 from ucm.placement import evict
 from ucm.storage.tier import SlotId, TierEntry
 from ucm.types import ROOT_KEY, BlockKey, TierKind
@@ -199,3 +200,23 @@ def test_many_rows_at_once_are_as_one_by_one() -> None:
     index.unpin_all(rows)
     assert not index.check_integrity()
     assert index.next_victim(NVME) == rows[-1]
+
+
+def test_uses_of_many_rows_count_like_uses_of_each() -> None:
+    one, many = BlockIndex(), BlockIndex()
+    for index in (one, many):
+        previous = NO_ROW
+        for number in range(5):
+            row = index.add_row(BlockKey(bytes([number]) * 32), previous)
+            index.place(row, TierKind.MEMORY, SlotId(number))
+            previous = row
+    rows = [0, 2, 4]
+    for now_us in (1_000, 7_000_000, 900_000_000):
+        for row in rows:
+            one.touch(row, now_us)
+        many.pin_all(rows, now_us)
+    assert [many.hits(row) for row in range(5)] == pytest.approx(
+        [one.hits(row) for row in range(5)]
+    )
+    assert [many.last_use_us(row) for row in range(5)] == [one.last_use_us(row) for row in range(5)]
+    many.unpin_all(rows)

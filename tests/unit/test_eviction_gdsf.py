@@ -7,7 +7,8 @@ import tracemalloc
 
 import pytest
 
-from ucm.block_index import HIT_HALF_LIFE_US, NO_ROW, BlockIndex
+from ucm.block_columns import NO_ROW
+from ucm.block_index import HIT_HALF_LIFE_US, BlockIndex
 from ucm.errors import ConfigError
 from ucm.eviction import LruPolicy
 from ucm.eviction_gdsf import CostModel, TreeGdsfPolicy

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ucm.block_index import NO_ROW, BlockIndex
+from ucm.block_columns import NO_ROW
+from ucm.block_index import BlockIndex
 from ucm.eviction import LruPolicy
 from ucm.eviction_s3fifo import S3FifoPolicy
 from ucm.placement import evict

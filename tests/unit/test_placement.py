@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ucm.block_index import NO_ROW, PROMOTING, WRITING, BlockIndex
+from ucm.block_columns import NO_ROW, PROMOTING, WRITING
+from ucm.block_index import BlockIndex
 from ucm.errors import InvalidArgumentError
 from ucm.placement import evict, plan_commit, plan_flush, plan_load, plan_store
 from ucm.storage.tier import SlotId

@@ -12,6 +12,7 @@ import pytest
 
 from ucm.api import CacheApi, SlabChecksums
 from ucm.checksum import block_checksums
+from ucm.clock import SimClock
 from ucm.connectors.circuit_breaker import BreakerOptions, BreakerState
 from ucm.connectors.session import CacheSession, SessionOptions
 from ucm.errors import CapacityError, ConfigError, LayoutMismatchError, TierUnavailableError
@@ -429,3 +430,22 @@ def test_a_cache_that_cannot_be_had_is_said_once(caplog: pytest.LogCaptureFixtur
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
     assert "no room for one block" in messages[0]
+
+
+def test_a_busy_cache_is_a_miss_and_is_left_alone_for_as_long_as_it_asked(
+    cache: FakeCache,
+) -> None:
+    clock = SimClock()
+    with CacheSession(lambda: cache, SPEC, OPTIONS, clock) as session:
+        session.connect(5.0)
+        store_all(session, Pool())
+        cache.fail["lookup"] = CapacityError("busy", retry_after_s=2.0)
+        assert session.match(TOKENS, 0) == 0
+        del cache.fail["lookup"]
+        assert session.match(TOKENS, 0) == 0  # not asked
+        pool = Pool()
+        session.store("late", TOKENS, range(NUM_BLOCKS), pool.fill, pool.release)
+        assert pool.released == 1  # dropped, not queued
+        assert session.breaker_state is BreakerState.CLOSED
+        clock.advance_us(2_000_000)
+        assert session.match(TOKENS, 0) == NUM_BLOCKS

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ucm import wire
-from ucm.errors import LEAVES, InvalidArgumentError, LayoutMismatchError, UcmError
+from ucm.errors import LEAVES, CapacityError, InvalidArgumentError, LayoutMismatchError, UcmError
 from ucm.hashing import NamespaceSpec
 from ucm.layout import KvDtype, KvLayout
 from ucm.protos import cache_pb2 as pb
@@ -126,6 +126,25 @@ def test_errors_come_back_as_their_class(leaf: type[UcmError]) -> None:
     error = wire.error_from_wire(leaf.__name__, "why")
     assert type(error) is leaf
     assert str(error) == "why"
+
+
+@pytest.mark.parametrize(
+    ("hint", "expected_s"),
+    [("250", 0.25), (b"1", 0.001), ("999999999", wire.MAX_RETRY_AFTER_S)]
+    + [(bad, 0.1) for bad in ("", "-1", "1.5", "soon", "9" * 400, "\u0663")],
+)
+def test_a_retry_hint_is_a_bounded_number_or_nothing(hint: str | bytes, expected_s: float) -> None:
+    metadata = [(wire.ERROR_METADATA, "CapacityError"), (wire.RETRY_AFTER_METADATA, hint)]
+    error = wire.error_from_metadata(metadata, "full")
+    assert isinstance(error, CapacityError)
+    assert error.retry_after_s == expected_s
+    assert wire.error_from_metadata(metadata[1:], "full") is None
+
+
+def test_only_a_refusal_carries_a_hint() -> None:
+    assert wire.error_to_metadata(UcmError("x")) == ((wire.ERROR_METADATA, "UcmError"),)
+    sent = wire.error_to_metadata(CapacityError("x", retry_after_s=0.0001))
+    assert sent[1] == (wire.RETRY_AFTER_METADATA, "1")
 
 
 def test_an_unknown_error_is_still_ours() -> None:
