@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,28 @@ def depths_of(parents: Any) -> Any:
 def column(values: array[int] | array[float], dtype: type[np.generic] = np.int32) -> Any:
     """A column for numpy, without a copy. While it is held, the column cannot grow."""
     return np.frombuffer(values, dtype)
+
+
+def walk_up(parents: array[int], row: int, count: int) -> list[int]:
+    """The row and up to `count` - 1 of its ancestors, the topmost first."""
+    rows: list[int] = []
+    while row != NO_ROW and len(rows) < count:
+        rows.append(row)
+        row = parents[row]
+    return rows[::-1]
+
+
+def follow(
+    rows: Mapping[BlockKey, int], parents: array[int], keys: Iterable[BlockKey]
+) -> list[int]:
+    """Rows of `keys` up to the first that has none or does not follow the one before."""
+    found: list[int] = []
+    for key in keys:
+        row = rows.get(key, NO_ROW)
+        if row == NO_ROW or (found and parents[row] != found[-1]):
+            break
+        found.append(row)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

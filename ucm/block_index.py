@@ -21,9 +21,8 @@ Pure: never locks, logs, sleeps or reads a clock; one thread at a time (the mana
 
 from __future__ import annotations
 
-import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -44,17 +43,17 @@ from .block_columns import (
     column,
     depths_of,
     find_problems,
+    follow,
+    walk_up,
 )
 from .eviction import EvictionPolicy, LruPolicy
+from .hashing import CheckedKeys, check_keys
 from .tier_view import TierView
-from .types import ROOT_KEY, BlockKey, TierKind
+from .types import KEY_BYTES, ROOT_KEY, BlockKey, TierKind
 
 HIT_HALF_LIFE_US = 600 * 1_000_000
 """A use counts half after ten minutes: four fifths of the reuse in public chat traces comes sooner
 (Wang et al., "KVCache cache in the wild", arXiv 2506.02634)."""
-
-_KEYS_A_PROBE = 1024
-"""Keys that a lookup takes at once."""
 
 
 class BlockIndex:
@@ -70,6 +69,8 @@ class BlockIndex:
         self._views = (TierView(self, 0), TierView(self, 1))
         self._rows: dict[BlockKey, int] = {}
         self._keys: list[BlockKey | None] = []
+        self._packed_keys = bytearray()
+        """The same keys, back to back, so that a chain is compared in one go."""
         self._parents = array("i")
         self._slots = (array("i"), array("i"))
         self._children = (array("i"), array("i"))
@@ -171,43 +172,40 @@ class BlockIndex:
 
         `keys` may start in the middle of a chain; its ancestors are then checked too.
         """
-        parts = list(self._prefix_parts(keys))
-        return cast("list[int]", np.concatenate(parts).tolist()) if parts else []
+        return cast("list[int]", self._prefix_rows(keys).tolist())
 
     def prefix_tiers(self, keys: Sequence[BlockKey]) -> tuple[TierKind, ...]:
         """`fastest` of each row of `usable_prefix(keys)`."""
-        parts = map(self._tiers, self._prefix_parts(keys))
-        return tuple(itertools.chain.from_iterable(parts))
+        return self._tiers(self._prefix_rows(keys))
 
-    def _prefix_parts(self, keys: Sequence[BlockKey]) -> Iterator[Any]:
-        """The rows of the usable prefix, in arrays that are not empty."""
-        previous = NO_ROW
-        for start in range(0, len(keys), _KEYS_A_PROBE):
-            part = keys[start : start + _KEYS_A_PROBE]
-            rows = self._linked_rows(part, previous)
-            if not start and len(rows) and not self.usable(self._parents[rows[0]]):
-                return
-            if len(rows):
-                yield rows
-            if len(rows) < len(part):
-                return
-            previous = int(rows[-1])
+    def _prefix_rows(self, keys: Sequence[BlockKey]) -> Any:
+        """The rows of the usable prefix. O(prefix), but only O(log) of it look-ups of keys."""
+        rows = self._linked_rows(check_keys(keys))
+        if not len(rows) or not self.usable(self._parents[rows[0]]):
+            return rows[:0]
+        resident = column(self._slots[0])[rows] >= 0
+        resident |= column(self._slots[1])[rows] >= 0
+        return rows if resident.all() else rows[: resident.argmin()]
 
-    def _linked_rows(self, keys: Sequence[BlockKey], previous: int) -> Any:
-        """Rows of the longest run of `keys` that are resident and follow each other.
+    def _linked_rows(self, keys: CheckedKeys) -> Any:
+        """Rows, ghosts included, of the longest prefix of `keys` in which each follows the last.
 
-        The first follows `previous` too, unless that is NO_ROW.
+        Where a row is, its ancestors' rows are: so bisection finds the last key that has one. The
+        others are likely the rows before it, as a chain is stored in one go, else they are walked
+        up to. Keys that form no chain are gone through one by one.
         """
-        if not self._rows:
-            return np.empty(0, np.int32)
-        found = map(self._rows.get, keys, itertools.repeat(NO_ROW))
-        rows = np.fromiter(found, np.int32, len(keys))
-        parents = column(self._parents)[rows]
-        linked = (column(self._slots[0])[rows] >= 0) | (column(self._slots[1])[rows] >= 0)
-        linked &= rows >= 0  # NO_ROW picked the last one
-        linked[1:] &= parents[1:] == rows[:-1]
-        linked[0] &= previous in (NO_ROW, int(parents[0]))
-        return rows if linked.all() else rows[: linked.argmin()]
+        low, high = -1, len(keys)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if keys[middle] in self._rows else (low, middle)
+        last = self._rows[keys[low]] if low >= 0 else NO_ROW
+        rows = np.arange(last - low, last + 1 if low >= 0 else last - low, dtype=np.int32)
+        if len(rows) and (rows[0] < 0 or (column(self._parents)[rows[1:]] != rows[:-1]).any()):
+            rows = np.array(walk_up(self._parents, last, low + 1), np.int32)
+        stored = np.frombuffer(self._packed_keys, f"V{KEY_BYTES}")[rows]
+        if stored.tobytes() == keys[: low + 1].packed:
+            return rows
+        return np.array(follow(self._rows, self._parents, keys), np.int32)
 
     def tiers(self, rows: Sequence[int]) -> tuple[TierKind, ...]:
         """`fastest` of each row."""
@@ -251,6 +249,7 @@ class BlockIndex:
         if self._free_rows:
             row = self._free_rows.pop()
             self._keys[row] = key
+            self._packed_keys[row * KEY_BYTES : (row + 1) * KEY_BYTES] = key
             self._parents[row] = parent
             self._flags[row] = 0
             self._last_use_us[row] = 0
@@ -265,6 +264,7 @@ class BlockIndex:
 
     def _append_row(self, key: BlockKey, parent: int) -> int:
         self._keys.append(key)
+        self._packed_keys += key
         self._parents.append(parent)
         for slots in self._slots:
             slots.append(NO_SLOT)
@@ -427,6 +427,7 @@ class BlockIndex:
         children = np.bincount(table.parents[has_parent], minlength=count).astype(np.intc)
         keys = table.key_list()
         self._keys = list(keys)
+        self._packed_keys += table.keys.tobytes()
         self._rows = dict(zip(keys, range(count), strict=True))
         zeros, none = bytes(4 * count), np.full(count, NO_SLOT, np.intc).tobytes()
         self._parents.frombytes(table.parents.astype(np.intc).tobytes())

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeAlias, Union, cast
+from typing import TypeAlias, Union, overload
 
 from .errors import InvalidArgumentError
 from .layout import KvLayout
@@ -214,8 +214,42 @@ def check_key(key: bytes) -> BlockKey:
     return BlockKey(bytes(key))
 
 
-class CheckedKeys(list[BlockKey]):
-    """Keys that were checked: a call of thousands passes several layers and pays once."""
+class CheckedKeys(Sequence[BlockKey]):
+    """Keys of the right length, back to back: a call of thousands makes objects only if asked."""
+
+    __slots__ = ("packed",)
+
+    def __init__(self, packed: bytes) -> None:
+        """Take keys that are `packed` one behind the other.
+
+        Raises:
+            InvalidArgumentError: they do not divide into keys.
+        """
+        if len(packed) % KEY_BYTES:
+            raise InvalidArgumentError(
+                f"{len(packed)} bytes of keys are not a whole number of {KEY_BYTES}-byte keys"
+            )
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return len(self.packed) // KEY_BYTES
+
+    def __iter__(self) -> Iterator[BlockKey]:
+        return (BlockKey(key) for (key,) in struct.iter_unpack(f"{KEY_BYTES}s", self.packed))
+
+    @overload
+    def __getitem__(self, item: int) -> BlockKey: ...
+
+    @overload
+    def __getitem__(self, item: slice) -> CheckedKeys: ...
+
+    def __getitem__(self, item: int | slice) -> BlockKey | CheckedKeys:
+        if isinstance(item, slice):
+            start, stop, step = item.indices(len(self))
+            assert step == 1, item
+            return CheckedKeys(self.packed[start * KEY_BYTES : max(start, stop) * KEY_BYTES])
+        start = range(len(self))[item] * KEY_BYTES
+        return BlockKey(self.packed[start : start + KEY_BYTES])
 
 
 def check_keys(keys: Sequence[bytes]) -> CheckedKeys:
@@ -226,6 +260,9 @@ def check_keys(keys: Sequence[bytes]) -> CheckedKeys:
     """
     if isinstance(keys, CheckedKeys):
         return keys
-    if set(map(type, keys)) <= {bytes} and set(map(len, keys)) <= {KEY_BYTES}:
-        return CheckedKeys(cast("Sequence[BlockKey]", keys))
-    return CheckedKeys(check_key(key) for key in keys)
+    try:
+        if set(map(len, keys)) <= {KEY_BYTES}:
+            return CheckedKeys(b"".join(keys))
+    except TypeError:  # one is not bytes at all; the line below says which
+        pass
+    return CheckedKeys(b"".join(check_key(key) for key in keys))

@@ -14,14 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Final, TypeVar
 
-import numpy as np
-
 from .api import SlabChecksums
 from .errors import LEAVES, CapacityError, InvalidArgumentError, UcmError
 from .hashing import CheckedKeys, NamespaceSpec, check_keys
 from .layout import KvDtype, KvLayout
 from .protos import cache_pb2 as pb
-from .types import KEY_BYTES, BlockKey, LeaseId, LoadStatus, StoreStatus, TierKind
+from .types import BlockKey, LeaseId, LoadStatus, StoreStatus, TierKind
 
 PROTOCOL_VERSION: Final = 1
 """Both ends of the door must name the same one."""
@@ -122,29 +120,22 @@ def keys_to_wire(keys: Sequence[BlockKey]) -> bytes:
     Raises:
         InvalidArgumentError: one is not 32 bytes.
     """
-    packed = b"".join(keys)
-    if not set(map(len, keys)) <= {KEY_BYTES} or len(packed) != KEY_BYTES * len(keys):
-        check_keys(keys)  # says which
-    return packed
+    return check_keys(keys).packed
 
 
 def keys_from_wire(packed: bytes, *, limit: int) -> CheckedKeys:
-    """Unpack a call's keys.
+    """A call's keys.
 
     Raises:
         InvalidArgumentError: more than `limit`, or the bytes do not divide into keys.
     """
-    num_keys, rest = divmod(len(packed), KEY_BYTES)
-    if rest:
+    keys = CheckedKeys(packed)
+    if len(keys) > limit:
         raise InvalidArgumentError(
-            f"{len(packed)} bytes of keys are not a whole number of {KEY_BYTES}-byte keys"
-        )
-    if num_keys > limit:
-        raise InvalidArgumentError(
-            f"{num_keys} keys in one call, at most {limit} are taken; split the call "
+            f"{len(keys)} keys in one call, at most {limit} are taken; split the call "
             "or raise service.max_keys_per_call"
         )
-    return CheckedKeys(np.frombuffer(packed, f"V{KEY_BYTES}").tolist())
+    return keys
 
 
 Word = TypeVar("Word", LoadStatus, StoreStatus, TierKind)

@@ -220,3 +220,30 @@ def test_uses_of_many_rows_count_like_uses_of_each() -> None:
     )
     assert [many.last_use_us(row) for row in range(5)] == [one.last_use_us(row) for row in range(5)]
     many.unpin_all(rows)
+
+
+def test_the_prefix_of_any_list_of_keys_is_the_longest_chain() -> None:
+    """Bisection and the guess that a chain's rows are neighbours against going one by one."""
+    index, chains = BlockIndex(), random.Random(7)
+    known: list[BlockKey] = []
+    for number in range(200):
+        parent = NO_ROW if chains.random() < 0.1 else chains.randrange(-1, len(known))
+        key = BlockKey(number.to_bytes(32, "little"))
+        index.place(index.add_row(key, parent), MEMORY, SlotId(number))
+        known.append(key)
+    for _ in range(2000):
+        row, chain = chains.randrange(200), list[BlockKey]()
+        while row != NO_ROW:
+            chain.insert(0, index.key(row))
+            row = index.parent(row)
+        for _ in range(chains.randrange(4)):
+            spoilt = chains.choice([*known, BlockKey(chains.randbytes(32))])
+            place = chains.randrange(len(chain) + 1)
+            chain[place : place + chains.randrange(2)] = [spoilt]
+        expected: list[int] = []
+        for key in chain:
+            row = index.find(key)
+            if row == NO_ROW or (expected and index.parent(row) != expected[-1]):
+                break
+            expected.append(row)
+        assert index.usable_prefix(chain) == expected
