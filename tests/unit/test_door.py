@@ -167,7 +167,8 @@ def test_descriptors_and_threads_go_back_to_the_baseline(house: House) -> None:
     before = counts()
     for _ in range(10):
         come_and_go()
-    wait_until(lambda: counts() == before)
+    # fewer is fine: a thread that makes memory ready may have been at work before
+    wait_until(lambda: all(now <= was for now, was in zip(counts(), before, strict=True)))
 
 
 def test_sessions_are_bounded(house: House) -> None:
