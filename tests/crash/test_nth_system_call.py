@@ -8,30 +8,19 @@ length and transfers nothing, which only a checksum can notice; honest short tra
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import select
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from ucm.config import NvmeConfig
-from ucm.storage.fsck import check_store
-from ucm.storage.nvme import NvmeStore
-from ucm.storage.tier import IoStatus, SlotRead
-from ucm.testing.blocks import TINY_LAYOUT, content, meaning
-from ucm.testing.io_workload import SEGMENT_BYTES
 from ucm.testing.lanes import LANE
+from ucm.testing.life_server import MAX_STEP_S, LifeServer, check_store_of_life
 from ucm.testing.nvme import quick_folder
-
-MAX_STEP_S: Final = 5.0
-MAX_LIFE_S: Final = 60.0
 
 FAULTS: Final = (
     ("pwritev,pwritev2", "error=EIO"),
@@ -55,37 +44,6 @@ FAULTS: Final = (
     ("unlink", "error=EIO"),
     ("mkdir", "error=ENOSPC"),
 )
-
-
-class LifeServer:
-    """The process that forks lives."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ucm.testing.io_workload"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-
-    def say(self, line: str) -> str:
-        """Send a line and wait for the answer."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        ready, _, _ = select.select([self.process.stdout], [], [], MAX_LIFE_S)
-        assert ready, "the store hangs"
-        return self.process.stdout.readline()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
 
 
 @pytest.fixture(scope="module")
@@ -122,30 +80,6 @@ def live(server: LifeServer, path: Path, inject: str) -> tuple[dict[str, object]
     return outcome, "(INJECTED)" in log.read_text()
 
 
-def check(path: Path, accepted: set[str]) -> None:
-    """Without faults it opens, and whatever is in it is right and was accepted."""
-    config = NvmeConfig(
-        path=path,
-        capacity_bytes=3 * SEGMENT_BYTES,
-        segment_bytes=SEGMENT_BYTES,
-        io_threads=1,
-        index_map_bytes=4 << 20,
-    )
-    store = NvmeStore(config)
-    for namespace in store.namespaces():
-        tier = store.open_namespace(namespace, TINY_LAYOUT)
-        assert tier.check_integrity() == []
-        for entry in list(tier.entries()):
-            into = memoryview(bytearray(TINY_LAYOUT.block_bytes))
-            (outcome,) = tier.read([SlotRead(entry.slot, entry.key, into)])
-            assert outcome.status in (IoStatus.OK, IoStatus.CORRUPT)
-            if outcome.status is IoStatus.OK:
-                assert entry.key.hex() in accepted, "a put that failed is visible"
-                assert meaning(into) == content(entry.key)
-    store.close()
-    assert check_store(path, repair=True).ok
-
-
 def numbers(limit: int) -> Iterator[int]:
     """1, 2, 3 and then, if there may be only `limit`, with growing steps."""
     number = 0
@@ -171,7 +105,7 @@ def test_each_call_fails(server: LifeServer, folder: Path, calls: str, fault: st
         accepted = outcome["accepted"]
         assert isinstance(accepted, list)
         if path.exists():
-            check(path, set(accepted))
+            check_store_of_life(path, set(accepted))
         shutil.rmtree(path, ignore_errors=True)
         num_failed += was_failed
         num_accepted += len(accepted)

@@ -8,12 +8,16 @@ flushes, gets and evicts, and closes. The next answer is what became of it:
 
     {"status": 0 | a signal or exit code, "accepted": [keys], "wrong": n, "slowest_s": s}
 
+With `UCM_FIU_PROBABILITY` in the environment, and libfiu's POSIX wrapper preloaded, each call on
+files fails with that probability while the store lives.
+
 An error of ours is an outcome, any other ends the child with status 1. What is never imported late
 is never failed: the first life, without faults, happens before the fork.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -36,6 +40,14 @@ NUM_CHAINS = 5
 CHAIN_BLOCKS = 4
 SEGMENT_BYTES = 64 << 10
 TIMEOUT_S = 2.0
+_FAILURE_POINTS = (
+    "posix/io/oc/open",
+    *(f"posix/io/rw/{call}" for call in ("read", "pread", "readv", "write", "pwrite", "writev")),
+    *(f"posix/io/rw/{call}" for call in ("preadv", "pwritev")),
+    *(f"posix/io/sync/{call}" for call in ("fsync", "fdatasync")),
+)
+"""Names of libfiu's. Its short transfers are left out (it divides by a length that may be 0), and
+so are failures of `close`, of which it does not close the file."""
 
 
 class Life:
@@ -102,13 +114,29 @@ def _config(path: Path) -> Config:
     )
 
 
+@contextmanager
+def _random_faults(probability: float) -> Iterator[None]:
+    if not probability:
+        yield
+        return
+    fiu = ctypes.CDLL("libfiu.so.0")
+    for name in _FAILURE_POINTS:
+        assert not fiu.fiu_enable_random(name.encode(), 1, None, 0, ctypes.c_float(probability))
+    try:
+        yield
+    finally:
+        for name in _FAILURE_POINTS:
+            fiu.fiu_disable(name.encode())
+
+
 def _child(path: Path, go: int, report: int) -> None:
     """Wait for the word, live, report; never returns."""
     code = 1
     try:
         os.read(go, 1)
         life = Life(path)
-        life.run()
+        with _random_faults(float(os.environ.get("UCM_FIU_PROBABILITY", "0"))):
+            life.run()
         outcome = {
             "accepted": life.accepted,
             "wrong": life.num_wrong,

@@ -37,6 +37,8 @@ class Lane:
     """How often a client dies in each of its states."""
     damaged_stores: int
     """Stores of the corpus that `fsck` must explain and mend."""
+    random_faults_s: float
+    """How long lives of a store are run under random faults."""
     soak_s: float
     """Length of the leak soak."""
 
@@ -53,6 +55,7 @@ FAST: Final = Lane(
     failed_syncs=20,
     deaths_each=5,
     damaged_stores=1_000,
+    random_faults_s=30.0,
     soak_s=60.0,
 )
 
@@ -68,6 +71,7 @@ DEEP: Final = Lane(
     failed_syncs=1_000,
     deaths_each=200,
     damaged_stores=20_000,
+    random_faults_s=7200.0,
     soak_s=float(os.environ.get("UCM_SOAK_S", "600")),
 )
 
