@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ucm.api import CacheApi, LoadLease, NamespaceHandle
 from ucm.checksum import block_checksums, verify
+from ucm.errors import CapacityError
 from ucm.hashing import NamespaceSpec, chain_keys
 from ucm.layout import KvDtype, KvLayout
 from ucm.types import ROOT_KEY, BlockKey, LoadStatus, NamespaceId, StoreStatus
@@ -63,8 +65,16 @@ def put(
 def loaded(
     cache: CacheApi, handle: NamespaceHandle, keys: Sequence[BlockKey], timeout_s: float = 5.0
 ) -> Iterator[LoadLease]:
-    """A load lease for the time of a `with` block."""
-    lease = cache.prepare_load(handle.id, keys, timeout_s=timeout_s)
+    """A load lease for the time of a `with` block; comes again when refused, until the time-out."""
+    end_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            lease = cache.prepare_load(handle.id, keys, timeout_s=timeout_s)
+            break
+        except CapacityError as error:
+            if time.monotonic() + error.retry_after_s > end_s:
+                raise
+            time.sleep(error.retry_after_s)
     try:
         yield lease
     finally:

@@ -55,8 +55,8 @@ FAST: Final = Lane(
     failed_syncs=20,
     deaths_each=5,
     damaged_stores=1_000,
-    random_faults_s=30.0,
-    soak_s=60.0,
+    random_faults_s=120.0,
+    soak_s=180.0,
 )
 
 DEEP: Final = Lane(
