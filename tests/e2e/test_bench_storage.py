@@ -67,6 +67,10 @@ def test_figures_stand_beside_their_ceilings(result: dict[str, Any]) -> None:
     dram = result["dram"]
     assert dram["load_ratio"] == pytest.approx(dram["load_gb_s"] / dram["memcpy_gb_s"], rel=0.05)
     assert dram["zero_copy_gb_s"] > 0
+    assert dram["memcpy_private_gb_s"] > 0
+    assert dram["memcpy_blocks_gb_s"] > 0
+    assert 1 <= dram["arena_runs"] <= dram["blocks"]
+    assert dram["copy_gb_s"] > dram["load_gb_s"], "the lease takes time"
     assert result["nvme"].keys() == {"64KiB", "256KiB"}
     for row in result["nvme"].values():
         for op, side in (("load", "read"), ("store", "write")):

@@ -21,6 +21,7 @@ from ucm.bench.storage_ceilings import (
 )
 from ucm.bench.storage_concurrent import Turn, compare_turns, spread
 from ucm.bench.storage_daemon import parse_smaps
+from ucm.bench.storage_dram import runs_in_arena
 from ucm.bench.storage_manifest import cpu_model, parse_mounts
 from ucm.bench.storage_measure import (
     SLAB_LAYOUTS,
@@ -284,3 +285,17 @@ def test_require_stops_the_run() -> None:
     require(True, "all is well")
     with pytest.raises(CorruptionError, match="lost a block"):
         require(False, "it lost a block")
+
+
+@pytest.mark.parametrize(
+    ("slots", "lengths"),
+    [([0, 1, 2], [3]), ([1, 2, 5, 6, 4], [2, 2, 1]), ([3, 2, 1], [1, 1, 1]), ([2], [1])],
+)
+def test_neighbours_in_the_arena_are_copied_in_one_call(
+    slots: list[int], lengths: list[int]
+) -> None:
+    arena = memoryview(bytes(range(7 * 16)))
+    runs = list(runs_in_arena([arena[slot * 16 : slot * 16 + 16] for slot in slots]))
+    assert [len(run) // 16 for run in runs] == lengths
+    expected = b"".join(bytes(arena[slot * 16 : slot * 16 + 16]) for slot in slots)
+    assert b"".join(run.tobytes() for run in runs) == expected

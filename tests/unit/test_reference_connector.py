@@ -11,6 +11,7 @@ import torch
 from ucm.connectors.circuit_breaker import BreakerOptions
 from ucm.connectors.reference import ReferenceConnector, kv_dtype, namespace_spec, pool_bytes
 from ucm.connectors.session import CacheSession, SessionOptions
+from ucm.copying import BlockCopier
 from ucm.engine.config import ModelConfig, RopeScaling
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.hook import LoadRequest, StoreRequest
@@ -115,6 +116,25 @@ def test_a_damaged_block_is_not_reported_as_loaded(cache: FakeCache) -> None:
     assert load(connector, 0, [10, 11, 12]) == 1
     stats = connector.session.stats()
     assert (stats.wrong_slabs, stats.corrupt_blocks) == (1, 1)
+    connector.session.close()
+
+
+def test_several_threads_load_what_one_would(
+    cache: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ucm.copying.BYTES_PER_THREAD", 1)  # blocks of a test are small
+    connector = connector_to(cache)
+    connector.session.copier = BlockCopier(connector.session.spec.layout, 4)
+    pool = random_pool(KvDtype.FLOAT32, 1)
+    connector.attach(pool)
+    store(connector, [0, 1, 2, 3, 4])
+    for _ in range(20):
+        pool[:, 10:15] = 0
+        assert load(connector, 0, [14, 13, 12, 11, 10]) == 5
+        assert torch.equal(pool[:, [14, 13, 12, 11, 10]], pool[:, :5])
+    cache.damage(list(cache.blocks)[3], layer=0)
+    assert load(connector, 0, [10, 11, 12, 13, 14]) == 3
+    assert connector.session.stats().corrupt_blocks == 1
     connector.session.close()
 
 

@@ -69,6 +69,7 @@ LAYERS = {
     "ucm.tier_view": 3,
     "ucm.storage": 2,
     "ucm.api": 2,
+    "ucm.copying": 2,
     "ucm.kernels": 1,
     "ucm.protos": 1,
     "ucm.errors": 0,
