@@ -275,3 +275,22 @@ def test_a_donor_that_cannot_give_may_be_closed_again(
     assert donor.num_writing == 0
     assert donor.idle
     store.close()
+
+
+def test_nothing_is_asked_for_while_the_disk_refuses(folder: Path) -> None:
+    """A thousand empty commits a second, until the disk recovered, were the price."""
+    store = TenantStore(tenant_config(folder, {}, segments=8))
+    fill(store, "a")
+    store = reopened(store, with_segments(store.config, 3))
+    write_behind = store.manager._write_behind
+    assert write_behind is not None
+    write_behind._refuse("injected: the disk fails writes")
+    _, handle = store.open("a")
+    found = store.manager._state.namespaces.get_locked(handle.id)
+    assert found is not None
+    assert found.num_writing == 0
+    write_behind._recover()
+    cache, _ = store.open("a")
+    put(cache, handle, chain(handle.id, 1, 99))
+    settled(store, "a", 3 * SEGMENT_BYTES)
+    store.close()
