@@ -7,7 +7,9 @@ Everything but the transfer runs in the requests' checks, so on the I/O threads,
 block is copied before it is verified and encoded: what is encoded is what was verified, whatever
 its owner does meanwhile. A block whose encoding is too long is answered OVERSIZE and nothing of it
 is written; full slots go through `SlotIo`, without a codec. So does a block that a lossy codec
-encoded before and memory lost the original of: coding it twice would add a second error.
+encoded before and memory lost the original of: coding it twice would add a second error. A full
+slot does not say which of the two is in it, so both count as lossy. A block that only moves keeps
+its encoding, whatever the codec.
 
 Envelope: a core encodes some 0.1 GB/s and decodes 0.2 to 0.5 GB/s of blocks (`ucm bench codecs`);
 scratch memory is bounded by `WAVE_BYTES` a call, and `MAX_SPARES` of them are kept.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ucm import checksum
@@ -24,7 +27,7 @@ from ucm.errors import CorruptionError
 from ucm.types import ROOT_KEY
 
 from .codecs import codec_of
-from .encoding import decode_block, encode_block
+from .encoding import EncodedBlock, decode_block, encode_block
 from .file_io import aligned_buffer
 from .format import HEADER_BYTES, SlotHeader, decode_header, encode_header
 from .slot_io import Piece, SlotIo, status_of_errno, transfer
@@ -85,8 +88,9 @@ class EncodedSlotIo:
         outcomes = [ReadOutcome(IoStatus.IO_ERROR)] * len(items)
         full, compact = self._by_class([item.slot for item in items])
         plain = self._plain.read([items[i] for i in full], [generations[i] for i in full])
+        is_lossy = not self._codec.is_lossless
         for position, outcome in zip(full, plain, strict=True):
-            outcomes[position] = outcome
+            outcomes[position] = replace(outcome, is_lossy=is_lossy and bool(outcome.checksums))
         for wave in self._waves(compact):
             self._read_wave(items, generations, wave, outcomes)
         return outcomes
@@ -122,7 +126,7 @@ class EncodedSlotIo:
             if len(item.checksums) != self._layout.num_layers:
                 statuses[position] = IoStatus.CORRUPT
                 continue
-            if item.was_lossy and not self._codec.is_lossless:
+            if item.was_lossy and not item.payload and not self._codec.is_lossless:
                 statuses[position] = IoStatus.OVERSIZE
                 continue
             header, payload = self._nth(scratch, number)
@@ -141,7 +145,7 @@ class EncodedSlotIo:
         wave: Sequence[int],
         outcomes: list[ReadOutcome],
     ) -> None:
-        found: dict[SlotId, SlabChecksums] = {}
+        found: dict[SlotId, tuple[SlabChecksums, bytes]] = {}
         scratch, pieces = self._take(), []
         for number, position in enumerate(wave):
             item = items[position]
@@ -154,9 +158,11 @@ class EncodedSlotIo:
         slot_bytes = self._superblock.slot_bytes
         for piece, code in transfer(pieces, self._io.read_batch, slot_bytes):
             status = status_of_errno(code)
-            sums = found[items[piece.position].slot] if status is IoStatus.OK else ()
-            is_lossy = status is IoStatus.OK and not self._codec.is_lossless
-            outcomes[piece.position] = ReadOutcome(status, sums, is_lossy)
+            outcomes[piece.position] = ReadOutcome(status)
+            if status is IoStatus.OK:
+                sums, kept = found[items[piece.position].slot]
+                is_lossy = not self._codec.is_lossless
+                outcomes[piece.position] = ReadOutcome(status, sums, is_lossy, kept)
         self._give(scratch)
 
     def _write_check(
@@ -173,8 +179,11 @@ class EncodedSlotIo:
             if not checksum.verify(self._layout, taken, item.checksums):
                 return False
             header, payload = target
-            is_first = item.parent == ROOT_KEY
-            encoded = encode_block(self._codec, self._layout, taken, payload, is_first=is_first)
+            if item.payload:
+                encoded = self._copied(item, payload)
+            else:
+                is_first = item.parent == ROOT_KEY
+                encoded = encode_block(self._codec, self._layout, taken, payload, is_first=is_first)
             if encoded is None:
                 oversize.add(item.slot)
                 return False
@@ -192,12 +201,28 @@ class EncodedSlotIo:
 
         return check
 
+    def _copied(self, item: SlotWrite, into: memoryview) -> EncodedBlock | None:
+        """Take over an encoding that is still that of the block; None when it is not."""
+        if len(item.payload) > len(into):
+            return None
+        decoded = memoryview(bytearray(self._layout.block_bytes))
+        try:
+            decode_block(self._codec, self._layout, memoryview(item.payload), decoded)
+        except CorruptionError as error:
+            log.warning("slot %d: %s", item.slot, error)
+            return None
+        if not checksum.verify(self._layout, decoded, item.checksums):
+            return None
+        into[: len(item.payload)] = item.payload
+        into[len(item.payload) :] = bytes(len(into) - len(item.payload))
+        return EncodedBlock(payload_bytes=len(item.payload), checksums=item.checksums)
+
     def _read_check(
         self,
         item: SlotRead,
         generation: int,
         source: tuple[memoryview, memoryview],
-        found: dict[SlotId, SlabChecksums],
+        found: dict[SlotId, tuple[SlabChecksums, bytes]],
     ) -> Callable[[], bool]:
         """Decode what was read if it is what should be there; note its checksums in `found`."""
 
@@ -213,7 +238,7 @@ class EncodedSlotIo:
             except CorruptionError as error:
                 log.warning("slot %d: %s", item.slot, error)
                 return False
-            found[item.slot] = header.checksums
+            found[item.slot] = header.checksums, bytes(payload) if item.keep_payload else b""
             return checksum.verify(self._layout, item.into, header.checksums)
 
         return check

@@ -49,6 +49,13 @@ class Shrinker:
         """Slots on the disk that `allocate` hands out without growing."""
         return self._slots.count(SlotState.FREE)
 
+    def num_free_for(self, segment: int) -> int:
+        """As `num_free_slots`, of those that take whatever is in the segment."""
+        return self._slots.count_free(full=self._has_full_slots(segment))
+
+    def _has_full_slots(self, segment: int) -> bool:
+        return self._segments.is_full_slot(self._slot_ids(segment)[0])
+
     @property
     def is_over(self) -> bool:
         """Whether the tenant holds too much."""
@@ -68,14 +75,23 @@ class Shrinker:
         return False
 
     def choose(self) -> int:
-        """The segment that is emptied with the least work; -1 when only one is left."""
+        """The segment that is emptied with the least work; -1 when only one is left.
+
+        First counts what would have to be evicted, then what has to move.
+        """
         out_of_use = self._segments.left | self._segments.retired
         candidates = [
             number for number in range(self._segments.num_segments) if number not in out_of_use
         ]
         if len(candidates) < 2:
             return -1
-        return min(candidates, key=lambda number: (self._num_used(number), -number))
+        return min(candidates, key=self._work_of)
+
+    def _work_of(self, segment: int) -> tuple[int, int, int]:
+        used = self._num_used(segment)
+        free_within = self._slots.count_in(self._segments.slots_of(segment), SlotState.FREE)
+        free_elsewhere = self.num_free_for(segment) - free_within
+        return max(0, used - free_elsewhere), used, -segment
 
     def _num_used(self, segment: int) -> int:
         return self._slots.count_in(self._segments.slots_of(segment), SlotState.USED)

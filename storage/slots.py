@@ -90,6 +90,11 @@ class SlotTable:
         with self._lock:
             return bool(((self._states == SlotState.FREE) & (self._full == full)).any())
 
+    def count_free(self, *, full: bool = False) -> int:
+        """How many slots of a class `allocate` would find; looks at all of them."""
+        with self._lock:
+            return int(((self._states == SlotState.FREE) & (self._full == full)).sum())
+
     def allocate(self, count: int, *, full: bool = False) -> list[SlotId]:
         """Take up to `count` free slots of a class, the lowest first, so that runs are adjacent."""
         with self._lock:

@@ -1,7 +1,7 @@
 """What lies in a data folder and should not, or is open to others: for `ucm fsck`.
 
 ns/            <hex of a namespace>/   *.tmp: a namespace that was being made or dropped
-ns/<hex>/      superblock  index/  segments/  index.damaged/   *.tmp, index.new/: a cut short write
+ns/<hex>/      superblock  tenant  index/  segments/  index.damaged/   *.tmp, index.new/: cut short
 .../segments/  NNNN.seg, NNNN.compact.seg
 .../index/     data.mdb  lock.mdb  clean  snapshot   *.tmp
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _NAMESPACE = re.compile(r"[0-9a-f]{64}")
 _LEFTOVER = re.compile(r".*\.tmp|index\.new", re.DOTALL)
 _KNOWN = {
-    "": re.compile(r"superblock|index|index\.damaged|segments"),
+    "": re.compile(r"superblock|index|index\.damaged|segments|tenant"),
     "segments": re.compile(r"\d{4}(\.compact)?\.seg"),
     "index": re.compile(r"data\.mdb|lock\.mdb|clean|snapshot"),
 }

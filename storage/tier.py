@@ -64,6 +64,8 @@ class SlotWrite:
     checksums: SlabChecksums
     was_lossy: bool = False
     """It came back from a lossy codec, which must not be applied to it a second time."""
+    payload: bytes = b""
+    """What `ReadOutcome.payload` said of the same block: it is written as it was, if it fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class SlotRead:
     key: BlockKey
     into: memoryview
     """Writable, `layout.block_bytes` long."""
+    keep_payload: bool = False
+    """Also answer how it was encoded, so that it can be moved without a second loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,9 @@ class ReadOutcome:
     status: IoStatus
     checksums: SlabChecksums = ()
     is_lossy: bool = False
-    """The bytes are what a lossy codec made of those that were written."""
+    """The bytes may be what a lossy codec made of those that were written."""
+    payload: bytes = b""
+    """The block as it was encoded, if that was asked for and it was."""
 
 
 @dataclass(frozen=True, slots=True)

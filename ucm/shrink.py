@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from ucm.storage.file_io import aligned_buffer
 from ucm.storage.shrink import Shrinker
-from ucm.storage.tier import IoStatus, SlotId, SlotRead, SlotWrite, TierEntry
+from ucm.storage.tier import IoStatus, ReadOutcome, SlotId, SlotRead, SlotWrite, TierEntry
 
 from .block_columns import NO_ROW, PROMOTING
 from .errors import UcmError
@@ -57,15 +57,17 @@ class Shrinking:
             if shrinker.has_excess():
                 self._shrink(found)
             donor = self._donor(found, shrinker, needed)
-            if donor is None:
-                return
-            gave = self._shrink(donor)
-            with self._state.lock:
-                donor.num_writing -= 1  # it may be closed again
-            if gave:
+            if donor is not None and self._take_from(donor):
                 _log.info("namespace %s gave a segment to %s", _name(donor), _name(found))
         except (UcmError, OSError) as error:
             _log.warning("no segment could be given back: %s", error)
+
+    def _take_from(self, donor: Namespace) -> bool:
+        try:
+            return self._shrink(donor)
+        finally:
+            with self._state.lock:
+                donor.num_writing -= 1  # it may be closed again
 
     def wants_more(self, found: Namespace) -> bool:
         """Whether another segment of it has to go, and may go now."""
@@ -138,7 +140,7 @@ class Shrinking:
     def _empty(self, found: Namespace, shrinker: Shrinker, segment: int) -> bool:
         """Move or evict what is in the segment; False when something has to stay."""
         entries = self._still_there(found, shrinker.blocks_in(segment))
-        while entries and (lacking := len(entries) - shrinker.num_free_slots) > 0:
+        while entries and (lacking := len(entries) - shrinker.num_free_for(segment)) > 0:
             with self._state.lock:
                 lacking -= len(found.undeleted)
                 victims = evict(found.index, TierKind.NVME, lacking)
@@ -148,8 +150,11 @@ class Shrinking:
                 return False
             shrinker.withdraw(segment)
             entries = self._still_there(found, entries)
-        moves = range(0, len(entries), BLOCKS_PER_MOVE)
-        return all(self._move(found, entries[start : start + BLOCKS_PER_MOVE]) for start in moves)
+        for start in range(0, len(entries), BLOCKS_PER_MOVE):
+            if not self._move(found, entries[start : start + BLOCKS_PER_MOVE]):
+                return False
+            shrinker.withdraw(segment)  # what became free must not take the next ones in
+        return True
 
     def _still_there(self, found: Namespace, entries: Sequence[TierEntry]) -> list[TierEntry]:
         index = found.index
@@ -204,7 +209,7 @@ class Shrinking:
         views = [buffer[start : start + size_bytes] for start in range(0, len(buffer), size_bytes)]
         outcomes = nvme.read(
             [
-                SlotRead(entry.slot, entry.key, view)
+                SlotRead(entry.slot, entry.key, view, keep_payload=True)
                 for entry, view in zip(entries, views, strict=True)
             ]
         )
@@ -214,12 +219,9 @@ class Shrinking:
         )
         good = [each for each in read if each[0].key not in unreadable]
         moved: dict[BlockKey, SlotId] = {}
-        for full in (False, True):  # what needs a full slot, or was encoded with a loss, gets one
+        for full in (False, True):  # what needs a full slot gets one
             slots = nvme.allocate(len(good), full=full)
-            writes = [
-                SlotWrite(slot, entry.key, entry.parent, view, outcome.checksums, outcome.is_lossy)
-                for slot, (entry, view, outcome) in zip(slots, good, strict=False)
-            ]
+            writes = [_write_of(slot, *each) for slot, each in zip(slots, good, strict=False)]
             statuses = nvme.write(writes)
             results = {
                 write.key: (write.slot, status)
@@ -230,6 +232,12 @@ class Shrinking:
             oversize = {key for key, (_, status) in results.items() if status is IoStatus.OVERSIZE}
             good = [each for each in good if each[0].key in oversize]
         return moved
+
+
+def _write_of(slot: SlotId, entry: TierEntry, view: memoryview, outcome: ReadOutcome) -> SlotWrite:
+    """The write that puts a block that was read into another slot."""
+    sums, is_lossy = outcome.checksums, outcome.is_lossy
+    return SlotWrite(slot, entry.key, entry.parent, view, sums, is_lossy, outcome.payload)
 
 
 def _held_bytes(found: Namespace) -> int:

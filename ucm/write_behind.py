@@ -183,8 +183,11 @@ class WriteBehind:
         return num_left
 
     def trim(self, found: Namespace) -> None:
-        """Begin to give segments back if the namespace has too many; returns at once."""
-        if not self._shrinking.wants_more(found):
+        """Begin to give segments back if the namespace has too many; returns at once.
+
+        On a disk that refuses writes nothing can move: the commit that finds it well does it.
+        """
+        if not self.health.writable or not self._shrinking.wants_more(found):
             return
         with self._state.lock:
             try:

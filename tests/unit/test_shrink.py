@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from ucm.config import Config, QuotaConfig
-from ucm.shrink import Shrinking
+from ucm.errors import TierUnavailableError
+from ucm.shrink import BLOCKS_PER_MOVE, Shrinking
 from ucm.storage.nvme import NvmeTier
-from ucm.storage.tier import ReadOutcome, SlotRead
+from ucm.storage.shrink import Shrinker
+from ucm.storage.tier import ReadOutcome, SlotRead, TierEntry
 from ucm.testing.blocks import chain, content, get, put
 from ucm.testing.nvme import quick_folder
 from ucm.testing.stores import wait_until
-from ucm.testing.tenants import SEGMENT_BYTES, TenantStore, tenant_config
+from ucm.testing.tenants import SEGMENT_BYTES, SLOT_BYTES, TenantStore, tenant_config
 from ucm.types import BlockKey, TierKind
 
 
@@ -225,4 +227,70 @@ def test_a_move_that_fails_changes_nothing(folder: Path, monkeypatch: pytest.Mon
     assert cache.flush(timeout_s=5)
     settled(store, "a", 2 * SEGMENT_BYTES)
     assert cached(store, "a", chains)[-1] == 4
+    store.close()
+
+
+def test_more_blocks_than_one_move_takes_leave_at_once(folder: Path) -> None:
+    """What the first move freed in the segment must not take the next ones in."""
+    slots = 5 * BLOCKS_PER_MOVE
+    config = tenant_config(folder, {}, blocks=256)
+    nvme = dataclasses.replace(
+        config.nvme,
+        segment_bytes=slots * SLOT_BYTES,
+        capacity_bytes=3 * slots * SLOT_BYTES,
+        high_watermark=1.0,
+        low_watermark=0.99,
+    )
+    store = TenantStore(dataclasses.replace(config, nvme=nvme))
+    chains = fill(store, "a", 3 * slots // 4)
+    (found,) = store.manager._state.namespaces
+    assert found.nvme is not None
+    slot_of = {entry.key: entry.slot for entry in found.nvme.entries()}
+    for number, keys in enumerate(chains):  # the first segment is the emptiest
+        if number % 2 == 0 or (number == 1 and slot_of[keys[0]] < slots):
+            found.nvme.delete([(slot_of[key], key) for key in keys])
+    less = dataclasses.replace(nvme, capacity_bytes=2 * slots * SLOT_BYTES)
+    store = reopened(store, dataclasses.replace(config, nvme=less))
+    settled(store, "a", 2 * slots * SLOT_BYTES)
+    assert store.manager.metrics.value("ucm_released_segments_total") == 1
+    assert store.manager.metrics.value("ucm_evicted_blocks_total", tier="nvme") == 0
+    assert cached(store, "a", chains)[3::2] == [4] * (len(chains) // 2 - 1)
+    store.close()
+
+
+def test_a_donor_that_cannot_give_may_be_closed_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = TenantStore(tenant_config(folder, {}, blocks=64, segments=8))
+    fill(store, "a", 8)
+
+    def fail(_shrinker: Shrinker, _segment: int) -> list[TierEntry]:
+        raise TierUnavailableError("injected: the index cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shrinker, "blocks_in", fail)
+        fill(store, "b", 4)
+    store.leave("a")
+    (donor,) = [found for found in store.manager._state.namespaces if found.tenant == "a"]
+    assert donor.num_writing == 0
+    assert donor.idle
+    store.close()
+
+
+def test_nothing_is_asked_for_while_the_disk_refuses(folder: Path) -> None:
+    """A thousand empty commits a second, until the disk recovered, were the price."""
+    store = TenantStore(tenant_config(folder, {}, segments=8))
+    fill(store, "a")
+    store = reopened(store, with_segments(store.config, 3))
+    write_behind = store.manager._write_behind
+    assert write_behind is not None
+    write_behind._refuse("injected: the disk fails writes")
+    _, handle = store.open("a")
+    found = store.manager._state.namespaces.get_locked(handle.id)
+    assert found is not None
+    assert found.num_writing == 0
+    write_behind._recover()
+    cache, _ = store.open("a")
+    put(cache, handle, chain(handle.id, 1, 99))
+    settled(store, "a", 3 * SEGMENT_BYTES)
     store.close()

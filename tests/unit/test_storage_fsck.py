@@ -55,6 +55,15 @@ def overwrite(file: Path, offset: int, data: bytes) -> None:
         opened.write(data)
 
 
+def test_the_note_whose_namespace_it_is_is_ours(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    store = NvmeStore(nvme_config(data, 8))
+    put(store.open_namespace(NAMESPACE, LAYOUT, "a tenant"), range(2))
+    store.close()
+    assert check_store(data, repair=True).findings == []
+    assert (data / "ns" / NAMESPACE.hex() / "tenant").read_text() == "a tenant"
+
+
 def names_after(path: Path) -> list[int]:
     """What a daemon serves afterwards, each verified."""
     store = NvmeStore(nvme_config(path, 8))
