@@ -91,11 +91,12 @@ def copy_block(layout: KvLayout, source: memoryview, into: memoryview) -> tuple[
             _copy_slab(origin[at : at + stride], target[at : at + stride], size) for at in starts
         )
     sums: list[int] = []
+    flat = into.cast("B")
     step = CACHED_BYTES // stride * stride
     for first in range(0, layout.block_bytes, step):
         end = min(first + step, layout.block_bytes)
         np.copyto(target[first:end], origin[first:end])
-        sums += [checksum(target[at : at + size].data) for at in range(first, end, stride)]
+        sums += [checksum(flat[at : at + size]) for at in range(first, end, stride)]
     return tuple(sums)
 
 

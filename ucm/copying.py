@@ -11,10 +11,11 @@ Invariants
     * Threads are started by the first batch worth it, are at most `MAX_THREADS`, and end with
       `close`. Without them (closed, forked in the middle, no more threads) the caller copies alone.
 
-Envelope: 64 blocks of 1 MiB with 64 KiB slabs, from memory to memory: 17 ms of CPU, of which the
-checksums are 4, divided by the threads; handing a batch to a helper takes 0.1 ms. One plain copy of
-all of it takes 9 ms, because the C library writes round the cache above some 40 MB. The first touch
-of the arena's pages in a process adds 5 ms; MADV_POPULATE_READ ahead of it would take 9.
+Envelope: 64 blocks of 1 MiB with 64 KiB slabs, from memory to memory: 19 ms on one core, 11 on two
+(8 without checksums; those of slabs below 100 KiB hold the interpreter lock, and two threads wait
+for it). One plain copy of all of it takes 9 ms, because the C library writes round the cache above
+some 40 MB. The first touch of the arena's pages in a process adds 5 ms; MADV_POPULATE_READ ahead of
+it would take 9.
 """
 
 from __future__ import annotations
