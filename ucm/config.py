@@ -15,6 +15,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 POLICY_NAMES = ("tree-gdsf", "lru", "s3-fifo")
+CODEC_NAMES = ("raw", "bp-zstd", "int8", "fp8", "int4")
 """Eviction policies, the default first."""
 
 

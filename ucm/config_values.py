@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from .config import POLICY_NAMES
+from .config import CODEC_NAMES, POLICY_NAMES
 from .errors import ConfigError
 
 Value = int | float | str | Path | tuple[int, ...] | None
@@ -151,6 +151,8 @@ def _names(name: str) -> tuple[str, ...]:
         return ADMISSIONS
     if name == "nvme.io":
         return _IO_KINDS
+    if name == "nvme.codec":
+        return CODEC_NAMES
     return POLICY_NAMES if name.endswith(".policy") else ()
 
 

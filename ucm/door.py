@@ -259,6 +259,7 @@ class Door:
             namespace = self._manager.open_namespace(session, spec).id
             arena = self._manager.arena(session, namespace)
         except UcmError as error:
+            _log.warning("session %d gets no namespace: %s", session, error)
             _send(connection, _error_reply(error))
             return True
         opened = pb.NamespaceOpened(namespace=namespace, arena_bytes=arena.size_bytes)

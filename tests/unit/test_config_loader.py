@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ucm import config
 from ucm.config import GIB, MIB, QuotaConfig
 from ucm.config_loader import (
     FIELD_TYPES,
@@ -17,6 +18,7 @@ from ucm.config_loader import (
 )
 from ucm.config_values import check_value, parse_size, parse_value
 from ucm.errors import ConfigError
+from ucm.storage import codecs
 
 
 def write(folder: Path, text: str) -> Path:
@@ -228,3 +230,7 @@ def test_an_empty_path_is_not_taken_for_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="or none"):
         parse_value("nvme.path", "", Path | None, origin="here", base=tmp_path)
     assert parse_value("nvme.path", "none", Path | None, origin="here", base=tmp_path) is None
+
+
+def test_the_codecs_that_may_be_configured_are_those_that_there_are() -> None:
+    assert config.CODEC_NAMES == codecs.CODEC_NAMES

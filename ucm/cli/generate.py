@@ -111,6 +111,8 @@ def cache_factory(cache: Path, deadline_s: float) -> Callable[[], CacheApi]:
         from ucm.client import connect
 
         return lambda: connect(cache, timeout_s=deadline_s)
+    if not cache.exists() and cache.suffix != ".sock":
+        print(f"--cache {cache}: nothing is there yet, a new store is made", file=sys.stderr)
     if cache.is_dir() or (not cache.exists() and cache.suffix != ".sock"):
         return lambda: ucm.open(cache)
     if cache.exists():
