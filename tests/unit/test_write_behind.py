@@ -126,6 +126,19 @@ def test_by_default_everything_is_written() -> None:
     store.close()
 
 
+def use(store: TenantStore, seed: int, *, by_probe: bool) -> None:
+    """Load a chain until it would be written, and offer another one to a disk that is probed."""
+    cache, handle = store.open("")
+    for _ in range(2):  # so small a store remembers only some touches
+        get(cache, handle, chain(handle.id, 4, seed))
+    cache.flush(timeout_s=5)
+    if by_probe:
+        store.clock.advance_us(6_000_000)
+        put(cache, handle, chain(handle.id, 4, 100 + seed))
+        get(cache, handle, chain(handle.id, 4, 100 + seed))
+        cache.flush(timeout_s=5)
+
+
 @pytest.mark.parametrize("by_probe", [False, True])
 def test_a_disk_that_fails_writes_keeps_what_it_has(
     monkeypatch: pytest.MonkeyPatch, *, by_probe: bool
@@ -153,14 +166,6 @@ def test_a_disk_that_fails_writes_keeps_what_it_has(
         with monkeypatch.context() as patch:
             patch.setattr(NvmeTier, "write", fail)
             for seed in range(4, 10):
-                for _ in range(2):  # so small a store remembers only some touches
-                    get(cache, handle, chain(handle.id, 4, seed))
-                cache.flush(timeout_s=5)
-                if by_probe:
-                    store.clock.advance_us(6_000_000)
-                    put(cache, handle, chain(handle.id, 4, seed))
-                    assert put(cache, handle, chain(handle.id, 4, 100 + seed))
-                    get(cache, handle, chain(handle.id, 4, 100 + seed))
-                    cache.flush(timeout_s=5)
+                use(store, seed, by_probe=by_probe)
         assert store.manager.status().namespaces[0].nvme_blocks == durable
         store.close()
