@@ -167,9 +167,11 @@ def _check_folder(config: NvmeConfig) -> Iterator[Check]:
     if config.path is None:
         yield _met(name, "none: memory only", why)
         return
-    folder = next(path for path in (config.path, *config.path.parents) if path.exists())
-    where = f"{config.path} ({_file_system_of(folder)})"
+    where = str(config.path)
     try:
+        # What may not be looked into raises; the daemon could not use it either.
+        folder = next(path for path in (config.path, *config.path.parents) if path.exists())
+        where = f"{config.path} ({_file_system_of(folder)})"
         is_direct = _writes_directly(folder)
     except OSError as error:
         advice = "give the daemon's user a folder that it may write: nvme.path, or --store"

@@ -46,6 +46,8 @@ class DiskHealth:
 
     def __init__(self) -> None:
         self.reason = ""
+        self.lacks_room = False
+        """Whether room on the disk may be what is missing."""
         self._retry_at_us = 0
 
     @property
@@ -53,14 +55,15 @@ class DiskHealth:
         """Whether the last write succeeded (or none was tried)."""
         return not self.reason
 
-    def refuse(self, reason: str, now_us: int) -> None:
+    def refuse(self, reason: str, now_us: int, *, lacks_room: bool = False) -> None:
         """A write failed: stores stop until the next probe."""
         self.reason = reason
+        self.lacks_room = self.lacks_room or lacks_room
         self._retry_at_us = now_us + int(PROBE_INTERVAL_S * US_PER_S)
 
     def recover(self) -> None:
         """A write succeeded."""
-        self.reason = ""
+        self.reason, self.lacks_room = "", False
 
     def admits_store(self, now_us: int) -> bool:
         """Whether a store may come in; on a disk that refused, one in each interval as a probe."""
@@ -105,8 +108,11 @@ class WriteBehind:
         return self._commits.num_queued
 
     def use_locked(self, found: Namespace, keys: Iterable[BlockKey]) -> None:
-        """Blocks are used again: those that only memory has may be admitted now, parents first."""
-        if self.admits_all or found.nvme is None:
+        """Blocks are used again: those that only memory has may be admitted now, parents first.
+
+        A disk that refuses writes is left alone: stores probe it.
+        """
+        if self.admits_all or found.nvme is None or not self.health.writable:
             return
         index = found.index
         for key in keys:
@@ -225,7 +231,8 @@ class WriteBehind:
         failed = [status for status in _REFUSALS if status in statuses]
         for status in failed:
             count = statuses.count(status)
-            self._refuse(f"{_REFUSALS[status]} ({count} blocks of {len(items)} not written)")
+            reason = f"{_REFUSALS[status]} ({count} blocks of {len(items)} not written)"
+            self._refuse(reason, lacks_room=status is IoStatus.FULL)
         if IoStatus.OK in statuses and not failed and len(slots) == len(writable):
             self._recover()
         for item, status in zip(items, statuses, strict=True):
@@ -270,7 +277,7 @@ class WriteBehind:
         excess = self._watermarks.excess_slots(
             used=usage.used_slots, total=usage.total_slots, needed=len(writable)
         )
-        if not self.health.writable:  # a probe: the room it needs may be what was lacking
+        if self.health.lacks_room:  # a probe: the room it needs may be what was lacking
             excess = max(excess, len(writable))
         excess -= len(found.undeleted)  # they go first; a disk that fails must not cost them all
         parents = [found.index.parent(row) for row in writable]
@@ -307,7 +314,7 @@ class WriteBehind:
         try:
             slots = found.nvme.allocate(count)
         except (UcmError, OSError) as error:
-            self._refuse(f"no room on the disk: {error}")
+            self._refuse(f"no room on the disk: {error}", lacks_room=True)
             return []
         if len(slots) < promised and found.nvme.usage().disk_is_full:
             with self._state.lock:
@@ -316,7 +323,8 @@ class WriteBehind:
                     f"namespace {found.id.hex()[:8]}: the disk is full: room for "
                     f"{found.full_at_slots} blocks, old ones make way for new ones"
                 )
-            self._refuse(f"the disk is full: room for {len(slots)} blocks of {count}")
+            reason = f"the disk is full: room for {len(slots)} blocks of {count}"
+            self._refuse(reason, lacks_room=True)
         return slots
 
     def _items(
@@ -395,9 +403,10 @@ class WriteBehind:
         self._state.metrics.add("ucm_flushed_blocks_total", flushed)
         return orphans
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str, *, lacks_room: bool = False) -> None:
         with self._state.lock:
-            self.health.refuse(reason, self._state.clock.now_us())
+            now_us = self._state.clock.now_us()
+            self.health.refuse(reason, now_us, lacks_room=lacks_room)
         self._state.metrics.set("ucm_nvme_writable", 0)
         _log.warning("stores stop, loads go on: %s", reason)
 

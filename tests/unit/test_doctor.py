@@ -77,6 +77,19 @@ def test_a_folder_that_cannot_be_written_matters(tmp_path: Path) -> None:
     assert "(proc)" in check.found
 
 
+def test_a_folder_in_another_users_home_matters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", refuse)
+        (check,) = doctor._check_folder(config_of(tmp_path).nvme)
+    assert check.status is CheckStatus.FAILED
+    assert "Permission denied" in check.found
+
+
 def test_a_file_system_without_direct_io_is_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

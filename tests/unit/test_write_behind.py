@@ -8,8 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 from ucm.errors import ConfigError
+from ucm.storage.nvme import NvmeTier
+from ucm.storage.tier import IoStatus, SlotWrite
 from ucm.testing.blocks import chain, content, get, put
+from ucm.testing.nvme import quick_folder
 from ucm.testing.stores import FakeStore, small_store_config
+from ucm.testing.tenants import TenantStore, tenant_config
 from ucm.types import StoreStatus
 
 
@@ -120,3 +124,48 @@ def test_by_default_everything_is_written() -> None:
     assert store.tier.keys() == set(keys)
     assert store.manager.status().rejected_admissions == 0
     store.close()
+
+
+def use(store: TenantStore, seed: int, *, by_probe: bool) -> None:
+    """Load a chain until it would be written, and offer another one to a disk that is probed."""
+    cache, handle = store.open("")
+    for _ in range(2):  # so small a store remembers only some touches
+        get(cache, handle, chain(handle.id, 4, seed))
+    cache.flush(timeout_s=5)
+    if by_probe:
+        store.clock.advance_us(6_000_000)
+        put(cache, handle, chain(handle.id, 4, 100 + seed))
+        get(cache, handle, chain(handle.id, 4, 100 + seed))
+        cache.flush(timeout_s=5)
+
+
+@pytest.mark.parametrize("by_probe", [False, True])
+def test_a_disk_that_fails_writes_keeps_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, *, by_probe: bool
+) -> None:
+    """Second touch: each load asked for a write, and each write that failed had made room first.
+
+    So did the stores that are let through as probes.
+    """
+    with quick_folder() as folder:
+        config = tenant_config(folder / "store", {}, blocks=200)
+        nvme = dataclasses.replace(config.nvme, admission="second-touch")
+        store = TenantStore(dataclasses.replace(config, nvme=nvme))
+        cache, handle = store.open("")
+        for seed in range(10):
+            put(cache, handle, chain(handle.id, 4, seed))
+            if seed < 4:
+                get(cache, handle, chain(handle.id, 4, seed))
+        assert cache.flush(timeout_s=5)
+        durable = store.manager.status().namespaces[0].nvme_blocks
+        assert durable == 16
+
+        def fail(_tier: NvmeTier, items: list[SlotWrite]) -> list[IoStatus]:
+            return [IoStatus.IO_ERROR] * len(items)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(NvmeTier, "write", fail)
+            for seed in range(4, 10):
+                use(store, seed, by_probe=by_probe)
+        assert store.manager.status().namespaces[0].nvme_blocks == durable
+        store.close()
