@@ -7,7 +7,7 @@ stay mapped as long as somebody holds one, also after `close`.
 Invariants
     * Every call has a deadline; a call with `timeout_s` returns within it (but see `MIN_RPC_S`).
     * A refused call raises `CapacityError` with `retry_after_s`; only calls that give something
-      back are made again here.
+      back, and a flush, are made again here.
     * Once the door is closed, by either side, every call raises `TierUnavailableError` at once.
       Connecting again is the caller's business: it starts a new session with no leases.
     * No thread of Python's is started here. A process that forks keeps the session in the parent;
@@ -248,9 +248,17 @@ class RemoteCache:
         self._call_patiently(self._stub.Release, pb.ReleaseRequest(lease_ids=[lease_id]))
 
     def flush(self, *, timeout_s: float) -> bool:
-        """See `CacheApi.flush`."""
-        request = pb.FlushRequest(timeout_s=_daemon_timeout_s(timeout_s))
-        return bool(self._call(self._stub.Flush, request, timeout_s=timeout_s).flushed)
+        """See `CacheApi.flush`. Refused a place to wait, it comes again until the time-out."""
+        end_s = time.monotonic() + timeout_s
+        while True:
+            left_s = max(end_s - time.monotonic(), 0.0)
+            request = pb.FlushRequest(timeout_s=_daemon_timeout_s(left_s))
+            try:
+                return bool(self._call(self._stub.Flush, request, timeout_s=left_s).flushed)
+            except CapacityError as error:
+                if time.monotonic() + error.retry_after_s >= end_s:
+                    return False
+                time.sleep(error.retry_after_s)
 
     def close(self) -> None:
         """See `CacheApi.close`. Waits until the daemon has ended the session, but not for long.
