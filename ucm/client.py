@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import grpc
 
@@ -249,16 +249,15 @@ class RemoteCache:
 
     def flush(self, *, timeout_s: float) -> bool:
         """See `CacheApi.flush`. Refused a place to wait, it comes again until the time-out."""
-        end_s = time.monotonic() + timeout_s
-        while True:
-            left_s = max(end_s - time.monotonic(), 0.0)
+
+        def flush(left_s: float) -> bool:
             request = pb.FlushRequest(timeout_s=_daemon_timeout_s(left_s))
-            try:
-                return bool(self._call(self._stub.Flush, request, timeout_s=left_s).flushed)
-            except CapacityError as error:
-                if time.monotonic() + error.retry_after_s >= end_s:
-                    return False
-                time.sleep(error.retry_after_s)
+            return bool(self._call(self._stub.Flush, request, timeout_s=left_s).flushed)
+
+        try:
+            return _patiently(flush, timeout_s)
+        except CapacityError:
+            return False
 
     def close(self) -> None:
         """See `CacheApi.close`. Waits until the daemon has ended the session, but not for long.
@@ -303,19 +302,32 @@ class RemoteCache:
         A lease that nobody ends keeps its memory for half a minute, and a store that was staged is
         too good to drop for a short wait.
         """
-        deadline_s = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                left_s = deadline_s - time.monotonic()
-                return self._call(method, request, timeout_s=left_s)
-            except CapacityError as error:
-                if time.monotonic() + error.retry_after_s >= deadline_s:
-                    raise
-                time.sleep(error.retry_after_s)
+        return _patiently(
+            lambda left_s: self._call(method, request, timeout_s=left_s), self._timeout_s
+        )
 
     def _abandon_in_child(self) -> None:
         # A copy of the door's descriptor would keep the session alive after the parent's death.
         self._door.close()
+
+
+Answer = TypeVar("Answer")
+
+
+def _patiently(call: Callable[[float], Answer], timeout_s: float) -> Answer:
+    """Make a call that is given the seconds left; refused, it is made again when told to.
+
+    Raises:
+        CapacityError: refused, and the next time would be too late.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return call(max(deadline_s - time.monotonic(), 0.0))
+        except CapacityError as error:
+            if time.monotonic() + error.retry_after_s >= deadline_s:
+                raise
+            time.sleep(error.retry_after_s)
 
 
 def _abandon_all_in_child() -> None:

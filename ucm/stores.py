@@ -63,7 +63,7 @@ class StorePath:
             hold_us = int(state.config.transfer.lease_timeout_s * US_PER_S)
             lease = state.grant_locked(session, found, LeaseKind.STORE, now_us + hold_us)
             state.hold_locked(lease, found, plan.hold, now_us)
-            if self._write_behind is not None:
+            if self._write_behind is not None and not self._write_behind.admits_all:
                 pairs = zip(keys, plan.statuses, strict=True)
                 again = [key for key, status in pairs if status is StoreStatus.PRESENT]
                 self._write_behind.use_locked(found, again)
