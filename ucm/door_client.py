@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 import select
 import socket
@@ -23,6 +22,7 @@ from google.protobuf.message import DecodeError
 from . import __version__
 from .errors import InvalidArgumentError, PermissionDeniedError, TierUnavailableError
 from .hashing import NamespaceSpec
+from .mapping import map_shared
 from .protos import cache_pb2 as pb
 from .types import NamespaceId
 from .wire import PROTOCOL_VERSION, TOKEN_BYTES, error_from_wire, spec_to_wire
@@ -85,7 +85,7 @@ class DoorClient:
         if welcome.protocol_version != PROTOCOL_VERSION or len(welcome.token) != TOKEN_BYTES:
             os.close(fd)
             raise TierUnavailableError(f"what answers at {self._path} is not a daemon of ours")
-        staging = _map(fd, welcome.staging_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        staging = _map(fd, welcome.staging_bytes, writable=True)
         return Greeting(
             token=welcome.token,
             max_keys_per_call=welcome.max_keys_per_call,
@@ -104,7 +104,7 @@ class DoorClient:
         """
         message = pb.OpenNamespace(spec=spec_to_wire(spec), namespace=namespace)
         reply, fd = self._ask(pb.DoorRequest(open_namespace=message), timeout_s=timeout_s)
-        return _map(fd, reply.opened.arena_bytes, mmap.PROT_READ)
+        return _map(fd, reply.opened.arena_bytes, writable=False)
 
     def is_open(self) -> bool:
         """Whether the daemon still holds its end; does not wait."""
@@ -209,7 +209,7 @@ def _parse(data: bytes, fds: list[int], asked: str, flags: int) -> tuple[pb.Door
     raise TierUnavailableError("the daemon closed the door" if not data else "a garbled answer")
 
 
-def _map(fd: int, size_bytes: int, prot: int) -> memoryview:
+def _map(fd: int, size_bytes: int, *, writable: bool) -> memoryview:
     """Map `fd`, then close it: the mapping outlives it."""
     try:
         if size_bytes < 1 or os.fstat(fd).st_size < size_bytes:
@@ -217,7 +217,7 @@ def _map(fd: int, size_bytes: int, prot: int) -> memoryview:
             raise TierUnavailableError(
                 f"the daemon passed memory of {os.fstat(fd).st_size} bytes and says {size_bytes}"
             )
-        return memoryview(mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, prot))
+        return map_shared(fd, size_bytes, writable=writable)
     except (OSError, OverflowError) as error:
         raise TierUnavailableError(
             f"cannot map {size_bytes} bytes of the daemon's memory: {error}"

@@ -81,6 +81,7 @@ LAYERS = {
     "ucm.clock": 0,
     "ucm.metrics": 0,
     "ucm.checksum": 0,
+    "ucm.mapping": 0,
     "ucm.testing": 7,
 }
 # The process boundary is the import boundary: an engine's side never sees the daemon's.
