@@ -30,6 +30,8 @@ from .prefault import Prefaulter
 from .slots import SlotTable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from ucm.layout import KvLayout
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 F_SEAL_FUTURE_WRITE = 0x0010
 """From linux/fcntl.h (Linux 5.1); Python names it from 3.13 on."""
+
+MAX_WAIT_S = 1.0
+"""How long somebody who fills slots waits for prefaulting: nothing depends on it."""
 
 _FIXED_SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -124,6 +129,14 @@ class Arena:
         From now on they cost what they hold, used or not. Does not block.
         """
         self._prefaulter.request(num_slots * self.slot_bytes)
+
+    def wait_real(self, slots: Sequence[SlotId]) -> None:
+        """Wait until slots that are about to be filled are real memory, if they are to be made so.
+
+        Blocks while the prefaulting passes them: 0.4 s/GB, at most `MAX_WAIT_S`.
+        """
+        if slots:
+            self._prefaulter.wait_for((max(slots) + 1) * self.slot_bytes, MAX_WAIT_S)
 
     @property
     def prefaulted_bytes(self) -> int:

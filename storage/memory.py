@@ -69,6 +69,10 @@ class MemoryTier:
         """See `Arena.prefault`."""
         self._arena.prefault(num_slots)
 
+    def wait_real(self, slots: Sequence[SlotId]) -> None:
+        """See `Arena.wait_real`."""
+        self._arena.wait_real(slots)
+
     def view(self, slot: SlotId) -> memoryview:
         """The slot's bytes, writable, `layout.block_bytes` long; no copy.
 
@@ -105,7 +109,8 @@ class MemoryTier:
         self._arena.slots.change(slots, SlotState.ALLOCATED, SlotState.FREE)
 
     def write(self, items: Sequence[SlotWrite]) -> list[IoStatus]:
-        """See `Tier.write`. Copies on the calling thread; volatile."""
+        """See `Tier.write`. Copies on the calling thread; volatile. See `Arena.wait_real`."""
+        self._arena.wait_real([item.slot for item in items])
         return [self._write_one(item) for item in items]
 
     def adopt(

@@ -46,14 +46,14 @@ _PASSING_ERRNOS = frozenset({errno.EAGAIN, errno.EBUSY, errno.ENOMEM})
 class Prefaulter:
     """Populates one shared mapping from its start. Thread-safe.
 
-    No method but `close` and `wait` blocks.
+    No method but `close`, `wait` and `wait_for` blocks.
     """
 
     def __init__(self, mapping: memoryview) -> None:
         """Begin with nothing; `close` it before the mapping."""
         self._size_bytes = len(mapping)
         self._address = address_of(mapping)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition(threading.Lock())
         self._target_bytes = 0
         self._done_bytes = 0
         self._huge_bytes = 0
@@ -90,6 +90,20 @@ class Prefaulter:
         if thread is not None:
             thread.join(timeout_s)
 
+    def wait_for(self, end_bytes: int, timeout_s: float) -> None:
+        """Wait until the mapping is populated up to `end_bytes`, as far as that was requested.
+
+        For whoever is about to write there: touching it first would cost more than the wait, and
+        leave small pages.
+        """
+        if end_bytes <= self._done_bytes:
+            return  # the usual case, without the lock
+        with self._lock:
+            end_bytes = min(end_bytes, self._target_bytes)
+            self._lock.wait_for(
+                lambda: self._done_bytes >= end_bytes or self._thread is None, timeout_s
+            )
+
     def close(self) -> None:
         """End; waits for the step that is under way. Idempotent."""
         with self._lock:
@@ -107,6 +121,7 @@ class Prefaulter:
                 log.info("memory comes by touch, not ahead of it: %s", os.strerror(code))
             with self._lock:
                 self._done_bytes = self._size_bytes if code else end
+                self._lock.notify_all()
 
     def _next_step(self) -> tuple[int, int] | None:
         """Start and end of what comes next; None ends the thread."""
@@ -115,6 +130,7 @@ class Prefaulter:
             end = min(start // STEP_BYTES * STEP_BYTES + STEP_BYTES, self._target_bytes)
             if self._closed or end <= start:
                 self._thread = None
+                self._lock.notify_all()
                 return None
             return start, end
 

@@ -195,6 +195,7 @@ class LoadPath:
         """One job of the pool: read blocks into their slots and settle them."""
         nvme = found.nvme
         assert nvme is not None, "only NVMe blocks are promoted"
+        found.memory.wait_real([item.target for item in batch])
         items = [SlotRead(item.source, item.key, found.memory.view(item.target)) for item in batch]
         start = time.perf_counter()
         try:

@@ -206,3 +206,81 @@ def test_the_probe_says_what_the_kernel_says(monkeypatch: pytest.MonkeyPatch) ->
     assert huge_page_errno() == errno.ENOSYS
     monkeypatch.setattr(os, "memfd_create", refuse)
     assert huge_page_errno() == errno.ENOSYS
+
+
+def test_who_fills_slots_waits_until_they_are_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_go_on = threading.Semaphore(0)
+    real = prefault._populate
+
+    def slowly(address: int, length: int) -> int:
+        if length == STEP_BYTES:
+            assert may_go_on.acquire(timeout=WAIT_S)
+        return real(address, length)
+
+    monkeypatch.setattr(prefault, "_populate", slowly)
+    arena = Arena(LAYOUT, 16, ArenaKind.READ_ONLY)
+    arena.wait_real([])
+    arena.wait_real([SlotId(3)])  # nothing was asked for
+    arena.prefault(12)
+    seen: list[int] = []
+
+    def fill() -> None:
+        for slots in ([SlotId(3)], [SlotId(7), SlotId(4)], [SlotId(15)]):
+            arena.wait_real(slots)
+            seen.append(arena.prefaulted_bytes // LAYOUT.block_bytes)
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    for _ in range(3):
+        may_go_on.release()
+    filler.join(WAIT_S)
+    assert not filler.is_alive()
+    assert all(found >= slots for found, slots in zip(seen, (4, 8, 12), strict=True))
+    arena.close()
+
+
+def test_nobody_waits_for_memory_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepping, go_on = threading.Event(), threading.Event()
+
+    def stuck(_address: int, _length: int) -> int:
+        stepping.set()
+        assert go_on.wait(WAIT_S)
+        return errno.EINVAL
+
+    monkeypatch.setattr(prefault, "_populate", stuck)
+    prefaulter = Prefaulter(memoryview(mmap.mmap(-1, 4 * STEP_BYTES)))
+    prefaulter.request(4 * STEP_BYTES)
+    assert stepping.wait(WAIT_S)
+    prefaulter.wait_for(STEP_BYTES, 0.01)
+    assert prefaulter.done_bytes == 0, "its time was up"
+    waiter = threading.Thread(target=prefaulter.wait_for, args=(STEP_BYTES, WAIT_S))
+    waiter.start()
+    go_on.set()  # and the kernel refuses
+    waiter.join(WAIT_S)
+    prefaulter.close()
+    assert not waiter.is_alive()
+
+
+def test_closing_ends_the_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepping, go_on = threading.Event(), threading.Event()
+
+    def step(_address: int, _length: int) -> int:
+        stepping.set()
+        assert go_on.wait(WAIT_S)
+        return 0
+
+    monkeypatch.setattr(prefault, "_populate", step)
+    prefaulter = Prefaulter(memoryview(mmap.mmap(-1, 4 * STEP_BYTES)))
+    prefaulter.request(4 * STEP_BYTES)
+    assert stepping.wait(WAIT_S)
+    waiter = threading.Thread(target=prefaulter.wait_for, args=(4 * STEP_BYTES, WAIT_S))
+    waiter.start()
+    closer = threading.Thread(target=prefaulter.close)
+    closer.start()
+    while not prefaulter._closed:
+        pass
+    go_on.set()
+    for thread in (waiter, closer):
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert prefaulter.done_bytes < 4 * STEP_BYTES
