@@ -274,6 +274,23 @@ def test_a_world_writable_folder_is_refused(path: Path) -> None:
         NvmeStore(nvme_config(path, 8))
 
 
+def test_a_folder_of_something_else_is_named_in_a_warning_once(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.mkdir(mode=0o700)
+    (path / "lost+found").mkdir()
+    NvmeStore(nvme_config(path, 8)).close()
+    assert not caplog.records
+    (path / "thesis.tex").write_text("dear reader")
+    store, _ = open_tier(path)
+    store.close()
+    assert "thesis.tex" in caplog.text
+    caplog.clear()
+    NvmeStore(nvme_config(path, 8)).close()
+    assert not caplog.records
+    assert (path / "thesis.tex").read_text() == "dear reader"
+
+
 def test_a_link_or_a_file_is_no_data_folder(path: Path) -> None:
     (path.parent / "real").mkdir()
     path.symlink_to(path.parent / "real")
