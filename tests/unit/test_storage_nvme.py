@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import struct
 import subprocess
@@ -281,6 +282,7 @@ def test_a_folder_of_something_else_is_named_in_a_warning_once(
     (path / "lost+found").mkdir()
     NvmeStore(nvme_config(path, 8)).close()
     assert not caplog.records
+    shutil.rmtree(path / "ns")
     (path / "thesis.tex").write_text("dear reader")
     store, _ = open_tier(path)
     store.close()
