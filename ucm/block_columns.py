@@ -52,6 +52,23 @@ def column(values: array[int] | array[float], dtype: type[np.generic] = np.int32
     return np.frombuffer(values, dtype)
 
 
+def span(rows: Sequence[int]) -> Any:
+    """Rows that differ from each other as an index of a column: a slice if they lie together.
+
+    A chain that was stored in one go does, and a slice costs a fraction of what an array does. The
+    order of rows is lost.
+    """
+    low, high = min(rows), max(rows)
+    if high - low == len(rows) - 1:
+        return slice(low, high + 1)
+    return np.array(rows, np.int32)
+
+
+def numbers(rows: Any) -> Any:
+    """The rows of a `span`, as an array."""
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+
+
 def walk_up(parents: array[int], row: int, count: int) -> list[int]:
     """The row and up to `count` - 1 of its ancestors, the topmost first."""
     rows: list[int] = []
