@@ -44,18 +44,14 @@ from .block_columns import (
     depths_of,
     find_problems,
     follow,
-    numbers,
-    span,
+    run_starts_of,
     walk_up,
 )
 from .eviction import EvictionPolicy, LruPolicy
 from .hashing import CheckedKeys, check_keys
+from .row_uses import FEW_ROWS, absent_in, add_pins, note_uses, remove_pins
 from .tier_view import TierView
 from .types import KEY_BYTES, ROOT_KEY, BlockKey, TierKind
-
-HIT_HALF_LIFE_US = 600 * 1_000_000
-"""A use counts half after ten minutes: four fifths of the reuse in public chat traces comes sooner
-(Wang et al., "KVCache cache in the wild", arXiv 2506.02634)."""
 
 
 class BlockIndex:
@@ -81,6 +77,8 @@ class BlockIndex:
         self._last_use_us = array("q")
         self._hits = array("f")
         self._depths = array("i")
+        self._run_starts = array("i")
+        """First of the neighbouring rows up to a row that each follow the one before."""
         self._flags = bytearray()
         self._free_rows = array("i")
         self._num_copies = [0, 0]
@@ -144,7 +142,7 @@ class BlockIndex:
         return self._last_use_us[row]
 
     def hits(self, row: int) -> float:
-        """Uses, each halved with every `HIT_HALF_LIFE_US` that passed until the last one."""
+        """Uses, each halved with every half-life that passed until the last one."""
         return self._hits[row]
 
     def depth(self, row: int) -> int:
@@ -174,24 +172,27 @@ class BlockIndex:
 
         `keys` may start in the middle of a chain; its ancestors are then checked too.
         """
-        return cast("list[int]", self.prefix(keys)[0].tolist())
+        return list(self.prefix(keys)[0])
 
-    def prefix(self, keys: Sequence[BlockKey]) -> tuple[Any, tuple[TierKind, ...]]:
-        """`usable_prefix` as an array of int32, and `fastest` of each row.
+    def prefix(self, keys: Sequence[BlockKey]) -> tuple[Sequence[int], tuple[TierKind, ...]]:
+        """`usable_prefix`, and `fastest` of each row.
 
         O(prefix), but only O(log) of it look-ups of keys.
         """
         rows = self._linked_rows(check_keys(keys))
-        if not len(rows) or not self.usable(self._parents[rows[0]]):
-            return rows[:0], ()
-        slower = column(self._slots[0])[rows] < 0
-        if not slower.any():  # the usual case
+        if not rows or not self.usable(self._parents[rows[0]]):
+            return (), ()
+        where: Any = slice(rows[0], rows[-1] + 1)
+        if not isinstance(rows, range):
+            where = np.array(rows, np.int32)
+        elif not absent_in(self._slots[0], rows):  # the usual case
             return rows, (TierKind.MEMORY,) * len(rows)
-        absent = slower & (column(self._slots[1])[rows] < 0)
+        slower = column(self._slots[0])[where] < 0
+        absent = slower & (column(self._slots[1])[where] < 0)
         count = int(absent.argmax()) if absent.any() else len(rows)
         return rows[:count], tuple(map(FASTEST_FIRST.__getitem__, slower[:count].tolist()))
 
-    def _linked_rows(self, keys: CheckedKeys) -> Any:
+    def _linked_rows(self, keys: CheckedKeys) -> Sequence[int]:
         """Rows, ghosts included, of the longest prefix of `keys` in which each follows the last.
 
         Where a row is, its ancestors' rows are: bisection finds the last key that has one. The
@@ -204,18 +205,19 @@ class BlockIndex:
             low, high = (middle, high) if keys[middle] in self._rows else (low, middle)
             middle = (low + high) // 2
         if low < 0:
-            return np.empty(0, np.int32)
+            return ()
         last = self._rows[keys[low]]
-        first, wanted = last - low, keys[: low + 1].packed
-        rows = np.arange(first, last + 1, dtype=np.int32)
-        if first >= 0 and (column(self._parents)[first + 1 : last + 1] == rows[:-1]).all():
-            stored = bytes(self._packed_keys[first * KEY_BYTES : (last + 1) * KEY_BYTES])
+        first, end = last - low, last + 1
+        rows: Sequence[int] = range(first, end)
+        if self._run_starts[last] <= first:
+            stored = bytes(self._packed_keys[first * KEY_BYTES : end * KEY_BYTES])
         else:
-            rows = np.array(walk_up(self._parents, last, low + 1), np.int32)
-            stored = np.frombuffer(self._packed_keys, f"V{KEY_BYTES}")[rows].tobytes()
-        if stored == wanted:
+            rows = walk_up(self._parents, last, low + 1)
+            numbers = np.array(rows, np.int32)
+            stored = np.frombuffer(self._packed_keys, f"V{KEY_BYTES}")[numbers].tobytes()
+        if stored == keys[: low + 1].packed:
             return rows
-        return np.array(follow(self._rows, self._parents, keys), np.int32)
+        return follow(self._rows, self._parents, keys)
 
     def lacking(self, rows: Sequence[int], tier: TierKind) -> list[int]:
         """Those of `rows` that have no copy in `tier`, in order."""
@@ -256,6 +258,8 @@ class BlockIndex:
         else:
             row = self._append_row(key, parent)
         self._depths[row] = 0 if parent == NO_ROW else self._depths[parent] + 1
+        linked = parent != NO_ROW and parent == row - 1
+        self._run_starts[row] = self._run_starts[parent] if linked else row
         self._rows[key] = row
         if parent != NO_ROW:
             self._child_rows[parent] += 1
@@ -269,6 +273,7 @@ class BlockIndex:
             slots.append(NO_SLOT)
         for counters in (*self._children, self._child_rows, self._pins, self._depths):
             counters.append(0)
+        self._run_starts.append(0)
         self._last_use_us.append(0)
         self._hits.append(0.0)
         self._flags.append(0)
@@ -328,34 +333,19 @@ class BlockIndex:
 
     def pin_all(self, rows: Sequence[int], now_us: int) -> None:
         """`pin` and `touch` rows that differ from each other."""
-        if not rows:
-            return
-        where = span(rows)
-        column(self._pins)[where] += 1
-        last_use_us = column(self._last_use_us, np.int64)
-        decay = np.exp2((last_use_us[where] - now_us) * (1 / HIT_HALF_LIFE_US))
-        hits = column(self._hits, np.float32)
-        hits[where] = hits[where] * decay + 1.0
-        last_use_us[where] = now_us
-        touched = numbers(where)
+        add_pins(self._pins, rows)
+        note_uses(self._last_use_us, self._hits, rows, now_us)
         for policy, slots in zip(self._policies, self._slots, strict=True):
-            policy.touched_all(touched[column(slots)[where] >= 0])
+            held = [row for row in rows if slots[row] >= 0]
+            if len(held) > FEW_ROWS:
+                policy.touched_all(np.array(held, np.int32))
+            else:
+                for row in held:
+                    policy.touched(row)
 
     def unpin_all(self, rows: Sequence[int]) -> None:
         """`unpin` rows that differ from each other."""
-        if not rows:
-            return
-        where = span(rows)
-        pins = column(self._pins)
-        assert pins[where].min() > 0, rows
-        pins[where] -= 1
-        # Only leaves, which may now be evicted, and ghosts need a look at each.
-        leaf, inner = np.zeros((2, len(rows)), bool)
-        for slots, children in zip(self._slots, self._children, strict=True):
-            has = column(slots)[where] >= 0
-            inner |= has
-            leaf |= has & (column(children)[where] == 0)
-        for row in numbers(where)[(leaf | ~inner) & (pins[where] == 0)].tolist():
+        for row in remove_pins(self._pins, rows, self._slots, self._children):
             if self._keys[row] is not None:  # not dropped along with a child of its
                 self._settle(row)
 
@@ -389,9 +379,7 @@ class BlockIndex:
 
     def touch(self, row: int, now_us: int) -> None:
         """Record a use (a store, a load or a prefetch). The clock never goes back."""
-        elapsed_us = now_us - self._last_use_us[row]
-        self._hits[row] = 1.0 + self._hits[row] * 0.5 ** (elapsed_us / HIT_HALF_LIFE_US)
-        self._last_use_us[row] = now_us
+        note_uses(self._last_use_us, self._hits, (row,), now_us)
         in_memory, in_nvme = self._slots
         if in_memory[row] >= 0:
             self._policies[0].touched(row)
@@ -440,6 +428,7 @@ class BlockIndex:
         self._last_use_us.frombytes(bytes(8 * count))
         self._hits.frombytes(zeros)
         self._depths.frombytes(depths_of(table.parents).tobytes())
+        self._run_starts.frombytes(run_starts_of(table.parents).tobytes())
         self._flags.extend(bytes(count))
         self._num_copies[position] = count
         self._policies[position].filled(count, self._views[position])
@@ -495,6 +484,7 @@ class BlockIndex:
             child_rows=self._child_rows,
             pins=self._pins,
             depths=self._depths,
+            run_starts=self._run_starts,
             flags=self._flags,
         )
         return find_problems(columns, self._num_copies, self._num_unqueued)

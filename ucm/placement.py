@@ -38,7 +38,7 @@ class LoadPlan:
 def plan_load(index: BlockIndex, keys: Sequence[BlockKey]) -> LoadPlan:
     """Decide how to bring the cached prefix of `keys` to memory; prefetch uses it too."""
     found, tiers = index.prefix(keys)
-    rows = tuple(found.tolist())
+    rows = tuple(found)
     slower = [row for row, tier in zip(rows, tiers, strict=True) if tier is not TierKind.MEMORY]
     promote = tuple(row for row in slower if not index.in_flight(row, PROMOTING))
     return LoadPlan(rows, tiers, promote)

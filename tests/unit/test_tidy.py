@@ -31,6 +31,7 @@ LAYERS = {
     "ucm.engine": 5,
     "ucm.model_hub": 5,
     "ucm.call_guard": 4,
+    "ucm.row_uses": 3,
     "ucm.service": 4,
     "ucm.daemon": 4,
     "ucm.client": 4,
