@@ -49,7 +49,7 @@ from .block_columns import (
 )
 from .eviction import EvictionPolicy, LruPolicy
 from .hashing import CheckedKeys, check_keys
-from .row_uses import FEW_ROWS, absent_in, add_pins, note_uses, remove_pins
+from .row_uses import absent_in, add_pins, note_uses, remove_pins
 from .tier_view import TierView
 from .types import KEY_BYTES, ROOT_KEY, BlockKey, TierKind
 
@@ -336,12 +336,7 @@ class BlockIndex:
         add_pins(self._pins, rows)
         note_uses(self._last_use_us, self._hits, rows, now_us)
         for policy, slots in zip(self._policies, self._slots, strict=True):
-            held = [row for row in rows if slots[row] >= 0]
-            if len(held) > FEW_ROWS:
-                policy.touched_all(np.array(held, np.int32))
-            else:
-                for row in held:
-                    policy.touched(row)
+            policy.touched_all([row for row in rows if slots[row] >= 0])
 
     def unpin_all(self, rows: Sequence[int]) -> None:
         """`unpin` rows that differ from each other."""
