@@ -210,7 +210,7 @@ class BlockIndex:
         first, end = last - low, last + 1
         rows: Sequence[int] = range(first, end)
         if self._run_starts[last] <= first:
-            stored = bytes(self._packed_keys[first * KEY_BYTES : end * KEY_BYTES])
+            stored: bytes | bytearray = self._packed_keys[first * KEY_BYTES : end * KEY_BYTES]
         else:
             rows = walk_up(self._parents, last, low + 1)
             numbers = np.array(rows, np.int32)
