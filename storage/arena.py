@@ -63,7 +63,7 @@ class ArenaKind(enum.Enum):
 class Arena:
     """`num_slots` slots of one block each in one sealed memfd.
 
-    `slots` says which are in use; `checksums` [num_slots, num_layers] uint64 holds each slot's
+    `slots` says which are in use; `checksums` [num_slots, num_layers] <u8 holds each slot's
     slab checksums, in this process only. Allocation and views are thread-safe.
     """
 
@@ -83,7 +83,7 @@ class Arena:
         self.num_slots = num_slots
         self.slot_bytes = layout.block_bytes
         self.slots = SlotTable(num_slots)
-        self.checksums: NDArray[np.uint64] = np.zeros((num_slots, layout.num_layers), np.uint64)
+        self.checksums: NDArray[np.uint64] = np.zeros((num_slots, layout.num_layers), "<u8")
         self._fd, self._view = _create_memfd(self.size_bytes, kind)
         self._prefaulter = Prefaulter(self._view)
 

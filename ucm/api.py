@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .hashing import NamespaceSpec
 from .layout import KvLayout
@@ -51,9 +51,8 @@ class LookupResult:
         return len(self.tiers)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedBlock:
-    """One key of a load lease."""
+class LoadedBlock(NamedTuple):
+    """One key of a load lease. A tuple, because there are many and a lease is waited for."""
 
     key: BlockKey
     status: LoadStatus

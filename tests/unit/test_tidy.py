@@ -30,6 +30,8 @@ LAYERS = {
     "ucm.connectors": 5,
     "ucm.engine": 5,
     "ucm.model_hub": 5,
+    "ucm.call_guard": 4,
+    "ucm.row_uses": 3,
     "ucm.service": 4,
     "ucm.daemon": 4,
     "ucm.client": 4,
@@ -92,7 +94,15 @@ FORBIDDEN = {
 HEAVY_IMPORTS = {
     "torch": ("ucm.engine", "ucm.kernels", "ucm.connectors", "ucm.bench", "ucm.cli", "ucm.testing"),
     "lmdb": ("ucm.storage.index", "ucm.bench.storage_peers", "ucm.testing.faulty_index"),
-    "grpc": ("ucm.protos", "ucm.service", "ucm.daemon", "ucm.client", "ucm.admin", "ucm.testing"),
+    "grpc": (
+        "ucm.protos",
+        "ucm.call_guard",
+        "ucm.service",
+        "ucm.daemon",
+        "ucm.client",
+        "ucm.admin",
+        "ucm.testing",
+    ),
     "transformers": ("ucm.bench",),
     "kvikio": ("ucm.storage.gds", "ucm.storage.gpu_probe"),
 }
