@@ -31,6 +31,24 @@ class TierKind(enum.StrEnum):
     NVME = "nvme"
 
 
+class LoadMode(enum.StrEnum):
+    """Who reads the blocks of a load that are not in the daemon's memory."""
+
+    MAPPED = "mapped"
+    """The daemon, into the memory that the client maps."""
+    DIRECT = "direct"
+    """The client, into its own buffer; the daemon's memory is not touched."""
+
+
+class LoadOrder(enum.StrEnum):
+    """Which slabs of a load arrive first."""
+
+    LAYERS = "layers"
+    """All blocks of layer 0, then of layer 1: computation follows layer by layer."""
+    BLOCKS_FROM_BACK = "blocks_from_back"
+    """The last block whole, then the one before: computation comes towards it from the front."""
+
+
 class LoadStatus(enum.StrEnum):
     """What became of one key of a load."""
 
