@@ -25,7 +25,7 @@ from .hashing import CheckedKeys
 from .leases import Lease, LeaseKind
 from .manager_state import MAX_WAIT_S, US_PER_S, ManagerState
 from .namespaces import LoadWait, Namespace, Promotion
-from .placement import LoadPlan, Victim, plan_load
+from .placement import PromotionPlan, Victim, plan_load
 from .transfer import Priority, TransferPool
 from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, SessionId, TierKind
 
@@ -138,7 +138,9 @@ class LoadPath:
         deadline_us = begin_us + int(self._hold_s * US_PER_S)
         return self._state.grant_locked(session, found, LeaseKind.LOAD, deadline_us)
 
-    def _hold_locked(self, found: Namespace, lease: Lease, plan: LoadPlan, now_us: int) -> None:
+    def _hold_locked(
+        self, found: Namespace, lease: Lease, plan: PromotionPlan, now_us: int
+    ) -> None:
         """Pin the prefix for the lease."""
         self._state.hold_locked(lease, found, plan.rows, now_us)
         lease.num_bytes = len(plan.rows) * found.layout.block_bytes
@@ -159,7 +161,7 @@ class LoadPath:
                 wait.done.set()
 
     def _start_locked(
-        self, found: Namespace, lease: Lease, plan: LoadPlan, now_us: int
+        self, found: Namespace, lease: Lease, plan: PromotionPlan, now_us: int
     ) -> LoadWait:
         """Pin the prefix, queue what must be read, and join what is being read."""
         self._hold_locked(found, lease, plan, now_us)
@@ -261,7 +263,7 @@ class LoadPath:
             wait.settle(row, failure)
 
     def _statuses_locked(
-        self, found: Namespace, lease: Lease, plan: LoadPlan, wait: LoadWait, num_keys: int
+        self, found: Namespace, lease: Lease, plan: PromotionPlan, wait: LoadWait, num_keys: int
     ) -> tuple[LoadStatus, ...]:
         """A status for every key; rows behind the first that failed are let go."""
         for row in wait.pending:

@@ -19,7 +19,7 @@ from .types import ROOT_KEY, BlockKey, StoreStatus, TierKind
 
 
 @dataclass(frozen=True, slots=True)
-class LoadPlan:
+class PromotionPlan:
     """A usable prefix, by what each block needs."""
 
     rows: tuple[int, ...]
@@ -35,13 +35,13 @@ class LoadPlan:
         return self.tiers.count(TierKind.MEMORY) == len(self.tiers)
 
 
-def plan_load(index: BlockIndex, keys: Sequence[BlockKey]) -> LoadPlan:
+def plan_load(index: BlockIndex, keys: Sequence[BlockKey]) -> PromotionPlan:
     """Decide how to bring the cached prefix of `keys` to memory; prefetch uses it too."""
     found, tiers = index.prefix(keys)
     rows = tuple(found)
     slower = [row for row, tier in zip(rows, tiers, strict=True) if tier is not TierKind.MEMORY]
     promote = tuple(row for row in slower if not index.in_flight(row, PROMOTING))
-    return LoadPlan(rows, tiers, promote)
+    return PromotionPlan(rows, tiers, promote)
 
 
 @dataclass(frozen=True, slots=True)
