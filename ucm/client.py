@@ -19,16 +19,19 @@ moves 30 kB of names and checksums.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import grpc
+
+from ucm.storage.extents import SegmentFd
 
 from .api import (
     LoadLease,
@@ -50,11 +53,22 @@ from .errors import (
 from .grants import LoadGrants
 from .hashing import NamespaceSpec, check_key
 from .layout import KvLayout
-from .load_plan import LoadPlan, plan_of_lease
+from .load_plan import LoadPlan
+from .plan_grants import PlanGrants, PlanMemory, planned_blocks
+from .plan_wire import LOAD_MODE_TO_WIRE, plan_from_wire
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
+from .segment_files import SegmentFiles
 from .sockets import check_path_length, door_path, grpc_target
-from .types import BlockKey, LeaseId, LoadMode, LoadStatus, NamespaceId, StoreStatus
+from .types import (
+    BlockKey,
+    LeaseId,
+    LoadMode,
+    LoadStatus,
+    NamespaceId,
+    SourceKind,
+    StoreStatus,
+)
 from .wire import (
     LOAD_STATUS_FROM_WIRE,
     STORE_STATUS_FROM_WIRE,
@@ -126,6 +140,7 @@ class RemoteCache:
         self._pid = os.getpid()
         self._door_lock = threading.Lock()
         self._namespaces: dict[NamespaceId, _OpenNamespace] = {}
+        self._files = SegmentFiles(self._open_segment)
         self._door = DoorClient(door_path(socket_path), timeout_s=timeout_s)
         try:
             greeting = self._door.hello(timeout_s=timeout_s)
@@ -152,18 +167,23 @@ class RemoteCache:
     def open_namespace(self, spec: NamespaceSpec) -> NamespaceHandle:
         """See `CacheApi.open_namespace`. A repeated call asks the daemon nothing."""
         namespace = spec.fingerprint()
+        with self._at_door() as left_s:
+            if namespace not in self._namespaces:
+                arena = self._door.open_namespace(spec, namespace, timeout_s=left_s)
+                self._namespaces[namespace] = _OpenNamespace(spec.layout, arena)
+        return NamespaceHandle(namespace, spec.layout)
+
+    @contextlib.contextmanager
+    def _at_door(self) -> Iterator[float]:
+        """One thread's turn at the door, with the seconds that it has left."""
         deadline_s = time.monotonic() + self._timeout_s
         if not self._door_lock.acquire(timeout=self._timeout_s):
             raise TierUnavailableError("another thread waits for the daemon's door")
         try:
             self._check_open()
-            if namespace not in self._namespaces:
-                left_s = max(deadline_s - time.monotonic(), 0.01)
-                arena = self._door.open_namespace(spec, namespace, timeout_s=left_s)
-                self._namespaces[namespace] = _OpenNamespace(spec.layout, arena)
+            yield max(deadline_s - time.monotonic(), 0.01)
         finally:
             self._door_lock.release()
-        return NamespaceHandle(namespace, spec.layout)
 
     def lookup(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> LookupResult:
         """See `CacheApi.lookup`."""
@@ -197,9 +217,36 @@ class RemoteCache:
         mode: LoadMode,
         timeout_s: float,
     ) -> LoadPlan:
-        """See `CacheApi.begin_load`. Waits as `prepare_load` does: all of it is in memory then."""
-        lease = self.prepare_load(namespace, keys, timeout_s=timeout_s)
-        return plan_of_lease(lease, namespace, mode)
+        """See `CacheApi.begin_load`. Asks the door for files that were not read before."""
+        request = pb.BeginLoadRequest(
+            namespace=namespace,
+            keys=keys_to_wire(keys),
+            mode=LOAD_MODE_TO_WIRE[mode],
+            timeout_s=timeout_s,
+        )
+        reply = self._call(self._stub.BeginLoad, request)
+        open_namespace = self._namespaces.get(namespace)
+        if open_namespace is None:
+            raise BlockNotFoundError("this namespace is not open in this session")
+        try:
+            grants = plan_from_wire(reply, num_keys=len(keys))
+            sums = checksums_from_wire(
+                grants.checksums, num_blocks=grants.sources.count(SourceKind.MEMORY)
+            )
+            views = dict(zip(grants.offsets, _views_of(grants, open_namespace), strict=True))
+            memory = PlanMemory(
+                view=views.__getitem__,
+                checksums=sums,
+                file=lambda place: self._files.get(namespace, place),
+            )
+            blocks = planned_blocks(keys, grants, memory)
+        except (InvalidArgumentError, ValueError) as error:
+            raise TierUnavailableError(f"the daemon's load plan is garbled: {error}") from error
+        return LoadPlan(grants.lease_id, namespace, mode, blocks, grants.timeout_s)
+
+    def _open_segment(self, namespace: NamespaceId, segment: int) -> SegmentFd:
+        with self._at_door() as left_s:
+            return self._door.open_segment(namespace, segment, timeout_s=left_s)
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""
@@ -284,6 +331,7 @@ class RemoteCache:
         # Leases that the caller still holds keep the memory mapped; ours was the last use else.
         self._staging = None
         self._namespaces.clear()
+        self._files.close()
         _live.discard(self)
 
     def _check_open(self) -> None:
@@ -388,6 +436,10 @@ def _views(memory: memoryview, offsets: Sequence[int], layout: KvLayout) -> list
     if offsets and max(offsets) + size > len(memory):
         raise TierUnavailableError("the daemon granted a block behind the end of its memory")
     return [memory[offset : offset + size] for offset in offsets]
+
+
+def _views_of(grants: PlanGrants, namespace: _OpenNamespace) -> list[memoryview]:
+    return _views(namespace.arena, grants.offsets, namespace.layout)
 
 
 def _load_lease(

@@ -11,6 +11,8 @@ long as its recovery; the number of sessions is bounded.
                                          <-      Welcome(token, staging_bytes) + staging memfd
     OpenNamespace(spec, fingerprint)     ->
                                          <-      NamespaceOpened(arena_bytes) + arena memfd
+    OpenSegment(namespace, number)       ->
+                                         <-      SegmentOpened(file_id) + the file, read-only
     close, or death                      ->      end of the session
 
 Anything else gets a `DoorError` and, unless a well-formed request was merely refused, a hang-up.
@@ -18,12 +20,15 @@ Anything else gets a `DoorError` and, unless a well-formed request was merely re
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import socket
 import struct
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
@@ -57,6 +62,9 @@ HELLO_TIMEOUT_S: Final = 5.0
 _SEND_TIMEOUT_S: Final = 5
 _LISTEN_BACKLOG: Final = 64
 _STOP_TIMEOUT_S: Final = 10.0
+
+_Answer = tuple[pb.DoorReply, AbstractContextManager[int]]
+"""A reply and the descriptor that goes with it, in a context that outlasts the sending."""
 
 
 class SessionTokens:
@@ -250,21 +258,46 @@ class Door:
             raise
         if request is None:
             return False
-        if request.WhichOneof("request") != "open_namespace":
-            refusal = InvalidArgumentError("the door expects OpenNamespace after Hello")
+        kind = request.WhichOneof("request")
+        answer = {"open_namespace": self._open_namespace, "open_segment": self._open_segment}.get(
+            kind or ""
+        )
+        if answer is None:
+            refusal = InvalidArgumentError("the door expects OpenNamespace or OpenSegment here")
             _try_send(connection, _error_reply(refusal))
             raise refusal
         try:
-            spec = _checked_spec(request.open_namespace)
-            namespace = self._manager.open_namespace(session, spec).id
-            arena = self._manager.arena(session, namespace)
+            reply, descriptor = answer(session, request)
         except UcmError as error:
-            _log.warning("session %d gets no namespace: %s", session, error)
+            _log.warning("session %d is refused %s: %s", session, kind, error)
             _send(connection, _error_reply(error))
             return True
-        opened = pb.NamespaceOpened(namespace=namespace, arena_bytes=arena.size_bytes)
-        _send(connection, pb.DoorReply(opened=opened), arena.fd)
+        with descriptor as fd:
+            _send(connection, reply, fd)
         return True
+
+    def _open_namespace(self, session: SessionId, request: pb.DoorRequest) -> _Answer:
+        spec = _checked_spec(request.open_namespace)
+        namespace = self._manager.open_namespace(session, spec).id
+        arena = self._manager.arena(session, namespace)
+        opened = pb.NamespaceOpened(namespace=namespace, arena_bytes=arena.size_bytes)
+        return pb.DoorReply(opened=opened), contextlib.nullcontext(arena.fd)
+
+    def _open_segment(self, session: SessionId, request: pb.DoorRequest) -> _Answer:
+        asked = request.open_segment
+        loads = self._manager.layer_loads
+        opened = loads.open_segment(session, NamespaceId(asked.namespace), asked.segment)
+        reply = pb.SegmentOpened(file_id=opened.file_id, is_direct=opened.is_direct)
+        return pb.DoorReply(segment=reply), _closing(opened.fd)
+
+
+@contextlib.contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    """A descriptor that is closed once it was passed on."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _checked_spec(request: pb.OpenNamespace) -> NamespaceSpec:

@@ -20,6 +20,8 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
+from ucm.storage.extents import SegmentFd
+
 from . import __version__
 from .errors import InvalidArgumentError, PermissionDeniedError, TierUnavailableError
 from .hashing import NamespaceSpec
@@ -106,6 +108,17 @@ class DoorClient:
         reply, fd = self._ask(pb.DoorRequest(open_namespace=message), timeout_s=timeout_s)
         return _map(fd, reply.opened.arena_bytes, mmap.PROT_READ)
 
+    def open_segment(self, namespace: NamespaceId, segment: int, *, timeout_s: float) -> SegmentFd:
+        """A descriptor of a segment file of an open namespace, read-only; the caller closes it.
+
+        Raises:
+            UcmError: whatever the daemon refused it with.
+            TierUnavailableError: it does not answer in time; the connection is of no use then.
+        """
+        message = pb.OpenSegment(namespace=namespace, segment=segment)
+        reply, fd = self._ask(pb.DoorRequest(open_segment=message), timeout_s=timeout_s)
+        return SegmentFd(fd, reply.segment.file_id, reply.segment.is_direct)
+
     def is_open(self) -> bool:
         """Whether the daemon still holds its end; does not wait."""
         fd = self._socket.fileno()
@@ -170,6 +183,8 @@ class DoorClient:
                 if not attempts:
                     raise
             else:
+                for fd in fds:  # `recv_fds` drops the flag
+                    os.set_inheritable(fd, False)
                 return data, list(fds), flags
 
 
@@ -194,7 +209,7 @@ def _check_listener(connection: socket.socket, path: Path) -> None:
 
 
 def _parse(data: bytes, fds: list[int], asked: str, flags: int) -> tuple[pb.DoorReply, int]:
-    wanted = {"hello": "welcome", "open_namespace": "opened"}[asked]
+    wanted = {"hello": "welcome", "open_namespace": "opened", "open_segment": "segment"}[asked]
     try:
         reply = pb.DoorReply.FromString(data)
     except DecodeError:

@@ -23,6 +23,7 @@ from .errors import TierUnavailableError
 from .leases import Lease, LeaseKind
 from .manager_state import MAX_WAIT_S, US_PER_S, ManagerState
 from .namespaces import Namespace
+from .placement import plan_load
 from .plan_grants import PlanGrants
 from .types import (
     BlockKey,
@@ -57,11 +58,11 @@ class LayerLoads:
         life_s = min(max(0.0, timeout_s), MAX_WAIT_S) + self._hold_s
         with state.lock:
             found, now_us = state.begin_locked(session, namespace)
-            rows = found.index.usable_prefix(keys)
+            rows = plan_load(found.index, keys).rows
             deadline_us = now_us + int(life_s * US_PER_S)
             lease = state.grant_locked(session, found, LeaseKind.LOAD, deadline_us)
             state.hold_locked(lease, found, rows, now_us)
-            tiers = found.index.tiers(rows)
+            tiers = tuple(map(found.index.fastest, rows))
             places = self._places_locked(found, rows) if mode is LoadMode.DIRECT else {}
             sources, failure = _sources(found, rows, places)
             _hold_only(found, lease, sources, places)

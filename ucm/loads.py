@@ -25,6 +25,7 @@ from .leases import Lease, LeaseKind
 from .manager_state import MAX_WAIT_S, US_PER_S, ManagerState
 from .namespaces import LoadWait, Namespace, Promotion
 from .placement import PromotionPlan, Victim, plan_load
+from .rechecks import recheck_and_end
 from .transfer import Priority, TransferPool
 from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, SessionId, TierKind
 
@@ -281,12 +282,8 @@ class LoadPath:
                 state.undo_locked(lease)
                 return
             found.num_copying += 1  # the end of the store waits for it
-        for key in suspects:  # the lease is out of the table but still pins them
-            state.recheck(found, key)
-        with state.lock:
-            state.undo_locked(lease)
-            found.num_copying -= 1
-            state.copied.notify_all()
+        # the lease is out of the table but still pins them
+        recheck_and_end(state, self._pool, found, lease, suspects)
 
     def _count(self, grants: LoadGrants) -> None:
         self._count_by_tier("ucm_loaded_blocks_total", grants.tiers)
