@@ -143,14 +143,16 @@ class NamespaceSpec(_message.Message):
     def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ..., kv_quantization: _Optional[str] = ..., slab_layout: _Optional[str] = ..., rope_kind: _Optional[str] = ..., rope_base: _Optional[float] = ..., rope_scaling: _Optional[str] = ..., position_offset: _Optional[int] = ..., attention_kind: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_stage: _Optional[int] = ..., pp_size: _Optional[int] = ..., first_layer: _Optional[int] = ..., kv_group: _Optional[int] = ..., lora_id: _Optional[str] = ..., lora_path: _Optional[str] = ..., cross_layer: _Optional[str] = ..., accepts_lossy: bool = ...) -> None: ...
 
 class DoorRequest(_message.Message):
-    __slots__ = ("hello", "open_namespace", "open_segment")
+    __slots__ = ("hello", "open_namespace", "open_segment", "open_progress")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OPEN_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     OPEN_SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    OPEN_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     open_namespace: OpenNamespace
     open_segment: OpenSegment
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open_namespace: _Optional[_Union[OpenNamespace, _Mapping]] = ..., open_segment: _Optional[_Union[OpenSegment, _Mapping]] = ...) -> None: ...
+    open_progress: OpenProgress
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open_namespace: _Optional[_Union[OpenNamespace, _Mapping]] = ..., open_segment: _Optional[_Union[OpenSegment, _Mapping]] = ..., open_progress: _Optional[_Union[OpenProgress, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "client")
@@ -176,17 +178,23 @@ class OpenSegment(_message.Message):
     segment: int
     def __init__(self, namespace: _Optional[bytes] = ..., segment: _Optional[int] = ...) -> None: ...
 
+class OpenProgress(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class DoorReply(_message.Message):
-    __slots__ = ("welcome", "opened", "error", "segment")
+    __slots__ = ("welcome", "opened", "error", "segment", "progress")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     opened: NamespaceOpened
     error: DoorError
     segment: SegmentOpened
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., opened: _Optional[_Union[NamespaceOpened, _Mapping]] = ..., error: _Optional[_Union[DoorError, _Mapping]] = ..., segment: _Optional[_Union[SegmentOpened, _Mapping]] = ...) -> None: ...
+    progress: ProgressOpened
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., opened: _Optional[_Union[NamespaceOpened, _Mapping]] = ..., error: _Optional[_Union[DoorError, _Mapping]] = ..., segment: _Optional[_Union[SegmentOpened, _Mapping]] = ..., progress: _Optional[_Union[ProgressOpened, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("protocol_version", "daemon_version", "token", "staging_bytes", "max_keys_per_call", "max_message_bytes")
@@ -219,6 +227,12 @@ class SegmentOpened(_message.Message):
     file_id: int
     is_direct: bool
     def __init__(self, file_id: _Optional[int] = ..., is_direct: bool = ...) -> None: ...
+
+class ProgressOpened(_message.Message):
+    __slots__ = ("area_bytes",)
+    AREA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    area_bytes: int
+    def __init__(self, area_bytes: _Optional[int] = ...) -> None: ...
 
 class DoorError(_message.Message):
     __slots__ = ("error", "message")
@@ -295,7 +309,7 @@ class BeginLoadRequest(_message.Message):
     def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., mode: _Optional[_Union[LoadMode, str]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class BeginLoadReply(_message.Message):
-    __slots__ = ("lease_id", "timeout_s", "statuses", "sources", "tiers", "offsets", "checksums", "slots", "segments", "file_ids", "slot_offsets", "generations")
+    __slots__ = ("lease_id", "timeout_s", "statuses", "sources", "tiers", "offsets", "checksums", "slots", "segments", "file_ids", "slot_offsets", "generations", "progress_offset", "progress_serial")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     STATUSES_FIELD_NUMBER: _ClassVar[int]
@@ -308,6 +322,8 @@ class BeginLoadReply(_message.Message):
     FILE_IDS_FIELD_NUMBER: _ClassVar[int]
     SLOT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_SERIAL_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
     timeout_s: float
     statuses: bytes
@@ -320,7 +336,9 @@ class BeginLoadReply(_message.Message):
     file_ids: _containers.RepeatedScalarFieldContainer[int]
     slot_offsets: _containers.RepeatedScalarFieldContainer[int]
     generations: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., sources: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ..., slots: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., file_ids: _Optional[_Iterable[int]] = ..., slot_offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ...) -> None: ...
+    progress_offset: int
+    progress_serial: int
+    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., sources: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ..., slots: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., file_ids: _Optional[_Iterable[int]] = ..., slot_offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., progress_offset: _Optional[int] = ..., progress_serial: _Optional[int] = ...) -> None: ...
 
 class CompleteLoadRequest(_message.Message):
     __slots__ = ("lease_id", "corrupt")

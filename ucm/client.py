@@ -31,8 +31,6 @@ from typing import Any, Final, Self, TypeVar
 
 import grpc
 
-from ucm.storage.extents import SegmentFd
-
 from .api import (
     LoadLease,
     LookupResult,
@@ -54,11 +52,10 @@ from .grants import LoadGrants
 from .hashing import NamespaceSpec, check_key
 from .layout import KvLayout
 from .load_plan import LoadPlan
-from .plan_grants import PlanGrants, PlanMemory, planned_blocks
-from .plan_wire import LOAD_MODE_TO_WIRE, plan_from_wire
+from .plan_wire import LOAD_MODE_TO_WIRE
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
-from .segment_files import SegmentFiles
+from .remote_plans import RemotePlans
 from .sockets import check_path_length, door_path, grpc_target
 from .types import (
     BlockKey,
@@ -66,7 +63,6 @@ from .types import (
     LoadMode,
     LoadStatus,
     NamespaceId,
-    SourceKind,
     StoreStatus,
 )
 from .wire import (
@@ -140,8 +136,8 @@ class RemoteCache:
         self._pid = os.getpid()
         self._door_lock = threading.Lock()
         self._namespaces: dict[NamespaceId, _OpenNamespace] = {}
-        self._files = SegmentFiles(self._open_segment)
         self._door = DoorClient(door_path(socket_path), timeout_s=timeout_s)
+        self._plans = RemotePlans(self._door, self._at_door)
         try:
             greeting = self._door.hello(timeout_s=timeout_s)
         except UcmError:
@@ -217,7 +213,7 @@ class RemoteCache:
         mode: LoadMode,
         timeout_s: float,
     ) -> LoadPlan:
-        """See `CacheApi.begin_load`. Asks the door for files that were not read before."""
+        """See `CacheApi.begin_load`. Asks the door for what it needs for the first time."""
         request = pb.BeginLoadRequest(
             namespace=namespace,
             keys=keys_to_wire(keys),
@@ -228,25 +224,8 @@ class RemoteCache:
         open_namespace = self._namespaces.get(namespace)
         if open_namespace is None:
             raise BlockNotFoundError("this namespace is not open in this session")
-        try:
-            grants = plan_from_wire(reply, num_keys=len(keys))
-            sums = checksums_from_wire(
-                grants.checksums, num_blocks=grants.sources.count(SourceKind.MEMORY)
-            )
-            views = dict(zip(grants.offsets, _views_of(grants, open_namespace), strict=True))
-            memory = PlanMemory(
-                view=views.__getitem__,
-                checksums=sums,
-                file=lambda place: self._files.get(namespace, place),
-            )
-            blocks = planned_blocks(keys, grants, memory)
-        except (InvalidArgumentError, ValueError) as error:
-            raise TierUnavailableError(f"the daemon's load plan is garbled: {error}") from error
-        return LoadPlan(grants.lease_id, namespace, mode, blocks, grants.timeout_s)
-
-    def _open_segment(self, namespace: NamespaceId, segment: int) -> SegmentFd:
-        with self._at_door() as left_s:
-            return self._door.open_segment(namespace, segment, timeout_s=left_s)
+        handle = NamespaceHandle(namespace, open_namespace.layout)
+        return self._plans.plan(handle, keys, mode, reply, open_namespace.arena)
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""
@@ -331,7 +310,7 @@ class RemoteCache:
         # Leases that the caller still holds keep the memory mapped; ours was the last use else.
         self._staging = None
         self._namespaces.clear()
-        self._files.close()
+        self._plans.close()
         _live.discard(self)
 
     def _check_open(self) -> None:
@@ -436,10 +415,6 @@ def _views(memory: memoryview, offsets: Sequence[int], layout: KvLayout) -> list
     if offsets and max(offsets) + size > len(memory):
         raise TierUnavailableError("the daemon granted a block behind the end of its memory")
     return [memory[offset : offset + size] for offset in offsets]
-
-
-def _views_of(grants: PlanGrants, namespace: _OpenNamespace) -> list[memoryview]:
-    return _views(namespace.arena, grants.offsets, namespace.layout)
 
 
 def _load_lease(

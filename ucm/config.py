@@ -143,6 +143,11 @@ class TransferConfig:
     """Promotions that may wait; one more is refused."""
     max_leases_per_session: int = 256
     """Leases a session may hold at once."""
+    progress_bytes: int = 4 * MIB
+    """Memory that a session and its daemon share for the progress of layer by layer promotions: 8
+    bytes a slab of the blocks that are being promoted, 64 MiB of them in 4 KiB slabs cost 128 KiB.
+    A load that finds no room there gets its blocks that are in memory, and NO_SPACE for the others.
+    Sparse: costs memory only where it is written."""
     lease_timeout_s: float = 30.0
     """A lease that nobody completes ends after this long."""
 

@@ -13,6 +13,8 @@ long as its recovery; the number of sessions is bounded.
                                          <-      NamespaceOpened(arena_bytes) + arena memfd
     OpenSegment(namespace, number)       ->
                                          <-      SegmentOpened(file_id) + the file, read-only
+    OpenProgress                         ->
+                                         <-      ProgressOpened(area_bytes) + memfd + eventfd
     close, or death                      ->      end of the session
 
 Anything else gets a `DoorError` and, unless a well-formed request was merely refused, a hang-up.
@@ -63,8 +65,8 @@ _SEND_TIMEOUT_S: Final = 5
 _LISTEN_BACKLOG: Final = 64
 _STOP_TIMEOUT_S: Final = 10.0
 
-_Answer = tuple[pb.DoorReply, AbstractContextManager[int]]
-"""A reply and the descriptor that goes with it, in a context that outlasts the sending."""
+_Answer = tuple[pb.DoorReply, AbstractContextManager[tuple[int, ...]]]
+"""A reply and the descriptors that go with it, in a context that outlasts the sending."""
 
 
 class SessionTokens:
@@ -259,21 +261,23 @@ class Door:
         if request is None:
             return False
         kind = request.WhichOneof("request")
-        answer = {"open_namespace": self._open_namespace, "open_segment": self._open_segment}.get(
-            kind or ""
-        )
+        answer = {
+            "open_namespace": self._open_namespace,
+            "open_segment": self._open_segment,
+            "open_progress": self._open_progress,
+        }.get(kind or "")
         if answer is None:
-            refusal = InvalidArgumentError("the door expects OpenNamespace or OpenSegment here")
+            refusal = InvalidArgumentError("the door expects a request to open something here")
             _try_send(connection, _error_reply(refusal))
             raise refusal
         try:
-            reply, descriptor = answer(session, request)
+            reply, descriptors = answer(session, request)
         except UcmError as error:
             _log.warning("session %d is refused %s: %s", session, kind, error)
             _send(connection, _error_reply(error))
             return True
-        with descriptor as fd:
-            _send(connection, reply, fd)
+        with descriptors as fds:
+            _send(connection, reply, *fds)
         return True
 
     def _open_namespace(self, session: SessionId, request: pb.DoorRequest) -> _Answer:
@@ -281,7 +285,7 @@ class Door:
         namespace = self._manager.open_namespace(session, spec).id
         arena = self._manager.arena(session, namespace)
         opened = pb.NamespaceOpened(namespace=namespace, arena_bytes=arena.size_bytes)
-        return pb.DoorReply(opened=opened), contextlib.nullcontext(arena.fd)
+        return pb.DoorReply(opened=opened), contextlib.nullcontext((arena.fd,))
 
     def _open_segment(self, session: SessionId, request: pb.DoorRequest) -> _Answer:
         asked = request.open_segment
@@ -290,12 +294,18 @@ class Door:
         reply = pb.SegmentOpened(file_id=opened.file_id, is_direct=opened.is_direct)
         return pb.DoorReply(segment=reply), _closing(opened.fd)
 
+    def _open_progress(self, session: SessionId, _request: pb.DoorRequest) -> _Answer:
+        area = self._manager.layer_loads.progress_area(session)
+        reply = pb.ProgressOpened(area_bytes=area.arena.size_bytes)
+        fds = (area.arena.fd, area.event_fd)
+        return pb.DoorReply(progress=reply), contextlib.nullcontext(fds)
+
 
 @contextlib.contextmanager
-def _closing(fd: int) -> Iterator[int]:
+def _closing(fd: int) -> Iterator[tuple[int]]:
     """A descriptor that is closed once it was passed on."""
     try:
-        yield fd
+        yield (fd,)
     finally:
         os.close(fd)
 
@@ -375,9 +385,8 @@ def _error_reply(error: UcmError) -> pb.DoorReply:
     return pb.DoorReply(error=pb.DoorError(error=type(error).__name__, message=message))
 
 
-def _send(connection: socket.socket, reply: pb.DoorReply, fd: int | None = None) -> None:
-    descriptors = [] if fd is None else [fd]
-    socket.send_fds(connection, [reply.SerializeToString()], descriptors)
+def _send(connection: socket.socket, reply: pb.DoorReply, *descriptors: int) -> None:
+    socket.send_fds(connection, [reply.SerializeToString()], list(descriptors))
 
 
 def _try_send(connection: socket.socket, reply: pb.DoorReply) -> None:

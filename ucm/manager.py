@@ -90,7 +90,7 @@ class Manager:
             WriteBehind(self._state, config.nvme, self._pool) if self._has_nvme else None
         )
         self._loads = LoadPath(self._state, self._pool)
-        self.layer_loads = LayerLoads(self._state)
+        self.layer_loads = LayerLoads(self._state, self._loads)
         """Layer by layer loads; `begin_load` here is what engines call."""
         self._pins = PinPath(self._state, self._loads)
         self._stores = StorePath(self._state, self._write_behind)

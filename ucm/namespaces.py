@@ -23,6 +23,7 @@ from ucm.storage.memory import MemoryTier
 from ucm.storage.prefault import STEP_BYTES
 from ucm.storage.tier import SlotId, Tier
 
+from .api import SlabChecksums
 from .block_index import BlockIndex
 from .clock import Clock
 from .config import Config
@@ -37,6 +38,19 @@ from .shares import memory_shares, nvme_shares
 from .types import BlockKey, LoadStatus, NamespaceId, SessionId, TierKind
 
 _log = logging.getLogger(__name__)
+
+
+class PromotionWait(Protocol):
+    """Who wants to know how promotions go. Called under the manager's lock only."""
+
+    def advance(self, row: int, num_layers: int, checksums: SlabChecksums) -> None:
+        """The leading `num_layers` slabs of a block are in its slot and verified."""
+
+    def settle(self, row: int, failure: LoadStatus | None) -> None:
+        """One promotion ended, well (None) or badly."""
+
+    def publish(self) -> None:
+        """What was said since the last time is complete for now."""
 
 
 class LoadWait:
@@ -55,6 +69,12 @@ class LoadWait:
         if not self.pending:
             self.done.set()
 
+    def advance(self, row: int, num_layers: int, checksums: SlabChecksums) -> None:
+        """See `PromotionWait.advance`: only whole blocks count here."""
+
+    def publish(self) -> None:
+        """See `PromotionWait.publish`."""
+
 
 @dataclass(slots=True, eq=False)
 class Promotion:
@@ -66,7 +86,11 @@ class Promotion:
     target: SlotId
     session: SessionId
     """Who asked first; its credit pays for the read."""
-    waits: list[LoadWait] = field(default_factory=list)
+    waits: list[PromotionWait] = field(default_factory=list)
+    num_layers: int = 0
+    """Leading slabs that are in place and verified."""
+    checksums: SlabChecksums = ()
+    """Of its slabs, once `num_layers` is not 0."""
 
 
 @dataclass(slots=True, eq=False)

@@ -13,6 +13,7 @@ from ucm.storage.tier import SlotId
 
 from .errors import InvalidArgumentError
 from .plan_grants import PlanGrants
+from .progress import ProgressPlace
 from .protos import cache_pb2 as pb
 from .types import LeaseId, LoadMode, LoadStatus, SourceKind
 from .wire import (
@@ -66,6 +67,8 @@ def plan_to_wire(grants: PlanGrants) -> pb.BeginLoadReply:
         file_ids=[place.file_id for place in places],
         slot_offsets=[place.offset for place in places],
         generations=[place.generation for place in places],
+        progress_offset=grants.progress.offset if grants.progress else 0,
+        progress_serial=grants.progress.serial if grants.progress else 0,
     )
 
 
@@ -84,6 +87,7 @@ def plan_from_wire(reply: pb.BeginLoadReply, *, num_keys: int) -> PlanGrants:
         checksums=reply.checksums,
         places=_places(reply),
         timeout_s=reply.timeout_s,
+        progress=_progress(reply),
     )
     ready = grants.statuses.count(LoadStatus.READY)
     in_files = grants.sources.count(SourceKind.EXTENT)
@@ -93,10 +97,17 @@ def plan_from_wire(reply: pb.BeginLoadReply, *, num_keys: int) -> PlanGrants:
         and len(grants.sources) == len(grants.tiers) == ready
         and len(grants.offsets) == ready - in_files
         and len(grants.places) == in_files
+        and (grants.progress is not None) == (SourceKind.PROMOTING in grants.sources)
     )
     if not is_whole:
         raise InvalidArgumentError("the lists of a load plan do not match the keys asked for")
     return grants
+
+
+def _progress(reply: pb.BeginLoadReply) -> ProgressPlace | None:
+    if not reply.progress_serial:
+        return None
+    return ProgressPlace(reply.progress_offset, reply.progress_serial)
 
 
 def _places(reply: pb.BeginLoadReply) -> tuple[SlotPlace, ...]:

@@ -16,6 +16,7 @@ from ucm.plan_wire import (
     plan_from_wire,
     plan_to_wire,
 )
+from ucm.progress import ProgressPlace
 from ucm.protos import cache_pb2 as pb
 from ucm.storage.extents import SlotPlace
 from ucm.storage.tier import SlotId
@@ -32,6 +33,7 @@ GRANTS = PlanGrants(
     checksums=bytes(range(16)),
     places=(SlotPlace(SlotId(7), 1, 3, 4096, 1 << 63),),
     timeout_s=31.0,
+    progress=ProgressPlace(64, 9),
 )
 KEYS = [BlockKey(bytes([number]) * 32) for number in range(1, 5)]
 
@@ -51,7 +53,10 @@ def test_every_word_has_a_number() -> None:
 
 @pytest.mark.parametrize(
     "field",
-    ["statuses", "sources", "tiers", "offsets", "slots", "segments", "file_ids", "generations"],
+    [
+        *("statuses", "sources", "tiers", "offsets", "slots", "segments", "file_ids"),
+        *("generations", "progress_serial"),
+    ],
 )
 def test_lists_that_do_not_fit_are_refused(field: str) -> None:
     reply = plan_to_wire(GRANTS)

@@ -174,7 +174,7 @@ class LoadPlanTests:
         cache.release(again.id)
 
     @pytest.mark.parametrize("order", ReadOrder)
-    @pytest.mark.parametrize("mode", [LoadMode.DIRECT])
+    @pytest.mark.parametrize("mode", LoadMode)
     def test_a_reader_gets_what_was_put(
         self, cache: CacheApi, handle: NamespaceHandle, mode: LoadMode, order: ReadOrder
     ) -> None:
@@ -188,6 +188,83 @@ class LoadPlanTests:
         assert reader.cancel(WAIT_S)
         cache.complete_load(reader.plan.id, reader.corrupt_keys())
         assert cache.lookup(handle.id, keys).num_blocks == len(keys)
+
+    def test_mapped_blocks_are_promoted(
+        self, harness: CacheHarness, cache: CacheApi, handle: NamespaceHandle
+    ) -> None:
+        """The answer does not wait for them; they are in memory, held, when progress says so."""
+        keys = on_nvme_only(cache, handle)
+        plan = cache.begin_load(handle.id, keys, mode=LoadMode.MAPPED, timeout_s=1)
+        assert sources(plan) == [SourceKind.PROMOTING] * len(keys)
+        assert [block.tier for block in plan.blocks] == [TierKind.NVME] * len(keys)
+        assert harness.leased_bytes() == len(keys) * handle.layout.block_bytes
+        progress, total = plan.progress, len(keys) * handle.layout.num_layers
+        assert progress is not None
+        assert progress.wait(total, WAIT_S)
+        assert (progress.num_blocks, progress.num_done()) == (len(keys), total)
+        assert progress.num_usable() == len(keys)
+        for rank, block in enumerate(plan.blocks):
+            assert block.data is not None
+            assert verify(handle.layout, block.data, progress.checksums(rank))
+            assert meaning(block.data) == content(block.key)
+        assert set(cache.lookup(handle.id, keys).tiers) == {TierKind.MEMORY}
+        cache.complete_load(plan.id)
+        assert harness.leased_bytes() == 0
+
+    def test_progress_ends_with_the_load(
+        self, harness: CacheHarness, cache: CacheApi, handle: NamespaceHandle
+    ) -> None:
+        """A reader that outlives its lease finds nothing usable, not another load's numbers."""
+        keys = on_nvme_only(cache, handle)
+        plan = cache.begin_load(handle.id, keys, mode=LoadMode.MAPPED, timeout_s=1)
+        assert plan.progress is not None
+        harness.pass_time(plan.timeout_s + 0.01)
+        again = cache.begin_load(handle.id, keys, mode=LoadMode.MAPPED, timeout_s=1)
+        total = len(keys) * handle.layout.num_layers
+        assert plan.progress.wait(total, WAIT_S)
+        assert plan.progress.num_usable() == 0
+        cache.release(again.id)
+
+    def test_sessions_share_promotions(
+        self, harness: CacheHarness, cache: CacheApi, handle: NamespaceHandle
+    ) -> None:
+        """Each follows them for itself; the one that ends takes nothing from the others."""
+        keys = on_nvme_only(cache, handle)
+        sessions = [harness.open_session() for _ in range(3)]
+        for session in sessions:
+            session.open_namespace(tiny_spec())
+        begun = [
+            session.begin_load(handle.id, keys, mode=LoadMode.MAPPED, timeout_s=1)
+            for session in sessions
+        ]
+        sessions[0].release(begun[0].id)
+        sessions[1].close()
+        read = get(cache, handle, keys)
+        assert read == [content(key) for key in keys]
+        pool = SlabPool(handle.layout, len(keys))
+        reader = LayerReader(begun[2], handle.layout, pool, open_reader_io())
+        reader.start()
+        assert reader.wait_layer(handle.layout.num_layers - 1, WAIT_S) == len(keys)
+        sessions[2].complete_load(begun[2].id)
+        assert harness.leased_bytes() == 0
+
+    def test_a_damaged_file_is_found_by_the_cache(
+        self, harness: CacheHarness, cache: CacheApi, handle: NamespaceHandle
+    ) -> None:
+        """What is promoted is verified before progress counts it."""
+        keys = on_nvme_only(cache, handle)
+        direct = cache.begin_load(handle.id, keys, mode=LoadMode.DIRECT, timeout_s=1)
+        extent = direct.blocks[3].extent
+        assert extent is not None
+        for path in harness.store_folder().rglob("*.seg"):
+            damage(path, extent.offset + HEADER_BYTES + handle.layout.slab_stride_bytes)
+        cache.release(direct.id)
+        _, reader = read_plan(cache, handle, keys, LoadMode.MAPPED)
+        assert reader.wait_layer(handle.layout.num_layers - 1, WAIT_S) == 3
+        assert reader.corrupt_keys() == ()
+        assert reader.cancel(WAIT_S)
+        cache.complete_load(reader.plan.id, reader.corrupt_keys())
+        assert cache.lookup(handle.id, keys).num_blocks == 3
 
     def test_a_wrong_report_does_no_harm(self, cache: CacheApi, handle: NamespaceHandle) -> None:
         """The cache looks for itself."""
