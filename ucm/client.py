@@ -144,6 +144,7 @@ class RemoteCache:
             self._door.close()
             raise
         self._staging: memoryview | None = greeting.staging
+        self._max_read_bytes_per_s = greeting.max_read_bytes_per_s
         self._metadata = ((TOKEN_METADATA, greeting.token.hex()),)
         self._channel = _open_channel(socket_path, greeting)
         self._stub = pb_grpc.CacheStub(self._channel)
@@ -167,7 +168,7 @@ class RemoteCache:
             if namespace not in self._namespaces:
                 arena = self._door.open_namespace(spec, namespace, timeout_s=left_s)
                 self._namespaces[namespace] = _OpenNamespace(spec.layout, arena)
-        return NamespaceHandle(namespace, spec.layout)
+        return NamespaceHandle(namespace, spec.layout, self._max_read_bytes_per_s)
 
     @contextlib.contextmanager
     def _at_door(self) -> Iterator[float]:

@@ -111,6 +111,9 @@ class NvmeConfig:
     POSIX in all. `ucm status` says which and why, `ucm doctor` what is missing."""
     io_threads: int = 8
     """Threads of preadv/pwritev; 8 to 16 reach the ceiling of one device."""
+    max_read_bytes_per_s: int = 0
+    """Most bytes that are read from the disk in a second, for a disk that others use too; 0 is no
+    limit. Clients that read the files themselves are told, and each keeps to it for itself."""
     write_queue_bytes: int = 1 * GIB
     """Accepted blocks that wait for the disk; above it new ones stay in memory only."""
     commit_blocks: int = 256

@@ -248,6 +248,7 @@ class Door:
                 staging_bytes=staging_bytes,
                 max_keys_per_call=self._config.max_keys_per_call,
                 max_message_bytes=self._config.max_message_bytes,
+                max_read_bytes_per_s=self._manager.config.nvme.max_read_bytes_per_s,
             )
         )
 

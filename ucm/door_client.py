@@ -41,6 +41,8 @@ class Greeting:
     token: bytes
     max_keys_per_call: int
     max_message_bytes: int
+    max_read_bytes_per_s: int
+    """For who reads segment files itself; 0 is no limit."""
     staging: memoryview
     """The session's staging memory, writable."""
 
@@ -92,6 +94,7 @@ class DoorClient:
             token=welcome.token,
             max_keys_per_call=welcome.max_keys_per_call,
             max_message_bytes=welcome.max_message_bytes,
+            max_read_bytes_per_s=welcome.max_read_bytes_per_s,
             staging=staging,
         )
 

@@ -162,7 +162,8 @@ class Manager:
         found = self._state.namespaces.open(spec, use)
         if self._write_behind is not None:
             self._write_behind.trim(found)
-        return NamespaceHandle(found.id, found.layout)
+        limit = self.config.nvme.max_read_bytes_per_s
+        return NamespaceHandle(found.id, found.layout, limit)
 
     def arena(self, session: SessionId, namespace: NamespaceId) -> Arena:
         """The arena that the offsets of load grants point into; read-only for clients.

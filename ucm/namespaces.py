@@ -21,11 +21,12 @@ from typing import Protocol
 from ucm.storage.io_choice import IoChoice, open_file_io
 from ucm.storage.memory import MemoryTier
 from ucm.storage.prefault import STEP_BYTES
+from ucm.storage.throttled_io import ThrottledIo, bucket_of
 from ucm.storage.tier import SlotId, Tier
 
 from .api import SlabChecksums
 from .block_index import BlockIndex
-from .clock import Clock
+from .clock import Clock, SystemClock
 from .config import Config
 from .errors import CapacityError, LayoutMismatchError, TierUnavailableError, UcmError
 from .eviction import Watermarks
@@ -186,6 +187,8 @@ def tiers_of(config: Config) -> TierFactory:
     from ucm.storage.nvme import NvmeStore  # needs LMDB, which memory alone does not
 
     io, choice = open_file_io(config.nvme)
+    if config.nvme.max_read_bytes_per_s:
+        io = ThrottledIo(io, bucket_of(config.nvme.max_read_bytes_per_s, SystemClock()))
     _log.info("NVMe tier: %s: %s", choice.kind, choice.reason)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(io.close)
