@@ -81,8 +81,9 @@ class SlabLedger:
         """Blocks at the end, the last one included, that are complete."""
         if self.limit < self._num_blocks:
             return 0
-        lacks = (self._leading[::-1] < self.num_layers).nonzero()[0]
-        return int(lacks[0]) if len(lacks) else self._num_blocks
+        wanted = self._leading[self.floor :][::-1]  # what was given up is the caller's
+        lacks = (wanted < self.num_layers).nonzero()[0]
+        return int(lacks[0]) if len(lacks) else len(wanted)
 
     def is_settled(self, layer: int) -> bool:
         """Whether no slab of layers 0..layer is still to come."""
