@@ -223,6 +223,17 @@ def test_a_hung_read_from_the_back_lands_in_scratch(file: ExtentFile) -> None:
     )
 
 
+def test_a_block_that_was_given_up_does_not_count_though_it_came(
+    file: ExtentFile, io: FileIo
+) -> None:
+    """The caller computes into it from then on."""
+    reader = reader_of(file, SlabPool(PAGE_LAYOUT, NUM_BLOCKS), io, BACK)
+    reader.start()
+    assert wait_for(lambda: reader.is_done)
+    reader.give_up_below(3)
+    assert reader.num_blocks_ready_from_back() == 2
+
+
 def test_a_cancelled_reader_from_the_back_gives_the_target_back_at_once(file: ExtentFile) -> None:
     io = GatedIo()
     pool = SlabPool(PAGE_LAYOUT, NUM_BLOCKS)
