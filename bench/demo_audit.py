@@ -19,6 +19,7 @@ import torch
 import xxhash
 
 from ucm.connectors.reference import ByteArray, ReferenceConnector, pool_bytes
+from ucm.engine.blocking_loads import BlockingLoads
 from ucm.engine.hook import LoadRequest, StoreRequest
 from ucm.hashing import chain_keys
 from ucm.types import BlockKey
@@ -35,7 +36,7 @@ class Audit:
     """Time that each request's match and load took."""
 
 
-class AuditHook:
+class AuditHook(BlockingLoads):
     """A `KvHook` around the reference connector; see the module."""
 
     def __init__(self, inner: ReferenceConnector, on_load: Callable[[str], None]) -> None:
@@ -45,6 +46,7 @@ class AuditHook:
             inner: the connector.
             on_load: called with the request's id before each load, to strike in the middle of it.
         """
+        super().__init__()
         self.is_enabled = False
         self.audit = Audit()
         self._inner = inner
@@ -75,7 +77,7 @@ class AuditHook:
         return num_tokens
 
     def load(self, request: LoadRequest) -> int:
-        """See `KvHook.load`."""
+        """See `BlockingLoads.load`."""
         self._on_load(request.request_id)
         started_s = time.perf_counter()
         num_blocks = self._inner.load(request)

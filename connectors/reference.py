@@ -20,8 +20,10 @@ import torch
 
 from ucm.api import SlabChecksums
 from ucm.checksum import checksum
+from ucm.engine.blocking_loads import BlockingLoads
 from ucm.engine.hook import LoadRequest, StoreRequest
-from ucm.errors import ConfigError, LayoutMismatchError
+from ucm.engine.layer_clock import LayerClock
+from ucm.errors import ConfigError, LayoutMismatchError, TierUnavailableError
 from ucm.hashing import NamespaceSpec
 from ucm.layout import KvDtype, KvLayout
 
@@ -82,10 +84,11 @@ def namespace_spec(
     )
 
 
-class ReferenceConnector:
+class ReferenceConnector(BlockingLoads):
     """Fills the reference engine's pool from a cache and stores what the engine computes."""
 
     def __init__(self, session: CacheSession) -> None:
+        super().__init__()
         self.session = session
         self._pool: ByteArray | None = None
 
@@ -104,7 +107,7 @@ class ReferenceConnector:
         return self.session.match(token_ids, num_local_tokens // block_tokens) * block_tokens
 
     def load(self, request: LoadRequest) -> int:
-        """See `KvHook.load`."""
+        """See `BlockingLoads.load`."""
         pool = self._pool
         if pool is None:
             return 0
@@ -128,8 +131,8 @@ class ReferenceConnector:
         block_ids = request.block_ids
 
         def fill(indexes: Sequence[int], slots: Sequence[memoryview]) -> list[SlabChecksums]:
-            sources = [block_ids[index] for index in indexes]
-            return [self._copy_out(pool, *pair) for pair in zip(sources, slots, strict=True)]
+            blocks = [(block_ids[i], slot) for i, slot in zip(indexes, slots, strict=True)]
+            return self._copy_out(pool, blocks, request.layers)
 
         blocks = range(request.first_block, request.first_block + len(block_ids))
         self.session.store(request.request_id, request.token_ids, blocks, fill, request.release)
@@ -149,16 +152,28 @@ class ReferenceConnector:
             sums.append(checksum(target.data))
         return tuple(sums)
 
-    def _copy_out(self, pool: ByteArray, block_id: int, slot: memoryview) -> SlabChecksums:
-        """Copy one block out of the pool; returns the checksums of what the pool holds."""
+    def _copy_out(
+        self, pool: ByteArray, blocks: Sequence[tuple[int, memoryview]], layers: LayerClock
+    ) -> list[SlabChecksums]:
+        """Copy blocks out of the pool, layer by layer behind the pass that computes them.
+
+        Returns:
+            For each block the checksums of what the pool holds.
+
+        Raises:
+            TierUnavailableError: the pass failed, or did not end in time.
+        """
         layout = self.session.spec.layout
-        slabs = _slabs_of(slot, layout)
-        sums: list[int] = []
+        targets = [(block_id, _slabs_of(slot, layout)) for block_id, slot in blocks]
+        sums: list[list[int]] = [[] for _ in blocks]
         for layer in range(layout.num_layers):
-            source = pool[layer, block_id]
-            slabs[layer] = source
-            sums.append(checksum(source.data))
-        return tuple(sums)
+            if not layers.wait(layer, self.session.options.deadline_s):
+                raise TierUnavailableError(f"layer {layer} of a pass was not computed: dropped")
+            for (block_id, slabs), of_block in zip(targets, sums, strict=True):
+                source = pool[layer, block_id]
+                slabs[layer] = source
+                of_block.append(checksum(source.data))
+        return [tuple(of_block) for of_block in sums]
 
 
 def pool_bytes(kv_pool: torch.Tensor, layout: KvLayout) -> ByteArray:

@@ -25,6 +25,7 @@ from ucm.connectors.circuit_breaker import BreakerOptions
 from ucm.connectors.reference import ReferenceConnector, kv_dtype, namespace_spec
 from ucm.connectors.session import CacheSession, SessionOptions
 from ucm.embedded import EmbeddedCache
+from ucm.engine.blocking_loads import BlockingLoads
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.hook import LoadRequest, StoreRequest
 from ucm.engine.loading import LoadedModel, load_model
@@ -56,10 +57,11 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_model(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
 
 
-class StrikingHook:
+class StrikingHook(BlockingLoads):
     """The connector, with something happening just before one of its calls, once."""
 
     def __init__(self, inner: ReferenceConnector) -> None:
+        super().__init__()
         self.inner = inner
         self.strikes: dict[str, Callable[[], None]] = {}
         self.waited_s = 0.0

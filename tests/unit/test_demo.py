@@ -124,6 +124,7 @@ def test_a_switched_off_audit_hook_is_no_cache(cache: FakeCache) -> None:
     released: list[bool] = []
     assert hook.match(list(range(41)), 0) == 0
     from ucm.engine.hook import StoreRequest
+    from ucm.engine.layer_clock import LayerClock
 
     hook.store(
         StoreRequest(
@@ -132,6 +133,7 @@ def test_a_switched_off_audit_hook_is_no_cache(cache: FakeCache) -> None:
             first_block=0,
             block_ids=[0],
             release=lambda: released.append(True),
+            layers=LayerClock.finished(2),
         )
     )
     assert released == [True]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from ucm.copying import BlockCopier
 from ucm.engine.config import ModelConfig, RopeScaling
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.hook import LoadRequest, StoreRequest
+from ucm.engine.layer_clock import LayerClock
 from ucm.engine.pool import TORCH_DTYPES
 from ucm.engine.sampling import SamplingParams
 from ucm.errors import ConfigError, LayoutMismatchError, TierUnavailableError
@@ -75,6 +76,7 @@ def store(connector: ReferenceConnector, block_ids: list[int]) -> list[str]:
             first_block=0,
             block_ids=block_ids,
             release=lambda: released.append("once"),
+            layers=LayerClock.finished(CONFIG.num_layers),
         )
     )
     assert connector.session.flush(5.0)
@@ -82,9 +84,20 @@ def store(connector: ReferenceConnector, block_ids: list[int]) -> list[str]:
 
 
 def load(connector: ReferenceConnector, first_block: int, block_ids: list[int]) -> int:
-    return connector.load(
-        LoadRequest(request_id="l", token_ids=TOKENS, first_block=first_block, block_ids=block_ids)
+    connector.start_load(
+        LoadRequest(
+            request_id="l",
+            token_ids=TOKENS,
+            first_block=first_block,
+            block_ids=block_ids,
+            hold=no_hold,
+        )
     )
+    return connector.end_load("l")
+
+
+def no_hold(_block_ids: Sequence[int]) -> Callable[[], None]:
+    raise AssertionError("a load that blocks leaves no write behind")
 
 
 @pytest.mark.parametrize("dtype", list(KvDtype))

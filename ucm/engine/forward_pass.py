@@ -1,0 +1,191 @@
+"""`ForwardPass`: one pass over the model, behind the loads that it waits for.
+
+    layer     |  0          |  1          |  2          | ...
+    wait      ^ slabs of 0  ^ slabs of 1  ^ slabs of 2      the joined loads', verified
+    final                   ^ layer 0     ^ layer 1         of what the pass computes (`LayerClock`)
+
+A layer that comes short (a wrong checksum, a read that hangs, a cache that died) ends the pass at
+that layer: the load counts only what is good, its sequence computes the rest, and the pass is run
+again at once. A load is trimmed once; the second time it is ended, and what is good in all layers
+counts. So a pass is repeated at most twice a load, and always ends.
+
+Invariant: attention of a layer reads no slab that `wait_layer` has not said to be good.
+
+Envelope: without loads and stores the model is called as if this module were not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ucm.clock import Clock
+
+from .guarded_hook import GuardedHook
+from .hook import StepReport
+from .interfaces import DecoderModel
+from .load_queue import Load, LoadQueue
+from .model import ForwardItem
+from .pool import KvPool
+from .scheduler import SchedulerOptions, Work
+from .sequence import TokenSequence
+
+
+class LayerShortError(Exception):
+    """A layer lacks slabs that the pass counted on; it never leaves this module."""
+
+
+@dataclass(slots=True)
+class PassResult:
+    """What a step's pass came to."""
+
+    batch: Sequence[Work]
+    """What was computed: less or more than planned for sequences whose load came short."""
+    logits: torch.Tensor | None
+    """[len(batch), vocab_size] fp32; None when nothing was left to compute."""
+    evicted: Sequence[TokenSequence]
+    """Sequences that must give their blocks up: see `LoadQueue.end`."""
+
+
+@dataclass(slots=True)
+class _Gate:
+    """What the model calls between its layers."""
+
+    hook: GuardedHook
+    clock: Clock
+    loads: Sequence[Load]
+    stall_us: int = 0
+    short: list[tuple[Load, int]] = field(default_factory=list)
+    """Loads that lost blocks, with what is left of them."""
+
+    def enter(self, layer: int) -> None:
+        """Wait for the layer's slabs.
+
+        Raises:
+            LayerShortError: some will not come.
+        """
+        started_us = self.clock.now_us()
+        names = [load.sequence.id for load in self.loads]
+        counts = self.hook.wait_layer(layer, names)
+        self.stall_us += self.clock.now_us() - started_us
+        self.short = [
+            (load, count)
+            for load, count in zip(self.loads, counts, strict=True)
+            if count < load.num_blocks
+        ]
+        if self.short:
+            raise LayerShortError
+
+
+class ForwardPass:
+    """Runs a step's batch until it is through; see the module."""
+
+    def __init__(
+        self, model: DecoderModel, pool: KvPool, loads: LoadQueue, hook: GuardedHook, clock: Clock
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._loads = loads
+        self._hook = hook
+        self._clock = clock
+
+    def run(self, batch: Sequence[Work], options: SchedulerOptions) -> PassResult:
+        """Compute `batch`, which includes the sequences whose loads have joined.
+
+        Blocks for the pass and for the loads. When it raises (the model failed) the joined loads
+        are as they were before it.
+        """
+        evicted: list[TokenSequence] = []
+        while batch:
+            gate = _Gate(self._hook, self._clock, self._loads.joined)
+            started_us = self._clock.now_us()
+            logits = self._attempt(batch, gate)
+            seconds = (self._clock.now_us() - started_us) / 1e6
+            cut, lost = self._trim_short(gate) if logits is None else self._end_joined(gate)
+            if logits is not None and not cut:
+                self._report(batch, gate, seconds)
+                return PassResult(batch, logits, evicted)
+            evicted += lost
+            batch = _refit([work for work in batch if work.sequence not in lost], cut, options)
+        return PassResult(batch, None, evicted)
+
+    def _attempt(self, batch: Sequence[Work], gate: _Gate) -> torch.Tensor | None:
+        """Run the model once; None when a layer came short."""
+        items = [_forward_item(work) for work in batch]
+        wait_layer = gate.enter if gate.loads else None
+        is_over = False
+        try:
+            logits = self._model.forward(items, self._pool.tensor, wait_layer=wait_layer)
+            is_over = True
+        except LayerShortError:
+            is_over = True
+            return None
+        finally:
+            if not is_over:
+                self._loads.unjoin()
+        return logits
+
+    def _trim_short(self, gate: _Gate) -> tuple[list[TokenSequence], list[TokenSequence]]:
+        """Count on less; returns the sequences concerned, and those that must give up."""
+        cut = [load.sequence for load, _ in gate.short]
+        lost = [load.sequence for load, left in gate.short if not self._loads.trim(load, left)]
+        return cut, lost
+
+    def _end_joined(self, gate: _Gate) -> tuple[list[TokenSequence], list[TokenSequence]]:
+        """All layers are in: end the loads. Returns like `_trim_short`, normally nothing."""
+        cut, lost = [], []
+        for load in gate.loads:
+            sequence, counted_on = load.sequence, load.sequence.num_computed
+            if not self._loads.end(load):
+                lost.append(sequence)
+                cut.append(sequence)
+            elif sequence.num_computed < counted_on:
+                cut.append(sequence)
+        return cut, lost
+
+    def _report(self, batch: Sequence[Work], gate: _Gate, seconds: float) -> None:
+        if not self._hook.is_attached:
+            return
+        is_prompt = [work.sequence.num_uncomputed > 1 for work in batch]
+        parts = [
+            (work.sequence.num_computed, work.num_tokens)
+            for work, chosen in zip(batch, is_prompt, strict=True)
+            if chosen
+        ]
+        self._hook.observe_step(
+            StepReport(
+                seconds=seconds,
+                stall_s=gate.stall_us / 1e6,
+                parts=tuple(parts),
+                num_decodes=len(batch) - len(parts),
+            )
+        )
+
+
+def _refit(
+    batch: Sequence[Work], cut: Sequence[TokenSequence], options: SchedulerOptions
+) -> list[Work]:
+    """Let sequences that lost a part of their load compute it at once, as the budget allows."""
+    num_left = options.max_step_tokens - sum(work.num_tokens for work in batch)
+    fitted = []
+    for work in batch:
+        num_tokens = work.num_tokens
+        if work.sequence in cut:
+            wanted = min(work.sequence.num_computable, options.prefill_chunk_tokens)
+            num_more = min(max(0, wanted - num_tokens), num_left)
+            num_left -= num_more
+            num_tokens += num_more
+        fitted.append(Work(work.sequence, num_tokens))
+    return fitted
+
+
+def _forward_item(work: Work) -> ForwardItem:
+    sequence = work.sequence
+    start = sequence.num_computed
+    return ForwardItem(
+        token_ids=sequence.tokens[start : start + work.num_tokens],
+        start=start,
+        block_ids=sequence.block_ids,
+    )
