@@ -46,7 +46,7 @@ svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--dim); font: 12px system-ui, sans-serif; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .end { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 4 3; }
-.load { fill: var(--load); } .compute { fill: var(--compute); }
+.load { fill: var(--load); } .compute, .step { fill: var(--compute); }
 .stall { fill: var(--stall); } .store { fill: var(--store); }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; }
 .key { margin: 0 .35em 0 1em; } .key:first-child { margin-left: 0; }
@@ -121,13 +121,14 @@ def _table(page: Page) -> str:
 
 
 def _drawing(timeline: Timeline, longest_s: float) -> str:
-    """One panel; rows are layers, or blocks where events have no layer."""
+    """One panel; rows are layers, or blocks where loads have no layer."""
+    timeline = timeline.by_row()
     is_layered = not any(e.track is Track.LOAD and e.layer < 0 for e in timeline.events)
-    rows = [e for e in timeline.events if (e.layer >= 0 if is_layered else _is_of_blocks(e))]
-    num_rows = 1 + max((_rows_of(e, is_layered)[1] - 1 for e in rows), default=0)
+    drawn = {Track.LOAD, Track.STORE, Track.COMPUTE if is_layered else Track.STEP}
+    bars = [e for e in timeline.events if e.track in drawn and _num_rows(e, is_layered)]
+    num_rows = 1 + max((_rows_of(e, is_layered)[1] - 1 for e in bars), default=0)
     scale = _Scale(timeline.begin_us, longest_s, num_rows)
     parts = [_grid(scale, longest_s), _axis_of_rows(scale, is_layered)]
-    bars = [event for event in rows if event.track is not Track.STALL]
     parts += [scale.bar(event, *_rows_of(event, is_layered)) for event in bars]
     parts += [scale.wait(e) for e in timeline.events if e.track is Track.STALL]
     end = scale.x(timeline.end_us)
@@ -139,15 +140,14 @@ def _drawing(timeline: Timeline, longest_s: float) -> str:
     )
 
 
-def _is_of_blocks(event: TraceEvent) -> bool:
-    return event.layer < 0 and event.num_blocks > 0
+def _num_rows(event: TraceEvent, is_layered: bool) -> int:
+    return event.num_layers if is_layered else event.num_blocks
 
 
 def _rows_of(event: TraceEvent, is_layered: bool) -> tuple[int, int]:
     """First row and the one behind the last."""
-    if is_layered:
-        return event.layer, event.layer + 1
-    return event.first_block, event.first_block + event.num_blocks
+    first = event.layer if is_layered else event.first_block
+    return first, first + _num_rows(event, is_layered)
 
 
 class _Scale:

@@ -7,14 +7,15 @@ The format is the Trace Event Format of Chromium's "catapult" project, JSON obje
       {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "compute"}},
       {"ph": "X", "name": "layer 3", "cat": "load", "pid": 1, "tid": 2, "ts": 12, "dur": 40, ...}]}
 
-A process is one measurement (a variant of a cell), a thread one track of it; times are microseconds
+A process is one measurement (a variant of a cell), a thread one track of it, or one thread of a
+track that has several; times are microseconds
 from the begin of the measurement.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ucm.tracing import TraceEvent, Track
@@ -48,31 +49,65 @@ class Timeline:
             last_us = max(last_us, end_us)
         return busy_us / 1e6
 
+    def by_row(self) -> Timeline:
+        """The same with one load a layer: from its first read's begin to its last one's end.
+
+        A layer is read in many pieces, by several threads; a person wants to see it once. Loads
+        that are of no layer stay as they are.
+        """
+        merged: dict[int, TraceEvent] = {}
+        others = []
+        for event in self.events:
+            if event.layer < 0 or event.track is not Track.LOAD:
+                others.append(event)
+                continue
+            for layer in range(event.layer, event.layer + event.num_layers):
+                known = merged.get(layer, event)
+                merged[layer] = known._replace(
+                    layer=layer,
+                    num_layers=1,
+                    begin_us=min(known.begin_us, event.begin_us),
+                    end_us=max(known.end_us, event.end_us),
+                    first_block=-1,
+                    num_blocks=0,
+                )
+        events = sorted([*merged.values(), *others], key=lambda event: event.begin_us)
+        return replace(self, events=tuple(events))
+
 
 def chrome_trace(timelines: Sequence[Timeline]) -> dict[str, Any]:
     """All timelines in one trace; see the module."""
     events: list[dict[str, Any]] = []
     for pid, timeline in enumerate(timelines, start=1):
         events.append(_meta("process_name", pid, 0, timeline.name))
-        used = [track for track in TRACKS if any(e.track is track for e in timeline.events)]
-        lanes = {track: lane for lane, track in enumerate(used, start=1)}
-        for track, lane in lanes.items():
+        lanes = _lanes(timeline.events)
+        for (track, _), lane in lanes.items():
             events.append(_meta("thread_name", pid, lane, track.value))
         events += [
-            _complete(event, pid, lanes[event.track], timeline.begin_us)
+            _complete(event, pid, lanes[event.track, event.thread_id], timeline.begin_us)
             for event in timeline.events
         ]
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
+def _lanes(events: Sequence[TraceEvent]) -> dict[tuple[Track, int], int]:
+    """A row of its own for each thread of each track: what is in one row does not overlap."""
+    used = {(event.track, event.thread_id) for event in events}
+    ordered = sorted(used, key=lambda lane: (TRACKS.index(lane[0]), lane[1]))
+    return {lane: number for number, lane in enumerate(ordered, start=1)}
+
+
 def label(event: TraceEvent) -> str:
     """What an event was about: its layer, its blocks, or both."""
-    parts = [f"layer {event.layer}"] if event.layer >= 0 else []
-    if event.num_blocks:
-        last = event.first_block + event.num_blocks - 1
-        parts.append(
-            f"blocks {event.first_block}-{last}" if event.num_blocks > 1 else f"block {last}"
-        )
+    named = (
+        ("layer", event.layer, event.num_layers),
+        ("block", event.first_block, event.num_blocks),
+    )
+    parts = [
+        f"{word} {first}" if count == 1 else f"{word}s {first}-{first + count - 1}"
+        for word, first, count in named
+        if count
+    ]
     return ", ".join(parts) or event.track.value
 
 
@@ -91,6 +126,7 @@ def _complete(event: TraceEvent, pid: int, tid: int, begin_us: int) -> dict[str,
         "dur": event.end_us - event.begin_us,
         "args": {
             "layer": event.layer,
+            "num_layers": event.num_layers,
             "first_block": event.first_block,
             "num_blocks": event.num_blocks,
             "request": event.request_id,

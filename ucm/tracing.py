@@ -3,7 +3,7 @@
     start_recording()                       bench, a test
     trace = active()                        engine, reader: None when nobody looks
     if trace is not None:
-        trace.add(Track.LOAD, begin_us, now_us(), layer=3)
+        trace.add(Track.LOAD, begin_us, now_us(), layers=(3, 1))
     events = stop_recording()
 
 Invariants: nothing is recorded before `start_recording`; at most `max_events` are kept and the
@@ -28,6 +28,8 @@ class Track(enum.StrEnum):
 
     COMPUTE = "compute"
     """The engine, with a layer's forward pass."""
+    STEP = "step"
+    """The engine, with a whole forward pass and the waits in it; of one request's blocks."""
     LOAD = "load"
     """A reader, with slabs on their way to the pool."""
     STALL = "stall"
@@ -44,9 +46,10 @@ class TraceEvent(NamedTuple):
     """By `now_us`."""
     end_us: int
     layer: int
-    """-1: not of one layer."""
+    """The first one; -1: not of certain layers."""
+    num_layers: int
     first_block: int
-    """In the request's chain; -1: not of certain blocks."""
+    """The engine counts in the request's chain, a reader in its load; -1: not of certain blocks."""
     num_blocks: int
     request_id: str
     thread_id: int
@@ -68,7 +71,7 @@ class TraceRecorder:
         begin_us: int,
         end_us: int,
         *,
-        layer: int = -1,
+        layers: tuple[int, int] = (-1, 0),
         blocks: tuple[int, int] = (-1, 0),
         request_id: str = "",
     ) -> None:
@@ -78,8 +81,8 @@ class TraceRecorder:
             track: who was busy.
             begin_us: by `now_us`.
             end_us: not before `begin_us`.
-            layer: of the model.
-            blocks: (first in the request's chain, how many).
+            layers: (first, how many).
+            blocks: (first, how many).
             request_id: the engine's name for the request.
         """
         if len(self._events) >= self._max_events:
@@ -87,7 +90,7 @@ class TraceRecorder:
             return
         thread_id = threading.get_ident()
         self._events.append(
-            TraceEvent(track, begin_us, end_us, layer, *blocks, request_id, thread_id)
+            TraceEvent(track, begin_us, end_us, *layers, *blocks, request_id, thread_id)
         )
 
     def events(self) -> tuple[TraceEvent, ...]:

@@ -18,7 +18,7 @@ from ucm.testing.overlap_events import (
     hybrid_timeline,
     layerwise_timeline,
 )
-from ucm.tracing import Track
+from ucm.tracing import TraceEvent, Track
 
 
 def page(*timelines: Timeline, title: str = "Overlap") -> str:
@@ -107,7 +107,7 @@ def test_all_panels_share_one_scale() -> None:
 
 def test_a_hybrid_has_two_fronts() -> None:
     (svg,) = drawings(page(hybrid_timeline()))
-    loads, computes = bars(svg, "load"), bars(svg, "compute")
+    loads, computes = bars(svg, "load"), bars(svg, "step")
     assert [bar["y"] for bar in loads] == sorted((bar["y"] for bar in loads), reverse=True)
     assert [bar["y"] for bar in computes] == sorted(bar["y"] for bar in computes)
 
@@ -117,6 +117,30 @@ def test_nothing_comes_from_outside_and_nothing_is_executed() -> None:
     assert not re.search(r"<script|<link|<img|src=|href=|url\(|@import|https?:", text)
     assert "default-src 'none'" in text
     assert "prefers-color-scheme: dark" in text
+
+
+def test_a_layer_that_several_threads_read_is_drawn_once() -> None:
+    reads = tuple(
+        TraceEvent(Track.LOAD, begin, begin + 30, layer, 2, block, 1, "", thread)
+        for begin, layer, block, thread in (
+            (0, 0, 0, 1),
+            (5, 0, 1, 2),
+            (30, 2, 0, 1),
+            (35, 2, 1, 2),
+        )
+    )
+    timeline = Timeline(name="t", events=reads, begin_us=0, end_us=70)
+    merged = timeline.by_row().events
+    assert [(e.layer, e.begin_us, e.end_us) for e in merged] == [
+        (0, 0, 35),
+        (1, 0, 35),
+        (2, 30, 65),
+        (3, 30, 65),
+    ]
+    (svg,) = drawings(page(timeline))
+    assert len(bars(svg, "load")) == 4
+    lanes = {(e["tid"]) for e in chrome_trace([timeline])["traceEvents"] if e["ph"] == "X"}
+    assert len(lanes) == 2
 
 
 def test_an_empty_measurement_is_a_page_all_the_same() -> None:

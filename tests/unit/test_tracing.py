@@ -25,11 +25,11 @@ def test_nobody_records_unless_asked() -> None:
 def test_events_come_back_in_the_order_of_their_begin() -> None:
     recorder = tracing.start_recording()
     assert tracing.active() is recorder
-    recorder.add(Track.COMPUTE, 30, 40, layer=1)
-    recorder.add(Track.LOAD, 10, 20, layer=1, blocks=(3, 2), request_id="a")
+    recorder.add(Track.COMPUTE, 30, 40, layers=(1, 1))
+    recorder.add(Track.LOAD, 10, 20, layers=(1, 2), blocks=(3, 2), request_id="a")
     load, compute = tracing.stop_recording()
     assert (load.track, load.layer, load.first_block, load.num_blocks) == (Track.LOAD, 1, 3, 2)
-    assert (load.request_id, load.end_us) == ("a", 20)
+    assert (load.request_id, load.end_us, load.num_layers) == ("a", 20, 2)
     assert (compute.track, compute.first_block, compute.num_blocks) == (Track.COMPUTE, -1, 0)
     assert tracing.active() is None
 
@@ -49,7 +49,7 @@ def test_threads_lose_nothing() -> None:
     def work(layer: int) -> None:
         barrier.wait()
         for begin_us in range(500):
-            recorder.add(Track.LOAD, begin_us, begin_us + 1, layer=layer)
+            recorder.add(Track.LOAD, begin_us, begin_us + 1, layers=(layer, 1))
 
     threads = [threading.Thread(target=work, args=(layer,)) for layer in range(4)]
     for thread in threads:

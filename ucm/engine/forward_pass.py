@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ucm import tracing
 from ucm.clock import Clock
+from ucm.tracing import Track
 
 from .guarded_hook import GuardedHook
 from .hook import StepReport
@@ -57,6 +59,8 @@ class _Gate:
     clock: Clock
     loads: Sequence[Load]
     stall_us: int = 0
+    mark_us: int = field(default_factory=tracing.now_us)
+    """Since when the current layer is computed, by the trace's clock."""
     short: list[tuple[Load, int]] = field(default_factory=list)
     """Loads that lost blocks, with what is left of them."""
 
@@ -66,10 +70,25 @@ class _Gate:
         Raises:
             LayerShortError: some will not come.
         """
-        started_us = self.clock.now_us()
+        self.trace_layer(layer - 1)
+        if self.loads:
+            self._wait(layer)
+        self.mark_us = tracing.now_us()
+
+    def trace_layer(self, layer: int) -> None:
+        """Tell who looks that a layer is computed: from its attention up to that of the next."""
+        trace = tracing.active()
+        if trace is not None and layer >= 0:
+            trace.add(Track.COMPUTE, self.mark_us, tracing.now_us(), layers=(layer, 1))
+
+    def _wait(self, layer: int) -> None:
+        started_us, begun_us = self.clock.now_us(), tracing.now_us()
         names = [load.sequence.id for load in self.loads]
         counts = self.hook.wait_layer(layer, names)
         self.stall_us += self.clock.now_us() - started_us
+        trace = tracing.active()
+        if trace is not None:
+            trace.add(Track.STALL, begun_us, tracing.now_us(), layers=(layer, 1))
         self.short = [
             (load, count)
             for load, count in zip(self.loads, counts, strict=True)
@@ -114,11 +133,14 @@ class ForwardPass:
     def _attempt(self, batch: Sequence[Work], gate: _Gate) -> torch.Tensor | None:
         """Run the model once; None when a layer came short."""
         items = [_forward_item(work) for work in batch]
-        wait_layer = gate.enter if gate.loads else None
+        begun_us, is_watched = tracing.now_us(), tracing.active() is not None
+        wait_layer = gate.enter if gate.loads or is_watched else None
         is_over = False
         try:
             logits = self._model.forward(items, self._pool.tensor, wait_layer=wait_layer)
             is_over = True
+            gate.trace_layer(self._pool.layout.num_layers - 1)
+            _trace_pass(batch, begun_us)
         except LayerShortError:
             is_over = True
             return None
@@ -162,6 +184,18 @@ class ForwardPass:
                 num_decodes=len(batch) - len(parts),
             )
         )
+
+
+def _trace_pass(batch: Sequence[Work], begun_us: int) -> None:
+    """Tell who looks which blocks of each sequence the pass computed."""
+    trace = tracing.active()
+    if trace is None:
+        return
+    for work in batch:
+        sequence, size = work.sequence, work.sequence.block_tokens
+        first, last = sequence.num_computed // size, sequence.num_computed + work.num_tokens
+        blocks = (first, -(-last // size) - first)
+        trace.add(Track.STEP, begun_us, tracing.now_us(), blocks=blocks, request_id=sequence.id)
 
 
 def _refit(

@@ -13,7 +13,7 @@ def event(
     track: Track, begin_us: int, end_us: int, layer: int = -1, blocks: tuple[int, int] = (-1, 0)
 ) -> TraceEvent:
     """One event of the request `r`."""
-    return TraceEvent(track, begin_us, end_us, layer, *blocks, "r", 1)
+    return TraceEvent(track, begin_us, end_us, layer, int(layer >= 0), *blocks, "r", 1)
 
 
 def layerwise_timeline(begin_us: int = 0) -> Timeline:
@@ -34,10 +34,10 @@ def hybrid_timeline() -> Timeline:
     """Sixteen blocks a pass from the front, one after the other from the back."""
     events, now_us = [], 0
     for first, count in ((0, 16), (16, 16), (32, 13)):
-        events.append(event(Track.COMPUTE, now_us, now_us + count * 32_000, -1, (first, count)))
+        events.append(event(Track.STEP, now_us, now_us + count * 32_000, -1, (first, count)))
         now_us += count * 32_000
     for step, block in enumerate(range(NUM_BLOCKS - 1, 44, -1)):
         events.append(event(Track.LOAD, step * 33_000, (step + 1) * 33_000, -1, (block, 1)))
-    events.append(event(Track.COMPUTE, now_us, now_us + 500_000, -1, (NUM_BLOCKS, 10)))
+    events.append(event(Track.STEP, now_us, now_us + 500_000, -1, (NUM_BLOCKS, 10)))
     end_us = now_us + 500_000
     return Timeline(name="hybrid", events=tuple(events), begin_us=0, end_us=end_us)
