@@ -28,8 +28,7 @@ from itertools import accumulate
 
 from .cost_model import CostEstimates, CostModel
 from .load_pipeline import BackLoad, claim, layerwise, meet, read_ahead_layers
-from .load_steps import ReadOrder
-from .types import LoadMode, TierKind
+from .types import LoadMode, LoadOrder, TierKind
 
 SLACK = 0.02
 _PART_STEPS = 16
@@ -87,7 +86,7 @@ class Decision:
     """Index in the chain of the first block to load."""
     num_blocks: int
     """How many to load; 0 when all is computed. A hybrid's loader begins with the last of them."""
-    order: ReadOrder
+    order: LoadOrder
     mode: LoadMode
     read_ahead_layers: int
     predicted_ttft_s: float
@@ -302,7 +301,7 @@ class _Plan:
         way = self._way(LoadKind.HYBRID, len(shape.tiers), meeting.done_s + suffix_s)
         return replace(
             way,
-            order=ReadOrder.BLOCKS_FROM_BACK,
+            order=LoadOrder.BLOCKS_FROM_BACK,
             meeting_block=shape.first_block + meeting.num_computed,
         )
 
@@ -312,7 +311,7 @@ class _Plan:
             kind=kind,
             first_block=shape.first_block,
             num_blocks=num_blocks,
-            order=ReadOrder.LAYERS,
+            order=LoadOrder.LAYERS,
             mode=self._mode,
             read_ahead_layers=self._depth(num_blocks),
             predicted_ttft_s=seconds * self._model.bias(kind.value),
