@@ -1,9 +1,10 @@
 """A second opinion on the bytes: what a load delivered against what was computed.
 
 `AuditHook` stands between the engine and its connector. Of every block that the engine offers it
-notes a digest, taken from the pool; of every block that a load delivered it takes the digest again,
-from the pool, when the request ends, and looks whether those bytes were ever offered under that
-key. This catches what a checksum that travels with the block cannot: a block under another's name.
+notes a digest, taken from the pool once the block is computed; of every block that a load delivered
+it takes the digest again, from the pool, when the request ends, and looks whether those bytes were
+ever offered under that key. This catches what a checksum that travels with the block cannot: a
+block under another's name.
 
 It also measures how long the engine's step path waits, from outside the connector, and can switch
 the connector off, so that one engine runs with and without a cache.
@@ -55,6 +56,8 @@ class AuditHook(BlockingLoads):
         self._pool: ByteArray | None = None
         self._digests: dict[BlockKey, set[bytes]] = {}
         self._loaded: dict[str, list[tuple[BlockKey, int]]] = {}
+        self._open_stores: list[StoreRequest] = []
+        """Offered, and not computed yet."""
         self._match_s = 0.0
 
     def begin(self, *, is_enabled: bool) -> None:
@@ -92,20 +95,34 @@ class AuditHook(BlockingLoads):
         if not self.is_enabled:
             request.release()
             return
-        keys = self._keys(request.token_ids)[request.first_block :]
-        for key, block_id in zip(keys, request.block_ids, strict=False):
-            self._digests.setdefault(key, set()).add(self._digest(block_id))
+        self._note_computed()
+        self._open_stores.append(request)
         self.audit.offered_blocks += len(request.block_ids)
         self._inner.store(request)
 
     def finish(self, request_id: str) -> None:
         """See `KvHook.finish`; the request's blocks still hold what was loaded."""
+        self._note_computed()
         for key, block_id in self._loaded.pop(request_id, ()):
             self.audit.checked_blocks += 1
             if self._digest(block_id) not in self._digests.get(key, ()):
                 self.audit.wrong_blocks += 1
         self._note_stall(request_id, 0.0)
         self._inner.finish(request_id)
+
+    def _note_computed(self) -> None:
+        """Take the digests of what was offered, now that its pass is over.
+
+        No block changes hands before the engine calls again.
+        """
+        open_stores, self._open_stores = self._open_stores, []
+        for request in open_stores:
+            if not request.layers.is_settled:
+                self._open_stores.append(request)
+            elif request.layers.is_complete:
+                keys = self._keys(request.token_ids)[request.first_block :]
+                for key, block_id in zip(keys, request.block_ids, strict=False):
+                    self._digests.setdefault(key, set()).add(self._digest(block_id))
 
     def _note_stall(self, request_id: str, stall_s: float) -> None:
         stalls = self.audit.stall_s_by_request
