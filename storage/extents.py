@@ -21,14 +21,21 @@ from typing import TYPE_CHECKING
 
 from ucm.errors import TierUnavailableError
 
+from .layer_io import LayerIo
 from .slots import SlotState
+from .tier import IoStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from .segments import Segments
+    from ucm.types import BlockKey
+
+    from .layer_io import LayerRead
+    from .recovery import NamespaceFiles
     from .slots import SlotTable
     from .tier import SlotId
+
+    Quarantine = Callable[[SlotId, BlockKey, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +64,12 @@ class SegmentFd:
 class ExtentTable:
     """Places of one namespace's blocks; a part of `NvmeTier`. Thread-safe."""
 
-    def __init__(self, segments: Segments, slots: SlotTable) -> None:
-        self._segments = segments
+    def __init__(self, files: NamespaceFiles, slots: SlotTable, quarantine: Quarantine) -> None:
+        """Of open files; `quarantine` bars a slot that does not hold what it should."""
+        self._segments = files.segments
         self._slots = slots
+        self._quarantine = quarantine
+        self._layers = LayerIo(files.superblock, files.segments, slots, files.io)
 
     def places(self, slots: Sequence[SlotId]) -> list[SlotPlace | None]:
         """For each slot where its block lies; None when it is encoded or cannot be read."""
@@ -76,6 +86,19 @@ class ExtentTable:
         segment = self._segments.segment_of(slot)
         generation = self._slots.generation(slot)
         return SlotPlace(slot, segment, self._segments.file_id(segment), found[1], generation)
+
+    def read_layers(
+        self, items: Sequence[LayerRead], first_layer: int, stop_layer: int
+    ) -> list[IoStatus]:
+        """Read layers `first_layer..stop_layer-1` of blocks that have places; blocks until done.
+
+        Into place and verified, as `Tier.read` does; what is corrupt is quarantined.
+        """
+        statuses = self._layers.read(items, first_layer, stop_layer)
+        for item, status in zip(items, statuses, strict=True):
+            if status is IoStatus.CORRUPT:
+                self._quarantine(item.slot, item.key, item.generation)
+        return statuses
 
     def open_segment(self, segment: int) -> SegmentFd:
         """Open a segment's file once more, read-only, with O_DIRECT where the disk takes it.

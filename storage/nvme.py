@@ -89,7 +89,7 @@ class NvmeTier:
         self._index = recovered.index
         self._slots = recovered.slots
         self._shrinker = Shrinker(files.segments, recovered.slots, recovered.index, budget)
-        self.extents = ExtentTable(files.segments, recovered.slots)
+        self.extents = ExtentTable(files, recovered.slots, self._quarantine)
         """See `Tier.extents`."""
         self.was_rebuilt = recovered.was_rebuilt
         """Whether this opening had to make a new index from the slot headers."""

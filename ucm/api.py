@@ -40,6 +40,8 @@ class NamespaceHandle:
 
     id: NamespaceId
     layout: KvLayout
+    max_read_bytes_per_s: int = 0
+    """What a client that reads extents itself may read in a second; 0 is no limit."""
 
 
 @dataclass(frozen=True, slots=True)

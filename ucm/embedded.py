@@ -7,6 +7,7 @@ tools, tests and single-process use; a store folder takes one process at a time.
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from .hashing import NamespaceSpec
 from .load_plan import LoadPlan
 from .manager import Manager
 from .plan_grants import PlanMemory, planned_blocks
+from .progress import ProgressSignal, SessionProgress
 from .segment_files import SegmentFiles
 from .types import BlockKey, LeaseId, LoadMode, NamespaceId, SourceKind, StoreStatus
 from .wire import checksums_from_wire
@@ -56,6 +58,7 @@ class EmbeddedCache:
                 self._session, namespace, segment
             )
         )
+        self._progress: SessionProgress | None = None
         self._closing = threading.Lock()
         self._closed = False
 
@@ -115,7 +118,16 @@ class EmbeddedCache:
             file=lambda place: self._files.get(namespace, place),
         )
         blocks = planned_blocks(keys, grants, memory)
-        return LoadPlan(grants.lease_id, namespace, mode, blocks, grants.timeout_s)
+        layout, promoting = arena.layout, grants.sources.count(SourceKind.PROMOTING)
+        progress = self._shared_progress().of(grants.progress, promoting, layout.num_layers)
+        return LoadPlan(grants.lease_id, namespace, mode, blocks, grants.timeout_s, progress)
+
+    def _shared_progress(self) -> SessionProgress:
+        if self._progress is None:
+            area = self.manager.layer_loads.progress_area(self._session)
+            signal = ProgressSignal(os.dup(area.event_fd), lambda: self._closed)
+            self._progress = SessionProgress(area.memory, signal)
+        return self._progress
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""
@@ -169,6 +181,7 @@ class EmbeddedCache:
                 return
             self._closed = True
         self._files.close()
+        self._progress = None
         self.manager.close_session(self._session)
         if self._owns_manager:
             self.manager.close()

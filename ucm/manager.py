@@ -90,7 +90,7 @@ class Manager:
             WriteBehind(self._state, config.nvme, self._pool) if self._has_nvme else None
         )
         self._loads = LoadPath(self._state, self._pool)
-        self.layer_loads = LayerLoads(self._state)
+        self.layer_loads = LayerLoads(self._state, self._loads)
         """Layer by layer loads; `begin_load` here is what engines call."""
         self._pins = PinPath(self._state, self._loads)
         self._stores = StorePath(self._state, self._write_behind)
@@ -162,7 +162,8 @@ class Manager:
         found = self._state.namespaces.open(spec, use)
         if self._write_behind is not None:
             self._write_behind.trim(found)
-        return NamespaceHandle(found.id, found.layout)
+        limit = self.config.nvme.max_read_bytes_per_s
+        return NamespaceHandle(found.id, found.layout, limit)
 
     def arena(self, session: SessionId, namespace: NamespaceId) -> Arena:
         """The arena that the offsets of load grants point into; read-only for clients.

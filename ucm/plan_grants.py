@@ -14,6 +14,7 @@ from ucm.storage.extents import SlotPlace
 
 from .api import SlabChecksums
 from .load_plan import Extent, PlannedBlock, SegmentFile
+from .progress import ProgressPlace
 from .types import BlockKey, LeaseId, LoadStatus, SourceKind, TierKind
 
 
@@ -35,6 +36,8 @@ class PlanGrants:
     places: tuple[SlotPlace, ...]
     """Of EXTENT blocks."""
     timeout_s: float
+    progress: ProgressPlace | None = None
+    """Of the PROMOTING blocks; None when there are none."""
 
 
 @dataclass(frozen=True, slots=True)

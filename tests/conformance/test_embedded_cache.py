@@ -27,6 +27,7 @@ class EmbeddedHarness:
 
     def __init__(self, folder: Path) -> None:
         self._clock = SimClock()
+        self._folder = folder
         config = Config(
             service=ServiceConfig(staging_bytes=1 * MIB),
             memory=MemoryConfig(capacity_bytes=MEMORY_BLOCKS * TINY_LAYOUT.block_bytes),
@@ -52,6 +53,9 @@ class EmbeddedHarness:
     def leased_bytes(self) -> int:
         self.manager.tick()
         return self.manager.status().leased_bytes
+
+    def store_folder(self) -> Path:
+        return self._folder
 
     def check_integrity(self) -> list[str]:
         return self.manager.check_integrity()
