@@ -79,6 +79,10 @@ class SlabLedger:
         wanted = self._leading[self.floor : self.limit]
         return int(wanted.min()) if len(wanted) else self.num_layers
 
+    def num_arrived(self) -> int:
+        """Slabs that are in place, wanted or not."""
+        return int(self._arrived.sum())
+
     def num_missing(self) -> int:
         """Slabs that are still to come."""
         wanted = self._arrived[self.floor : self.limit]

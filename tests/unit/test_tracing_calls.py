@@ -13,12 +13,12 @@ from ucm.engine.loading import load_model
 from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
 from ucm.layer_reader import LayerReader, ReaderOptions
-from ucm.load_steps import ReadOrder
 from ucm.reader_io import open_reader_io
 from ucm.testing.extent_files import PAGE_LAYOUT, ExtentFile
 from ucm.testing.models import write_tiny_model
 from ucm.testing.slab_pool import SlabPool
 from ucm.tracing import TraceEvent, Track
+from ucm.types import LoadOrder
 
 CHUNK, BLOCK, NUM_LAYERS = 64, 32, 3
 
@@ -54,8 +54,8 @@ def test_a_prefill_is_its_passes_and_their_layers(tmp_path: Path) -> None:
     assert not of(events, Track.STALL)
 
 
-@pytest.mark.parametrize("order", ReadOrder)
-def test_a_load_is_its_reads(tmp_path: Path, order: ReadOrder) -> None:
+@pytest.mark.parametrize("order", LoadOrder)
+def test_a_load_is_its_reads(tmp_path: Path, order: LoadOrder) -> None:
     file = ExtentFile(tmp_path / "0000.seg", PAGE_LAYOUT, 4)
     pool, io = SlabPool(PAGE_LAYOUT, 4), open_reader_io()
     recorder = tracing.start_recording()
@@ -67,7 +67,7 @@ def test_a_load_is_its_reads(tmp_path: Path, order: ReadOrder) -> None:
     reader.cancel(10.0)
     io.close()
     assert {event.track for event in events} == {Track.LOAD}
-    if order is ReadOrder.LAYERS:
+    if order is LoadOrder.LAYERS:
         read = [(e.layer, e.num_layers, e.first_block, e.num_blocks) for e in events]
         layers, blocks = range(PAGE_LAYOUT.num_layers), range(4)
         assert sorted(read) == [(layer, 1, block, 1) for layer in layers for block in blocks]
