@@ -252,6 +252,15 @@ class CostModel:
             window = self._ratios.setdefault(kind, deque(maxlen=_BIAS_WINDOW))
             window.append(min(max(measured_s / estimated_s, 1 / MAX_BIAS), MAX_BIAS))
 
+    def forget_loads(self) -> None:
+        """Another daemon, another disk: what was learnt of loading is void, of computing it is not.
+
+        For whoever knows; a change that nobody announces is learnt all the same.
+        """
+        with self._lock:
+            self._loads.clear()
+            self._ratios.clear()
+
     # What is to be expected
 
     def compute_s(self, start: int, stop: int) -> float:

@@ -30,11 +30,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from . import tracing
 from .errors import InvalidArgumentError
 from .layout import MAX_LAYERS
 from .load_steps import Step, own_steps, promoted_steps
 from .slab_ledger import SlabLedger
 from .slab_mover import Outcome, Scratch, SlabMover, SlabTarget
+from .tracing import Track
 from .types import BlockKey, LoadOrder, SourceKind
 
 if TYPE_CHECKING:
@@ -325,7 +327,9 @@ class LayerReader:
         scratch = Scratch()
         try:
             while (step := self._next_step()) is not None:
+                begun_us = tracing.now_us()
                 outcomes = self._mover.move(step, scratch, in_scratch=self._from_back)
+                self._trace(step, begun_us)
                 self._settle(step, outcomes)
         except Exception as error:  # noqa: BLE001  the thread's outermost loop
             _log.exception("a load failed in an unforeseen way")
@@ -334,6 +338,16 @@ class LayerReader:
             self._call_back()
         finally:
             self._leave()
+
+    def _trace(self, step: Step, begun_us: int) -> None:
+        """Tell who looks; a block that was read whole belongs to no layer."""
+        trace = tracing.active()
+        if trace is None:
+            return
+        is_whole = step.stop_layer - step.first_layer == self._layout.num_layers
+        layers = (-1, 0) if is_whole else (step.first_layer, step.stop_layer - step.first_layer)
+        blocks = (step.first_block, step.stop_block - step.first_block)
+        trace.add(Track.LOAD, begun_us, tracing.now_us(), layers=layers, blocks=blocks)
 
     def _leave(self) -> None:
         _threads.release()

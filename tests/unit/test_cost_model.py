@@ -133,6 +133,16 @@ def test_how_decisions_turned_out_corrects_the_next_ones() -> None:
     assert model.bias("compute") == 1.0
 
 
+def test_another_disk_is_learnt_from_nothing() -> None:
+    model = taught(SimulatedMachine(bytes_per_s=3e6))
+    before = model.compute_s(0, 1000)
+    model.observe_ttft("hybrid", 1.0, 1.5)
+    model.forget_loads()
+    assert model.compute_s(0, 1000) == before
+    assert model.load_s(TierKind.NVME, 10**9) == CostModel().load_s(TierKind.NVME, 10**9)
+    assert model.snapshot().bias == {}
+
+
 def test_reloading_is_weighed_against_computing_again() -> None:
     model = taught(SimulatedMachine(bytes_per_s=1e6))
     assert not model.should_reload(0, 320, TierKind.NVME, 10 * 720 * 1024)

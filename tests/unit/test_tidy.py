@@ -99,6 +99,7 @@ LAYERS = {
     "ucm.config": 0,
     "ucm.shares": 0,
     "ucm.clock": 0,
+    "ucm.tracing": 0,
     "ucm.metrics": 0,
     "ucm.checksum": 0,
     "ucm.mapping": 0,

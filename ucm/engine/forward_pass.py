@@ -9,6 +9,8 @@ that layer: the load counts only what is good, its sequence computes the rest, a
 again at once. A load is trimmed once; the second time it is ended, and what is good in all layers
 counts. So a pass is repeated at most twice a load, and always ends.
 
+Blocks that the pass fills are offered to the hook before it, and copied out behind it.
+
 Invariant: attention of a layer reads no slab that `wait_layer` has not said to be good.
 
 Envelope: without loads and stores the model is called as if this module were not there.
@@ -21,16 +23,20 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ucm import tracing
 from ucm.clock import Clock
+from ucm.tracing import Track
 
 from .guarded_hook import GuardedHook
 from .hook import StepReport
 from .interfaces import DecoderModel
+from .layer_clock import LayerClock
 from .load_queue import Load, LoadQueue
 from .model import ForwardItem
 from .pool import KvPool
 from .scheduler import SchedulerOptions, Work
 from .sequence import TokenSequence
+from .store_offers import StoreOffers
 
 
 class LayerShortError(Exception):
@@ -56,20 +62,40 @@ class _Gate:
     hook: GuardedHook
     clock: Clock
     loads: Sequence[Load]
+    progress: LayerClock | None
     stall_us: int = 0
+    mark_us: int = field(default_factory=tracing.now_us)
+    """Since when the current layer is computed, by the trace's clock."""
     short: list[tuple[Load, int]] = field(default_factory=list)
     """Loads that lost blocks, with what is left of them."""
 
     def enter(self, layer: int) -> None:
-        """Wait for the layer's slabs.
+        """Say that the layers before are final, and wait for this one's slabs.
 
         Raises:
             LayerShortError: some will not come.
         """
-        started_us = self.clock.now_us()
+        self.trace_layer(layer - 1)
+        if self.progress is not None:
+            self.progress.advance(layer)
+        if self.loads:
+            self._wait(layer)
+        self.mark_us = tracing.now_us()
+
+    def trace_layer(self, layer: int) -> None:
+        """Tell who looks that a layer is computed: from its attention up to that of the next."""
+        trace = tracing.active()
+        if trace is not None and layer >= 0:
+            trace.add(Track.COMPUTE, self.mark_us, tracing.now_us(), layers=(layer, 1))
+
+    def _wait(self, layer: int) -> None:
+        started_us, begun_us = self.clock.now_us(), tracing.now_us()
         names = [load.sequence.id for load in self.loads]
         counts = self.hook.wait_layer(layer, names)
         self.stall_us += self.clock.now_us() - started_us
+        trace = tracing.active()
+        if trace is not None:
+            trace.add(Track.STALL, begun_us, tracing.now_us(), layers=(layer, 1))
         self.short = [
             (load, count)
             for load, count in zip(self.loads, counts, strict=True)
@@ -83,23 +109,32 @@ class ForwardPass:
     """Runs a step's batch until it is through; see the module."""
 
     def __init__(
-        self, model: DecoderModel, pool: KvPool, loads: LoadQueue, hook: GuardedHook, clock: Clock
+        self,
+        model: DecoderModel,
+        pool: KvPool,
+        hook: GuardedHook,
+        loads: LoadQueue,
+        offers: StoreOffers,
+        clock: Clock,
     ) -> None:
         self._model = model
         self._pool = pool
-        self._loads = loads
         self._hook = hook
+        self._loads = loads
+        self._offers = offers
         self._clock = clock
 
     def run(self, batch: Sequence[Work], options: SchedulerOptions) -> PassResult:
         """Compute `batch`, which includes the sequences whose loads have joined.
 
         Blocks for the pass and for the loads. When it raises (the model failed) the joined loads
-        are as they were before it.
+        and the stores are as they were before it. When it returns logits, its stores wait for
+        `StoreOffers.complete_pass`.
         """
         evicted: list[TokenSequence] = []
         while batch:
-            gate = _Gate(self._hook, self._clock, self._loads.joined)
+            progress = self._offers.begin_pass(batch)
+            gate = _Gate(self._hook, self._clock, self._loads.joined, progress)
             started_us = self._clock.now_us()
             logits = self._attempt(batch, gate)
             seconds = (self._clock.now_us() - started_us) / 1e6
@@ -107,6 +142,7 @@ class ForwardPass:
             if logits is not None and not cut:
                 self._report(batch, gate, seconds)
                 return PassResult(batch, logits, evicted)
+            self._offers.fail_pass()
             evicted += lost
             batch = _refit([work for work in batch if work.sequence not in lost], cut, options)
         return PassResult(batch, None, evicted)
@@ -114,16 +150,21 @@ class ForwardPass:
     def _attempt(self, batch: Sequence[Work], gate: _Gate) -> torch.Tensor | None:
         """Run the model once; None when a layer came short."""
         items = [_forward_item(work) for work in batch]
-        wait_layer = gate.enter if gate.loads else None
+        begun_us, is_watched = tracing.now_us(), tracing.active() is not None
+        is_gated = gate.loads or gate.progress is not None or is_watched
+        wait_layer = gate.enter if is_gated else None
         is_over = False
         try:
             logits = self._model.forward(items, self._pool.tensor, wait_layer=wait_layer)
             is_over = True
+            gate.trace_layer(self._pool.layout.num_layers - 1)
+            _trace_pass(batch, begun_us)
         except LayerShortError:
             is_over = True
             return None
         finally:
             if not is_over:
+                self._offers.fail_pass()
                 self._loads.unjoin()
         return logits
 
@@ -162,6 +203,18 @@ class ForwardPass:
                 num_decodes=len(batch) - len(parts),
             )
         )
+
+
+def _trace_pass(batch: Sequence[Work], begun_us: int) -> None:
+    """Tell who looks which blocks of each sequence the pass computed."""
+    trace = tracing.active()
+    if trace is None:
+        return
+    for work in batch:
+        sequence, size = work.sequence, work.sequence.block_tokens
+        first, last = sequence.num_computed // size, sequence.num_computed + work.num_tokens
+        blocks = (first, -(-last // size) - first)
+        trace.add(Track.STEP, begun_us, tracing.now_us(), blocks=blocks, request_id=sequence.id)
 
 
 def _refit(

@@ -30,14 +30,14 @@ from ucm.types import LoadOrder
 
 from .forward_pass import ForwardPass
 from .guarded_hook import GuardedHook
-from .hook import KvHook, StoreRequest
+from .hook import KvHook
 from .interfaces import DecoderModel
-from .layer_clock import LayerClock
 from .load_queue import Load, LoadQueue
 from .pool import TORCH_DTYPES, KvPool
 from .sampling import Draw, sample
 from .scheduler import Admission, SchedulerOptions, Work, plan_step
 from .sequence import TokenSequence
+from .store_offers import StoreOffers
 
 _STALL_POLL_S = 0.01
 """Longest wait for a pinned block or a load before the step returns empty."""
@@ -102,8 +102,9 @@ class BatchRunner:
         self.pool = KvPool(layout, options.num_blocks, options.device)
         self.hook = GuardedHook(hook, self.pool.tensor, layout.block_tokens)
         self.loads = LoadQueue(self.hook, self.pool, options.scheduler, clock)
-        self._pass = ForwardPass(model, self.pool, self.loads, self.hook, clock)
-        self._max_pinned = max(1, int(options.num_blocks * options.max_pinned_share))
+        max_pinned = max(1, int(options.num_blocks * options.max_pinned_share))
+        self._offers = StoreOffers(self.hook, self.pool, self.loads, max_pinned)
+        self._pass = ForwardPass(model, self.pool, self.hook, self.loads, self._offers, clock)
         self._stalled_since_us: int | None = None
 
     def submit(self, sequence: TokenSequence) -> None:
@@ -132,7 +133,7 @@ class BatchRunner:
         options = self._options.scheduler
         plan = plan_step(self.running, self.waiting, self.pool.blocks, options, self.loads)
         for sequence in plan.preempt:
-            self._preempt(sequence)
+            self._preempt(sequence, plan.num_new_blocks)
         ready = [self._prepare(work) for work in plan.work]
         ready += [self._join(work.sequence, work.num_tokens) for work in plan.join]
         ready += [self._admit(admission) for admission in plan.admit]
@@ -154,15 +155,38 @@ class BatchRunner:
             for row, work in enumerate(batch)
             if work.num_tokens == work.sequence.num_uncomputed
         ]
-        token_ids = sample(logits, [draw for row, item in ready for draw in _draws(row, item)])
+        token_ids = self._sample(logits, ready)
         for work in batch:
             self._advance(work)
         sinks = [sink for _, item in ready for sink in (item, *self._fork(item))]
         self.stats.steps += 1
         return list(zip(sinks, token_ids, strict=True))
 
-    def _preempt(self, sequence: TokenSequence) -> None:
+    def _sample(
+        self, logits: torch.Tensor, ready: Sequence[tuple[int, TokenSequence]]
+    ) -> list[int]:
+        """Draw the tokens; what the pass stored is good only if that succeeds."""
+        is_over = False
+        try:
+            token_ids = sample(logits, [draw for row, item in ready for draw in _draws(row, item)])
+            is_over = True
+        finally:
+            if is_over:
+                self._offers.complete_pass()
+            else:
+                self._offers.fail_pass()
+        return token_ids
+
+    def _preempt(self, sequence: TokenSequence, num_wanted: int = 0) -> None:
+        """Send a sequence back to wait; its KV stays in the caches, where it is worth it.
+
+        Args:
+            sequence: a running one.
+            num_wanted: blocks that the step needs from it, so they cannot be stored first.
+        """
         self.running.remove(sequence)
+        self.loads.drop(sequence)
+        self._offers.swap_out(sequence, num_wanted)
         self._give_up(sequence)
         bisect.insort(self.waiting, sequence, key=_by_arrival)
         sequence.num_preemptions += 1
@@ -262,27 +286,6 @@ class BatchRunner:
         work.sequence.advance(work.num_tokens)
         self.stats.computed_tokens += work.num_tokens
         work.sequence.register_full(self.pool.blocks)
-        self._offer(work.sequence)
-
-    def _offer(self, sequence: TokenSequence) -> None:
-        """Offer new full blocks to the hook, as many as may be pinned now."""
-        first = sequence.num_offered
-        num_allowed = self._max_pinned - self.pool.num_pinned
-        last = min(sequence.num_full_blocks, first + num_allowed)
-        if last <= first or not self.hook.is_attached:
-            return
-        block_ids = tuple(sequence.block_ids[first:last])
-        sequence.num_offered = last
-        self.hook.store(
-            StoreRequest(
-                request_id=sequence.id,
-                token_ids=sequence.tokens[: last * sequence.block_tokens],
-                first_block=first,
-                block_ids=block_ids,
-                release=self.pool.pin(block_ids),
-                layers=LayerClock.finished(self.pool.layout.num_layers),
-            )
-        )
 
     def _fork(self, sequence: TokenSequence) -> list[TokenSequence]:
         """Split off a request's other samples, once its prompt is computed."""

@@ -159,6 +159,8 @@ class StepPlan:
     join: tuple[Work, ...] = ()
     """Sequences whose load the pass waits for, layer by layer."""
     admit: tuple[Admission, ...] = ()
+    num_new_blocks: int = 0
+    """Blocks that `work` takes."""
 
 
 def plan_step(
@@ -195,6 +197,7 @@ def plan_step(
         work=tuple(planner.work),
         join=tuple(planner.joined),
         admit=tuple(planner.admitted),
+        num_new_blocks=planner.num_new_blocks,
     )
 
 
@@ -212,6 +215,7 @@ class _Planner:
     admitted: list[Admission] = field(default_factory=list)
     num_available: int = 0
     num_tokens_left: int = 0
+    num_new_blocks: int = 0
     dropped_refs: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -295,6 +299,7 @@ class _Planner:
         if not self._needs_block(sequence):
             return
         self.num_available -= 1
+        self.num_new_blocks += 1
         if sequence.num_blocks_for(sequence.num_tokens) == len(sequence.block_ids):
             self.dropped_refs[sequence.block_ids[-1]] += 1
 

@@ -127,7 +127,8 @@ class TokenSequence:
         self.num_computed = blocks.stop * self.block_tokens
         # A cache that had nothing to add may have lost the shared blocks too (it was restarted, or
         # was full), and would refuse their children as orphans; offering them again costs names.
-        self.num_offered = blocks.stop if blocks else 0
+        if blocks:
+            self.num_offered = max(self.num_offered, blocks.stop)
         self._count_loaded(blocks)
 
     def skip_loaded(self) -> None:

@@ -68,10 +68,15 @@ class FakeModel:
 
     def logits_for(self, token_ids: Sequence[int]) -> torch.Tensor:
         """[vocab] what a correct engine gets after `token_ids`."""
+        rows = self.rows_for(token_ids).to(torch.int64).numpy()
+        return self._logits([_fold(of_layer) for of_layer in rows])
+
+    def rows_for(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """[layers, positions, 3] the first values of each row that a correct pool holds."""
         digests = _chain_digests(_EMPTY_DIGEST, token_ids, 0)
-        rows = np.array([digests, list(token_ids), range(len(token_ids))], dtype=np.int64).T
-        layers = np.arange(self.config.num_layers)[:, None]
-        return self._logits([_fold(rows + layer) for layer in layers])
+        rows = np.array([digests, list(token_ids), range(len(token_ids))], dtype=np.float32).T
+        layers = np.arange(self.config.num_layers, dtype=np.float32)[:, None, None]
+        return torch.from_numpy(rows + layers)
 
     def _digests(self, item: ForwardItem, kv_pool: torch.Tensor) -> list[int]:
         """The digest of each of the item's positions, from the row before the first."""
