@@ -50,10 +50,11 @@ from .errors import (
 from .grants import LoadGrants
 from .hashing import NamespaceSpec, check_key
 from .layout import KvLayout
+from .load_plan import LoadPlan, plan_of_lease
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
 from .sockets import check_path_length, door_path, grpc_target
-from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus
+from .types import BlockKey, LeaseId, LoadMode, LoadStatus, NamespaceId, StoreStatus
 from .wire import (
     LOAD_STATUS_FROM_WIRE,
     STORE_STATUS_FROM_WIRE,
@@ -187,6 +188,18 @@ class RemoteCache:
         if open_namespace is None:
             raise BlockNotFoundError("this namespace is not open in this session")
         return _load_lease(keys, reply, open_namespace)
+
+    def begin_load(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        mode: LoadMode,
+        timeout_s: float,
+    ) -> LoadPlan:
+        """See `CacheApi.begin_load`. Waits as `prepare_load` does: all of it is in memory then."""
+        lease = self.prepare_load(namespace, keys, timeout_s=timeout_s)
+        return plan_of_lease(lease, namespace, mode)
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""

@@ -28,8 +28,11 @@ from .config import Config
 from .errors import TierUnavailableError
 from .grants import StoreGrant
 from .hashing import NamespaceSpec
+from .load_plan import LoadPlan
 from .manager import Manager
-from .types import BlockKey, LeaseId, NamespaceId, StoreStatus
+from .plan_grants import PlanMemory, planned_blocks
+from .segment_files import SegmentFiles
+from .types import BlockKey, LeaseId, LoadMode, NamespaceId, SourceKind, StoreStatus
 from .wire import checksums_from_wire
 
 
@@ -48,6 +51,11 @@ class EmbeddedCache:
         self._session = manager.open_session("embedded")
         self._staging = manager.staging(self._session)
         self._arenas: dict[NamespaceId, Arena] = {}
+        self._files = SegmentFiles(
+            lambda namespace, segment: manager.layer_loads.open_segment(
+                self._session, namespace, segment
+            )
+        )
         self._closing = threading.Lock()
         self._closed = False
 
@@ -86,6 +94,28 @@ class EmbeddedCache:
         checksums = checksums_from_wire(grants.checksums, num_blocks=len(views))
         blocks = grants.loaded_blocks(keys, views, checksums)
         return LoadLease(grants.lease_id, blocks, grants.timeout_s)
+
+    def begin_load(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        mode: LoadMode,
+        timeout_s: float,
+    ) -> LoadPlan:
+        """See `CacheApi.begin_load`."""
+        grants = self.manager.begin_load(
+            self._session, namespace, keys, mode=mode, timeout_s=timeout_s
+        )
+        arena = self._arenas[namespace]
+        in_memory = grants.sources.count(SourceKind.MEMORY)
+        memory = PlanMemory(
+            view=lambda offset: _ready_view(arena, offset),
+            checksums=checksums_from_wire(grants.checksums, num_blocks=in_memory),
+            file=lambda place: self._files.get(namespace, place),
+        )
+        blocks = planned_blocks(keys, grants, memory)
+        return LoadPlan(grants.lease_id, namespace, mode, blocks, grants.timeout_s)
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""
@@ -138,6 +168,7 @@ class EmbeddedCache:
             if self._closed:
                 return
             self._closed = True
+        self._files.close()
         self.manager.close_session(self._session)
         if self._owns_manager:
             self.manager.close()

@@ -24,7 +24,7 @@ from .grants import LoadGrants
 from .leases import Lease, LeaseKind
 from .manager_state import MAX_WAIT_S, US_PER_S, ManagerState
 from .namespaces import LoadWait, Namespace, Promotion
-from .placement import LoadPlan, Victim, plan_load
+from .placement import PromotionPlan, Victim, plan_load
 from .transfer import Priority, TransferPool
 from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, SessionId, TierKind
 
@@ -134,7 +134,7 @@ class LoadPath:
                 wait.done.set()
 
     def _start_locked(
-        self, found: Namespace, lease: Lease, plan: LoadPlan, now_us: int
+        self, found: Namespace, lease: Lease, plan: PromotionPlan, now_us: int
     ) -> LoadWait:
         """Pin the prefix, queue what must be read, and join what is being read."""
         self._state.hold_locked(lease, found, plan.rows, now_us)
@@ -236,7 +236,7 @@ class LoadPath:
             wait.settle(row, failure)
 
     def _statuses_locked(
-        self, found: Namespace, lease: Lease, plan: LoadPlan, wait: LoadWait, num_keys: int
+        self, found: Namespace, lease: Lease, plan: PromotionPlan, wait: LoadWait, num_keys: int
     ) -> list[LoadStatus]:
         """A status for every key; rows behind the first that failed are let go."""
         for row in wait.pending:

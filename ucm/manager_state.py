@@ -6,6 +6,7 @@ Everything here is changed with `lock` held, and only decided here: no I/O under
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -131,6 +132,9 @@ class ManagerState:
             for row in lease.rows:
                 if not namespace.pinned[row]:
                     del namespace.pinned[row]
+        if lease.in_place:
+            namespace.in_place -= Counter(lease.in_place)
+            lease.in_place = ()
         namespace.index.unpin_all(lease.rows)
         lease.rows.clear()
         namespace.num_leases -= 1

@@ -98,6 +98,8 @@ class Namespace:
     """Those, and the ones made real ahead of their use: they cost memory."""
     pinned: Counter[int] = field(default_factory=Counter)
     """Rows that pin leases keep in memory, with the number of such leases."""
+    in_place: Counter[int] = field(default_factory=Counter)
+    """Rows that clients read in their slots on NVMe now, with the number of such leases."""
     num_sessions: int = 0
     num_leases: int = 0
     num_writing: int = 0

@@ -15,6 +15,7 @@ from ucm.embedded import EmbeddedCache
 from ucm.manager import Manager
 from ucm.testing.blocks import TINY_LAYOUT
 from ucm.testing.cache_conformance import MEMORY_BLOCKS, CacheApiTests, CacheHarness
+from ucm.testing.load_plan_conformance import LoadPlanTests
 from ucm.testing.partial_conformance import PartialResultTests
 
 
@@ -63,7 +64,7 @@ class EmbeddedHarness:
         assert time.monotonic() - start < 10
 
 
-class TestEmbeddedCache(CacheApiTests, PartialResultTests):
+class TestEmbeddedCache(CacheApiTests, PartialResultTests, LoadPlanTests):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> Iterator[CacheHarness]:
         harness = EmbeddedHarness(tmp_path / "store")

@@ -23,7 +23,6 @@ from hypothesis.stateful import (
 
 from ucm.clock import SimClock
 from ucm.engine.engine import Engine, EngineOptions
-from ucm.engine.hook import LoadOrder
 from ucm.engine.request import FinishReason
 from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
@@ -31,6 +30,7 @@ from ucm.engine.sequence import POOL_NAMESPACE
 from ucm.hashing import chain_keys
 from ucm.testing.fake_loading_hook import FakeLoadingHook, LoadScript
 from ucm.testing.fake_model import FakeConfig, FakeModel, reference_tokens
+from ucm.types import LoadOrder
 
 MODEL = FakeModel(FakeConfig(num_layers=3))
 BLOCK_TOKENS = 3

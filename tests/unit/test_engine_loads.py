@@ -11,13 +11,14 @@ import torch
 
 from ucm.clock import SimClock
 from ucm.engine.engine import Engine, EngineOptions
-from ucm.engine.hook import LoadOrder, LoadRequest, LoadStart
+from ucm.engine.hook import LoadRequest, LoadStart
 from ucm.engine.request import RequestResult
 from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
 from ucm.testing.fake_hook import DictHook
 from ucm.testing.fake_loading_hook import FakeLoadingHook, LoadScript, script_source
 from ucm.testing.fake_model import FakeModel, FakeTokenizer, reference_tokens
+from ucm.types import LoadOrder
 
 PROMPT = list(range(3, 36))  # 33 tokens: 8 full blocks of 4, and a token
 OTHER = [90, *range(40, 72)]

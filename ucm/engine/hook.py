@@ -29,24 +29,16 @@ which runs from the first wait for it.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from ucm.types import LoadOrder
 
 from .layer_clock import LayerClock
 
 if TYPE_CHECKING:
     import torch
-
-
-class LoadOrder(enum.StrEnum):
-    """In which order a load fills its blocks."""
-
-    LAYERS = "layers"
-    """All blocks of layer 0, then of layer 1, ...: the pass follows it layer by layer."""
-    BLOCKS_FROM_BACK = "blocks_from_back"
-    """Whole blocks, the last one first: the engine computes from the front until they meet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 
 from ucm.clock import Clock
 from ucm.errors import InvalidArgumentError
-from ucm.types import BlockKey
+from ucm.types import BlockKey, LoadOrder
 
 from .guarded_hook import GuardedHook
-from .hook import LoadOrder, LoadRequest, LoadStart, LoadState
+from .hook import LoadRequest, LoadStart, LoadState
 from .pool import KvPool
 from .scheduler import SchedulerOptions
 from .sequence import TokenSequence

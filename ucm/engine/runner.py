@@ -26,10 +26,11 @@ import torch
 from ucm.clock import Clock
 from ucm.errors import CapacityError, ConfigError
 from ucm.layout import KvLayout
+from ucm.types import LoadOrder
 
 from .forward_pass import ForwardPass
 from .guarded_hook import GuardedHook
-from .hook import KvHook, LoadOrder
+from .hook import KvHook
 from .interfaces import DecoderModel
 from .load_queue import Load, LoadQueue
 from .pool import TORCH_DTYPES, KvPool

@@ -18,7 +18,6 @@ import torch
 
 from ucm.clock import SimClock
 from ucm.engine.hook import (
-    LoadOrder,
     LoadRequest,
     LoadStart,
     LoadState,
@@ -28,7 +27,7 @@ from ucm.engine.hook import (
 from ucm.engine.sequence import POOL_NAMESPACE
 from ucm.errors import TierUnavailableError
 from ucm.hashing import chain_keys
-from ucm.types import BlockKey
+from ucm.types import BlockKey, LoadOrder
 
 GARBAGE = float("nan")
 
