@@ -70,6 +70,7 @@ LAYERS = {
     "ucm.storage": 2,
     "ucm.api": 2,
     "ucm.copying": 2,
+    "ucm.layer_pipeline": 2,
     "ucm.kernels": 1,
     "ucm.protos": 1,
     "ucm.errors": 0,
