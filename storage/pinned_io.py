@@ -117,6 +117,13 @@ class PinnedFileIo:
         """See `FileIo.open`."""
         return self._posix.open(path, create=create, writable=writable)
 
+    def adopt(self, fd: int) -> FileHandle:
+        """See `DeviceFileIo.adopt`."""
+        return FileHandle(os.dup(fd))
+
+    def forget(self, buffer: DeviceBuffer) -> None:
+        """See `DeviceFileIo.forget`: nothing is kept."""
+
     def size(self, file: FileHandle) -> int:
         """See `FileIo.size`."""
         return self._posix.size(file)

@@ -194,7 +194,8 @@ class LayerPipeline:
 
         Returns:
             Leading rows whose slabs of layers 0..`layer` are verified and placed (in `compute`'s
-            order).
+            order). Rows that have failed in a later layer already do not count: the sooner the
+            caller knows, the less it computes in vain.
 
         Raises:
             BaseException: a defect of the work; what it raised.

@@ -208,6 +208,22 @@ class CudaDriver:
                 self._check("cuEventQuery", code)
         return code != _NOT_READY
 
+    def allocate(self, nbytes: int) -> int:
+        """Device memory that lasts, as cuFile registers it; its address. `free` gives it back.
+
+        Raises:
+            TierUnavailableError: there is not as much.
+        """
+        address = ctypes.c_size_t()
+        with self.current():
+            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        return address.value
+
+    def free(self, address: int) -> None:
+        """Give device memory back; waits for the whole device."""
+        with self.current():
+            self._call("cuMemFree_v2", ctypes.c_size_t(address))
+
     def allocate_pinned(self, nbytes: int) -> int:
         """Page-locked host memory, page-aligned; its address. `free_pinned` gives it back.
 

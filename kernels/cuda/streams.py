@@ -36,7 +36,7 @@ class CudaEvent:
         self._error = error
         if error is None:
             self._handle = driver.create_event()
-            weakref.finalize(self, driver.destroy_event, self._handle)
+            weakref.finalize(self, driver.destroy_event, self._handle).atexit = False
             driver.record_event(self._handle, stream)
 
     @property

@@ -23,8 +23,7 @@ extern struct ucm_double_counts ucm_counts;
 /* Whether an address is in device memory. */
 int ucm_is_device(uintptr_t address);
 
-/* Do all that a stream still has to do. */
-void ucm_finish_stream(void *stream);
+CUresult cuLaunchHostFunc(void *stream, void (*function)(void *), void *argument);
 
 #define PLAIN_NAME(name, versioned) \
     __typeof__(versioned) name __attribute__((alias(#versioned)));

@@ -288,6 +288,23 @@ CUresult cuModuleGetFunction(void **function, void *module, const char *name)
     return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
 
+/* A launch on its way: its parameters are copied, as the driver does. */
+struct launch {
+    host_kernel kernel;
+    unsigned grid, block, num_parameters;
+    uint64_t values[16];
+};
+
+static void run_launch(void *argument)
+{
+    struct launch *launch = argument;
+    void *arguments[16];
+    for (unsigned i = 0; i < launch->num_parameters; ++i)
+        arguments[i] = &launch->values[i];
+    launch->kernel(launch->grid, launch->block, arguments);
+    free(launch);
+}
+
 CUresult cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                         unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                         void *stream, void **arguments, void **extra)
@@ -295,10 +312,14 @@ CUresult cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsign
     (void)shared_bytes, (void)extra;
     if (!grid_x || grid_y != 1 || grid_z != 1 || !block_x || block_y != 1 || block_z != 1)
         return CUDA_ERROR_INVALID_VALUE;
-    ucm_finish_stream(stream); /* the arguments' sizes are not known: it cannot be put off */
-    ((host_kernel)function)(grid_x, block_x, arguments);
+    const unsigned *number = dlsym(kernel_library, "ucm_host_num_parameters");
+    struct launch *launch = malloc(sizeof *launch);
+    *launch = (struct launch){function, grid_x, block_x, *number, {0}};
+    /* Narrower ones with what lies behind them: ctypes keeps 16 bytes for a number. */
+    for (unsigned i = 0; i < *number; ++i)
+        memcpy(&launch->values[i], arguments[i], sizeof launch->values[i]);
     ++ucm_counts.launches;
-    return CUDA_SUCCESS;
+    return cuLaunchHostFunc(stream, run_launch, launch);
 }
 
 /* ------------------------------------------------------------------ errors */

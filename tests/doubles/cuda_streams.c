@@ -233,7 +233,7 @@ static CUresult enqueue(void *handle, struct operation wanted)
     return CUDA_SUCCESS;
 }
 
-void ucm_finish_stream(void *handle)
+static void finish_stream(void *handle)
 {
     pthread_mutex_lock(&lock);
     run_until(stream_of(handle), last_order);
@@ -316,7 +316,7 @@ CUresult cuStreamCreate(void **out, unsigned flags)
 
 CUresult cuStreamDestroy_v2(void *handle)
 {
-    ucm_finish_stream(handle);
+    finish_stream(handle);
     ((struct stream *)handle)->is_used = 0;
     --ucm_counts.streams;
     return CUDA_SUCCESS;
@@ -324,7 +324,7 @@ CUresult cuStreamDestroy_v2(void *handle)
 
 CUresult cuStreamSynchronize(void *handle)
 {
-    ucm_finish_stream(handle);
+    finish_stream(handle);
     ++ucm_counts.synchronizations;
     return CUDA_SUCCESS;
 }
