@@ -109,9 +109,10 @@ class NvmeConfig:
     policy: str = "tree-gdsf"
     """As for memory."""
     io: str = "auto"
-    """What device memory can be read into: none (`posix`), directly (`gds`, GPUDirect Storage),
-    through pinned buffers (`kvikio-compat`); `auto` takes the best that works here. Host memory is
-    POSIX in all. `ucm status` says which and why, `ucm doctor` what is missing."""
+    """How device memory is read into: not at all (`posix`), directly (`gds`, GPUDirect Storage),
+    through pinned buffers of kvikio (`kvikio-compat`) or of ours (`pinned`); `auto` takes the best
+    that works here. Host memory is POSIX in all. `ucm status` says which and why, `ucm doctor`
+    what is missing."""
     io_threads: int = 8
     """Threads of preadv/pwritev; 8 to 16 reach the ceiling of one device."""
     max_read_bytes_per_s: int = 0

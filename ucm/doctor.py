@@ -273,7 +273,7 @@ def _check_open_files(config: Config) -> Check:
 
 
 def _check_locked_memory(config: Config, choice: IoChoice | None) -> Check:
-    name, why = "locked memory", "kvikio's bounce buffers are pinned; POSIX needs none"
+    name, why = "locked memory", "buffers for device memory are pinned; POSIX needs none"
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     found = f"at most {_limit_text(limit)} bytes"
     needed = config.nvme.io_threads * (4 << 20)
