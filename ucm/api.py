@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from .hashing import NamespaceSpec
 from .layout import KvLayout
@@ -57,9 +57,8 @@ class LookupResult:
         return len(self.tiers)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedBlock:
-    """One key of a load lease."""
+class LoadedBlock(NamedTuple):
+    """One key of a load lease. A tuple, because there are many and a lease is waited for."""
 
     key: BlockKey
     status: LoadStatus

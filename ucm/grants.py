@@ -79,7 +79,7 @@ class TierStatus:
     reason: str
     """Why it takes no writes; empty when it does."""
     io: str = ""
-    """How it reaches its device: `posix`, `kvikio-compat` or `gds`; empty for memory."""
+    """How it reaches its device: `posix`, `pinned`, `kvikio-compat` or `gds`; empty for memory."""
     io_reason: str = ""
     """Why so."""
 

@@ -12,7 +12,6 @@ import pytest
 from ucm.errors import InvalidArgumentError
 from ucm.layer_reader import LayerReader, ReaderOptions
 from ucm.layout import KvLayout
-from ucm.load_steps import ReadOrder
 from ucm.reader_io import open_reader_io
 from ucm.storage.file_io import FileIo
 from ucm.storage.format import HEADER_BYTES
@@ -26,11 +25,11 @@ from ucm.testing.extent_files import (
     wait_for,
 )
 from ucm.testing.slab_pool import SlabPool, slabs_of
-from ucm.types import SourceKind
+from ucm.types import LoadOrder, SourceKind
 
 LAST = PAGE_LAYOUT.num_layers - 1
 NUM_BLOCKS = 5
-BACK = ReaderOptions(order=ReadOrder.BLOCKS_FROM_BACK, num_threads=2)
+BACK = ReaderOptions(order=LoadOrder.BLOCKS_FROM_BACK, num_threads=2)
 ONE_LAYER = ReaderOptions(request_bytes=1, num_threads=2, read_ahead_layers=1)
 WAIT_S = 10.0
 
@@ -66,10 +65,10 @@ def check_blocks(file: ExtentFile, pool: SlabPool, numbers: range) -> None:
 
 
 @pytest.mark.parametrize("shift", [0, 64])
-@pytest.mark.parametrize("order", ReadOrder)
+@pytest.mark.parametrize("order", LoadOrder)
 @pytest.mark.parametrize("request_bytes", [1, 2 * 4096, 1 << 20])
 def test_every_source_arrives(
-    tmp_path: Path, io: FileIo, layout: KvLayout, order: ReadOrder, request_bytes: int, shift: int
+    tmp_path: Path, io: FileIo, layout: KvLayout, order: LoadOrder, request_bytes: int, shift: int
 ) -> None:
     file = ExtentFile(tmp_path / "0000.seg", layout, 6)
     kinds = [SourceKind.MEMORY] * 2 + [SourceKind.EXTENT, SourceKind.PROMOTING] * 2
