@@ -16,7 +16,7 @@ Invariants
       whatever the disk does, and nothing below is written after it.
     * Nothing raises for a block. Threads are at most `MAX_THREADS` in the process, so that hung
       reads cannot pile up: a reader that gets none says so (`error`) and every block is missing.
-    * A plan whose time is up is not begun on any more.
+    * A plan whose time is up is not begun on any more. Its limit on reads is kept to.
 
 Envelope: a step's hand-over costs some 15 us; threads of a reader start in 0.1 ms each.
 """
@@ -305,6 +305,20 @@ class LayerReader:
                 del self._writing[block]
             if self._num_isolating:
                 self._settled.notify_all()
+
+    def wait_turn(self, block: int, num_bytes: int) -> bool:
+        """See `WriteGate.wait_turn`. Nothing is being written meanwhile: `cancel` need not wait."""
+        limit = self.plan.read_limit
+        delay_s = limit.take(num_bytes) if limit is not None else 0.0
+        if limit is None or delay_s <= 0:
+            return True
+        with self._work:
+            is_useless = self._work.wait_for(
+                lambda: self._is_cancelled or not self._ledger.is_wanted(block), delay_s
+            )
+        if is_useless:
+            limit.take(-num_bytes)
+        return not is_useless
 
     def wait_checksums(self, block: int) -> SlabChecksums | None:
         """See `WriteGate.wait_checksums`."""
