@@ -7,6 +7,9 @@ from ucm.storage.throttled_io import ThrottledIo, bucket_of
 
 from .clock import SystemClock
 
+ReaderIo = FileIo
+"""For those who may not name the storage package."""
+
 
 def open_reader_io(max_read_bytes_per_s: int = 0) -> FileIo:
     """Plain reads on the thread that asks, for host memory; one serves all readers of a process.
