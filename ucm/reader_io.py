@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from ucm.storage.file_io import FileIo, PosixFileIo
 
-ReaderIo = FileIo
-"""For those who may not name the storage package."""
-
 
 def open_reader_io() -> FileIo:
     """Plain reads on the thread that asks, for host memory; one serves all readers of a process.
