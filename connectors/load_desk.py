@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from ucm.engine.hook import StepReport
     from ucm.layout import KvLayout
     from ucm.load_plan import LoadPlan
-    from ucm.reader_io import ReaderIo
 
     from .link import Connection, Link
     from .session_stats import StatsCounter
@@ -77,8 +76,7 @@ class LoadDesk:
         self._counter = counter
         self._layout = layout
         self._options = options
-        self._ios: dict[int, ReaderIo] = {}
-        """By the limit that a cache told: what reads of one limit share. Few, and kept."""
+        self._io = open_reader_io()
         self._jobs: dict[str, LoadJob] = {}
         self._unfinished: dict[int, tuple[float, Decision]] = {}
         """By prompt length: when it was decided on, and how, until its last pass is over."""
@@ -199,8 +197,8 @@ class LoadDesk:
             self._work.notify_all()
         self._thread.join(2 * self._options.deadline_s)
         self._caller.close()
-        for io in () if self._stragglers else self._ios.values():
-            io.close()
+        if not self._stragglers:
+            self._io.close()
 
     def _count(self, task: LoadTask, outcome: JobOutcome) -> None:
         layout, num_good = self._layout, outcome.num_good
@@ -273,11 +271,8 @@ class LoadDesk:
 
     def _open(self, job: LoadJob) -> None:
         task, patience_s = job.task, job.task.patience_s
-        limit = 0
 
         def begin(connection: Connection) -> LoadPlan:
-            nonlocal limit
-            limit = connection.namespace.max_read_bytes_per_s
             return connection.cache.begin_load(
                 connection.namespace.id, task.keys, mode=task.decision.mode, timeout_s=patience_s
             )
@@ -285,17 +280,12 @@ class LoadDesk:
         plan = self._link.attempt(
             self._caller, begin, patience_s, on_late=lambda link, late: link.cache.release(late.id)
         ).value
-        if limit not in self._ios:
-            self._ios[limit] = open_reader_io(limit)
-        io = self._ios[limit]
-        if not job.open(plan, lambda *wanted: self._reader(job, io, *wanted)) and plan is not None:
+        if not job.open(plan, lambda *wanted: self._reader(job, *wanted)) and plan is not None:
             self._complete(plan, ())
         self._progress.set()
 
-    def _reader(
-        self, job: LoadJob, io: ReaderIo, plan: LoadPlan, options: ReaderOptions
-    ) -> LayerReader:
-        reader = LayerReader(plan, self._layout, job.task.target, io, options)
+    def _reader(self, job: LoadJob, plan: LoadPlan, options: ReaderOptions) -> LayerReader:
+        reader = LayerReader(plan, self._layout, job.task.target, self._io, options)
         reader.start(self._progress.set)
         return reader
 

@@ -20,6 +20,7 @@ Shapes: T query tokens, H query heads, G KV heads, R = H / G, S = start + T, B b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -30,12 +31,11 @@ from torch import Tensor
 
 from ucm.errors import LayoutMismatchError
 
-from .dispatch import Dispatcher, Implementation, Problem
+from .dispatch import Implementation, Operation, Problem, Thunk, always, coarse
 
 AttentionFn: TypeAlias = Callable[[Tensor, Tensor, "PagedSequence"], tuple[Tensor, Tensor]]
 """(q_THD, kv_layer, sequence) -> (out_THD in q's dtype, lse_TH fp32)."""
 
-OPERATION = "attention"
 TILE_TOKENS = 1024
 """Keys that the tiled version scores at once: bounds its memory to H * T * 1024 fp32."""
 MAX_RUNS = 4
@@ -270,50 +270,117 @@ def _views_of_runs(kv_layer: Tensor, sequence: PagedSequence) -> list[tuple[Tens
     return parts
 
 
-def _admits_flash(problem: Problem) -> bool:
-    floats = (torch.float32, torch.bfloat16)
-    return _FLASH is not None and problem.device == "cpu" and problem.dtype in floats
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionProblem(Problem):
+    """One sequence's attention in one layer."""
+
+    num_queries: int
+    """Query tokens of the sequence."""
+    num_keys: int
+    """Keys that they attend to."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    head_dim: int
+
+    def bucket(self) -> str:
+        """See `Problem.bucket`."""
+        queries, keys = coarse(self.num_queries, 8), coarse(self.num_keys, 4)
+        return f"T{queries} S{keys} H{self.num_heads} G{self.num_kv_heads} D{self.head_dim}"
 
 
-def _admits_split_flash(problem: Problem) -> bool:
-    return _admits_flash(problem) and problem.num_queries == 1
+def _flash_refuses(problem: AttentionProblem) -> str | None:
+    if _FLASH is None:
+        return "this release of torch has no flash attention for CPUs"
+    if problem.device != "cpu":
+        return "it runs on a CPU only"
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        return "it takes float32 and bfloat16 only"
+    return None
 
 
-def _mega_products(problem: Problem) -> float:
+def _split_flash_refuses(problem: AttentionProblem) -> str | None:
+    return _flash_refuses(problem) or (
+        None if problem.num_queries == 1 else "it takes a single query only"
+    )
+
+
+def _mega_products(problem: AttentionProblem) -> float:
     """Millions of multiply-adds in the two matrix products."""
     per_pair = 2 * problem.num_heads * problem.head_dim
     return per_pair * problem.num_queries * problem.num_keys / 1e6
 
 
-def _mega_elements(problem: Problem) -> float:
+def _mega_elements(problem: AttentionProblem) -> float:
     """Millions of elements of KV."""
     return 2 * problem.num_kv_heads * problem.head_dim * problem.num_keys / 1e6
 
 
 # Measured on one thread of a Xeon with AVX-512 (9 query and 3 KV heads x 64, 512 and 4,096 keys).
-def _tiled_cost_us(problem: Problem) -> float:
+def _tiled_cost_us(problem: AttentionProblem) -> float:
     return 400 + 60 * _mega_products(problem) + 3000 * _mega_elements(problem)
 
 
-def _flash_cost_us(problem: Problem) -> float:
+def _flash_cost_us(problem: AttentionProblem) -> float:
     per_element = 1700 if problem.dtype is torch.float32 else 920
     return 60 + 20 * _mega_products(problem) + per_element * _mega_elements(problem)
 
 
-def _split_flash_cost_us(problem: Problem) -> float:
+def _split_flash_cost_us(problem: AttentionProblem) -> float:
     per_element = 1150 if problem.dtype is torch.float32 else 1350
     return 60 + per_element * _mega_elements(problem)
 
 
-DISPATCHER: Dispatcher[AttentionFn] = Dispatcher()
-for _name, _run, _admits, _cost in (
-    ("tiled", tiled_attention, lambda _problem: True, _tiled_cost_us),
-    ("flash", flash_attention, _admits_flash, _flash_cost_us),
-    ("split_flash", split_flash_attention, _admits_split_flash, _split_flash_cost_us),
-):
-    DISPATCHER.register(
-        Implementation(operation=OPERATION, name=_name, run=_run, admits=_admits, cost_us=_cost)
+def _examples() -> list[AttentionProblem]:
+    """Decode and prefill in the shape of SmolLM2-135M, up to 4,096 tokens."""
+    sizes = [(1, 64), (1, 256), (1, 1024), (1, 4096), (64, 64), (64, 1024), (512, 1024)]
+    sizes.append((512, 4096))
+    return [
+        AttentionProblem(
+            device="cpu",
+            dtype=dtype,
+            num_queries=num_queries,
+            num_keys=num_keys,
+            num_heads=9,
+            num_kv_heads=3,
+            head_dim=64,
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+        for num_queries, num_keys in sizes
+    ]
+
+
+def _bench(problem: AttentionProblem) -> Callable[[AttentionFn], Thunk]:
+    """Inputs as a step has them: each call reads another layer's KV."""
+    block_tokens, p = 32, problem
+    num_blocks = -(-p.num_keys // block_tokens)
+    shape = (4, num_blocks, 2, p.num_kv_heads, block_tokens, p.head_dim)
+    pool = torch.randn(shape).to(p.dtype)
+    q_THD = torch.randn(p.num_queries, p.num_heads, p.head_dim).to(p.dtype)
+    sequence = PagedSequence.build(
+        p.num_keys - p.num_queries, p.num_queries, range(num_blocks), pool[0]
     )
+    layers = itertools.cycle(pool)
+    return lambda run: lambda: run(q_THD, next(layers), sequence)
+
+
+ATTENTION: Operation[AttentionProblem, AttentionFn] = Operation(
+    "attention",
+    [
+        Implementation(name="tiled", run=tiled_attention, refuses=always, cost_us=_tiled_cost_us),
+        Implementation(
+            name="flash", run=flash_attention, refuses=_flash_refuses, cost_us=_flash_cost_us
+        ),
+        Implementation(
+            name="split_flash",
+            run=split_flash_attention,
+            refuses=_split_flash_refuses,
+            cost_us=_split_flash_cost_us,
+        ),
+    ],
+    examples=_examples,
+    bench=_bench,
+)
 
 
 def select_attention(
@@ -330,7 +397,7 @@ def select_attention(
     Raises:
         ConfigError: none admits the problem.
     """
-    problem = Problem(
+    problem = AttentionProblem(
         device=kv_layer.device.type,
         dtype=kv_layer.dtype,
         num_queries=sequence.num_tokens,
@@ -339,4 +406,4 @@ def select_attention(
         num_kv_heads=kv_layer.shape[2],
         head_dim=q_shape[1],
     )
-    return DISPATCHER.select(OPERATION, problem, override).run
+    return ATTENTION.select(problem, override).run

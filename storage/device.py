@@ -98,6 +98,16 @@ class DeviceRequest:
 class DeviceFileIo(FileIo, Protocol):
     """A `FileIo` that also moves device memory."""
 
+    def adopt(self, fd: int) -> FileHandle:
+        """Read a file that somebody else opened; `fd` stays theirs.
+
+        Raises:
+            OSError: it is closed, or this process may not open its file once more.
+        """
+
+    def forget(self, buffer: DeviceBuffer) -> None:
+        """Keep nothing of a buffer's allocation, before its owner frees it; nothing in flight."""
+
     def read_batch(self, requests: Sequence[IoRequest | DeviceRequest]) -> list[int]:
         """See `FileIo.read_batch`. EINVAL for device memory that is not aligned."""
 

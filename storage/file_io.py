@@ -24,7 +24,7 @@ import mmap
 import os
 import queue
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType, Protocol
 
@@ -238,7 +238,9 @@ class PosixFileIo:
         if workers <= 1:
             drain()
         else:
-            for future in [self._pool.submit(drain) for _ in range(workers)]:
+            futures = [self._pool.submit(drain) for _ in range(workers)]
+            wait(futures)  # also where a check raises: who gets that may reuse the memory
+            for future in futures:
                 future.result()
         return results
 
@@ -262,7 +264,7 @@ class PosixFileIo:
     ) -> int:
         try:
             if all(is_aligned(buffer) for buffer in request.buffers):
-                return _transfer_all(call, request.file, list(request.buffers), request.offset)
+                return transfer_all(call, request.file, list(request.buffers), request.offset)
             with self._bounce_buffer() as bounce:
                 return _transfer_bounced(call, request, bounce, reading=reading)
         except OSError as error:
@@ -280,7 +282,7 @@ class PosixFileIo:
             self._bounce.put(buffer)
 
 
-def _transfer_all(
+def transfer_all(
     call: Callable[[int, list[memoryview], int], int],
     file: FileHandle,
     buffers: list[memoryview],
@@ -319,7 +321,7 @@ def _transfer_bounced(
             aligned = bounce[: part.nbytes]
             if not reading:
                 aligned[:] = part
-            code = _transfer_all(call, request.file, [aligned], offset)
+            code = transfer_all(call, request.file, [aligned], offset)
             if code:
                 return code
             if reading:

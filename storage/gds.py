@@ -129,7 +129,20 @@ class GdsFileIo:
 
     def open(self, path: Path, *, create: bool, writable: bool) -> FileHandle:
         """See `FileIo.open`."""
-        file = self._posix.open(path, create=create, writable=writable)
+        return self._known(
+            self._posix.open(path, create=create, writable=writable), writable=writable
+        )
+
+    def adopt(self, fd: int) -> FileHandle:
+        """See `DeviceFileIo.adopt`."""
+        return self._known(FileHandle(os.dup(fd)), writable=False)
+
+    def forget(self, buffer: DeviceBuffer) -> None:
+        """See `DeviceFileIo.forget`."""
+        self._registry.forget(buffer)
+
+    def _known(self, file: FileHandle, *, writable: bool) -> FileHandle:
+        """Make a file of ours known to kvikio, which opens it once more."""
         try:
             with _as_os_error():
                 name = f"/proc/self/fd/{file}"

@@ -1,16 +1,18 @@
-"""Which `FileIo` the NVMe tier gets, and why: GPUDirect, kvikio's compatibility mode, or POSIX.
+"""Which `FileIo` the NVMe tier gets, and why: GPUDirect, pinned buffers, or host memory only.
 
     finding      looked for                         needed by
-    kvikio       it can be imported (not imported)  kvikio-compat, gds
-    gpu          a device node of NVIDIA's driver   kvikio-compat, gds
-    driver       libcuda loads, cuInit, a device    kvikio-compat, gds     in a subprocess
-    nvidia-fs    /proc/modules lists it             gds
-    udev         /run/udev is there                 gds
-    cufile       the cuFile driver opens            gds                    in a subprocess
+    gpu          a device node of NVIDIA's driver   pinned, kvikio-compat, gds
+    driver       libcuda loads, cuInit, a device    pinned, kvikio-compat, gds   in a subprocess
+    kvikio       it can be imported (not imported)          kvikio-compat, gds
+    nvidia-fs    /proc/modules lists it                                    gds
+    udev         /run/udev is there                                        gds
+    cufile       the cuFile driver opens                                   gds   in a subprocess
+
+`auto` takes the last in the order posix, pinned, kvikio-compat, gds that lacks nothing.
 
 Opening the cuFile driver hangs for ever on a machine without /proc/modules, and a sick CUDA driver
 can hang anywhere: both are tried in a subprocess that is killed when its time is over. It is not
-even begun without kvikio and a device node, so a machine without a GPU decides in a millisecond.
+even begun without a device node, so a machine without a GPU decides in a millisecond.
 Nothing is remembered: every start looks again.
 """
 
@@ -47,8 +49,10 @@ class IoKind(enum.StrEnum):
 
     POSIX = "posix"
     """preadv and pwritev with O_DIRECT; host memory only."""
+    PINNED = "pinned"
+    """The same, and device memory through pinned buffers of ours."""
     KVIKIO_COMPAT = "kvikio-compat"
-    """kvikio without GPUDirect: device memory through pinned bounce buffers."""
+    """kvikio without GPUDirect: device memory through its pinned buffers."""
     GDS = "gds"
     """kvikio with cuFile: NVMe straight to device memory."""
 
@@ -85,13 +89,23 @@ class Machine:
     timeout_s: float = PREFLIGHT_TIMEOUT_S
 
 
-COMPAT_NEEDS: Final = ("kvikio", "gpu", "driver")
+PINNED_NEEDS: Final = ("gpu", "driver")
+COMPAT_NEEDS: Final = (*PINNED_NEEDS, "kvikio")
 GDS_NEEDS: Final = (*COMPAT_NEEDS, "nvidia-fs", "udev", "cufile")
+_NEEDS: Final = {
+    IoKind.GDS: GDS_NEEDS,
+    IoKind.KVIKIO_COMPAT: COMPAT_NEEDS,
+    IoKind.PINNED: PINNED_NEEDS,
+}
+"""Best first. POSIX needs nothing."""
 
 _PROBE_ADVICE: Final = {
     "driver": "check `nvidia-smi`; in a container, start it with the GPU",
     "cufile": "run NVIDIA's `gdscheck -p`, and look at cufile.log",
 }
+
+
+_ALL_PASSED: Final = "every check of GPUDirect Storage passed"
 
 
 def open_file_io(config: NvmeConfig, machine: Machine | None = None) -> tuple[FileIo, IoChoice]:
@@ -108,6 +122,8 @@ def open_file_io(config: NvmeConfig, machine: Machine | None = None) -> tuple[Fi
         choice = choose(config.io, list(preflight(machine or Machine())))
     if choice.kind is IoKind.POSIX:
         return PosixFileIo(config.io_threads), choice
+    if choice.kind is IoKind.PINNED:
+        return _pinned(config.io_threads), choice
     from .gds import GdsFileIo, GdsOptions
 
     options = GdsOptions(direct=choice.kind is IoKind.GDS, io_threads=config.io_threads)
@@ -116,7 +132,13 @@ def open_file_io(config: NvmeConfig, machine: Machine | None = None) -> tuple[Fi
     except OSError as error:
         if config.io != "auto":
             raise ConfigError(f"nvme.io = {config.io} does not work: {error}") from error
-        return PosixFileIo(config.io_threads), IoChoice(IoKind.POSIX, str(error))
+        return _pinned(config.io_threads), IoChoice(IoKind.PINNED, str(error))
+
+
+def _pinned(io_threads: int) -> FileIo:
+    from .pinned_io import PinnedFileIo
+
+    return PinnedFileIo(io_threads)
 
 
 def choose(setting: str, findings: Sequence[Finding]) -> IoChoice:
@@ -129,46 +151,46 @@ def choose(setting: str, findings: Sequence[Finding]) -> IoChoice:
     Raises:
         ConfigError: `setting` is not possible.
     """
-    gds_lacks = _first_failed(findings, GDS_NEEDS)
-    compat_lacks = _first_failed(findings, COMPAT_NEEDS)
-    if setting in (IoKind.GDS, "auto") and gds_lacks is None:
-        return IoChoice(IoKind.GDS, "every check of GPUDirect Storage passed")
-    if setting == IoKind.GDS and gds_lacks is not None:
-        raise _impossible(setting, gds_lacks)
-    if compat_lacks is None:
-        if setting == IoKind.KVIKIO_COMPAT or gds_lacks is None:
-            reason = "nvme.io asks for it"
-        else:
-            reason = f"no GPUDirect: {gds_lacks.found}"
-        return IoChoice(IoKind.KVIKIO_COMPAT, reason)
-    if setting == IoKind.KVIKIO_COMPAT:
-        raise _impossible(setting, compat_lacks)
-    return IoChoice(IoKind.POSIX, compat_lacks.found)
+    if setting != "auto":
+        kind = IoKind(setting)
+        lacks = _first_lacking(findings, _NEEDS.get(kind, ()))
+        if lacks is not None:
+            raise _impossible(setting, lacks)
+        return IoChoice(kind, "nvme.io asks for it")
+    reasons: list[str] = []
+    for kind, needs in _NEEDS.items():
+        lacks = _first_lacking(findings, needs)
+        if lacks is None:
+            said = "; ".join(dict.fromkeys(reasons))
+            return IoChoice(kind, f"no GPUDirect: {said}" if said else _ALL_PASSED)
+        reasons.append(lacks.found)
+    return IoChoice(IoKind.POSIX, reasons[-1])
 
 
 def preflight(machine: Machine) -> Iterator[Finding]:
     """Look for everything that GPUDirect needs; the order of the module's table.
 
-    The subprocess runs only where kvikio and a device node are; what was not tried for that
-    reason is not ok. Blocks for up to `machine.timeout_s`.
+    The subprocess runs only where a device node is, and tries cuFile only where nothing that it
+    needs is missing; what was not tried for that reason is not ok. Blocks for up to
+    `machine.timeout_s`.
     """
-    cheap = [_find_kvikio(), _find_gpu(machine)]
-    yield from cheap
-    files = [_find_nvidia_fs(machine), _find_udev(machine)]
-    if not all(finding.ok for finding in cheap):
-        yield Finding("driver", ok=False, found="the CUDA driver was not tried: see above")
-        yield from files
-        yield Finding("cufile", ok=False, found="cuFile was not tried: see above")
-        return
-    opens = all(finding.ok for finding in files)
-    probed = _probe(machine, ["driver", "cufile"] if opens else ["driver"])
-    yield probed["driver"]
+    gpu = _find_gpu(machine)
+    yield gpu
+    files = [_find_kvikio(gpu), _find_nvidia_fs(machine), _find_udev(machine)]
+    probed: dict[str, Finding] = {}
+    if gpu.ok:
+        opens = all(finding.ok for finding in files)
+        probed = _probe(machine, ["driver", "cufile"] if opens else ["driver"])
+    yield probed.get("driver", _not_tried("driver", "the CUDA driver"))
     yield from files
-    not_tried = Finding("cufile", ok=False, found="cuFile was not tried: see above")
-    yield probed.get("cufile", not_tried)
+    yield probed.get("cufile", _not_tried("cufile", "cuFile"))
 
 
-def _first_failed(findings: Sequence[Finding], needs: Sequence[str]) -> Finding | None:
+def _not_tried(name: str, what: str) -> Finding:
+    return Finding(name, ok=False, found=f"{what} was not tried: see above")
+
+
+def _first_lacking(findings: Sequence[Finding], needs: Sequence[str]) -> Finding | None:
     return next((found for found in findings if found.name in needs and not found.ok), None)
 
 
@@ -179,9 +201,10 @@ def _impossible(setting: str, lacks: Finding) -> ConfigError:
     )
 
 
-def _find_kvikio() -> Finding:
+def _find_kvikio(gpu: Finding) -> Finding:
     if importlib.util.find_spec("kvikio") is None:
-        return Finding("kvikio", ok=False, found="kvikio is not installed", advice=INSTALL)
+        advice = INSTALL if gpu.ok else "nothing, without a GPU"
+        return Finding("kvikio", ok=False, found="kvikio is not installed", advice=advice)
     return Finding("kvikio", ok=True, found="kvikio is installed")
 
 

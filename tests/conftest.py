@@ -12,6 +12,9 @@ from hypothesis import settings
 ROOT = str(Path(__file__).resolve().parents[1])
 sys.path[:] = [entry for entry in sys.path if entry not in (ROOT, "")]
 
+# Whatever was measured on this machine: tests choose kernels by estimates.
+os.environ.setdefault("UCM_KERNEL_TABLE", "none")
+
 settings.register_profile("fast", deadline=None, print_blob=True)
 settings.register_profile("deep", deadline=None, print_blob=True, max_examples=2000)
 settings.load_profile(os.environ.get("UCM_HYPOTHESIS_PROFILE", "fast"))

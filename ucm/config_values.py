@@ -34,7 +34,7 @@ _UNITS: Final = {
 }  # fmt: skip
 _LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR")
 ADMISSIONS: Final = ("always", "second-touch")
-_IO_KINDS: Final = ("auto", "posix", "kvikio-compat", "gds")
+_IO_KINDS: Final = ("auto", "posix", "pinned", "kvikio-compat", "gds")
 _NO_UID: Final = 2**32 - 1
 _OF_BYTES: Final = ("_bytes", "_bytes_per_s")
 _MAY_BE_ZERO: Final = frozenset(

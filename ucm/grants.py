@@ -79,7 +79,7 @@ class TierStatus:
     reason: str
     """Why it takes no writes; empty when it does."""
     io: str = ""
-    """How it reaches its device: `posix`, `kvikio-compat` or `gds`; empty for memory."""
+    """How it reaches its device: `posix`, `pinned`, `kvikio-compat` or `gds`; empty for memory."""
     io_reason: str = ""
     """Why so."""
 
@@ -113,6 +113,9 @@ class NamespaceStatus:
     """One for each tier."""
     pinned_bytes: int = 0
     """Kept in memory by pin leases."""
+    model_id: str = ""
+    codec: str = ""
+    """Of what is written to NVMe; empty without that tier."""
 
 
 @dataclass(frozen=True, slots=True)

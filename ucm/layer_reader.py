@@ -16,7 +16,7 @@ Invariants
       whatever the disk does, and nothing below is written after it.
     * Nothing raises for a block. Threads are at most `MAX_THREADS` in the process, so that hung
       reads cannot pile up: a reader that gets none says so (`error`) and every block is missing.
-    * A plan whose time is up is not begun on any more.
+    * A plan whose time is up is not begun on any more. Its limit on reads is kept to.
 
 Envelope: a step's hand-over costs some 15 us; threads of a reader start in 0.1 ms each.
 """
@@ -140,6 +140,10 @@ class LayerReader:
         self._settled = threading.Condition(lock)
         """Slabs have settled, or a write ended."""
         self._horizon = self.options.read_ahead_layers
+        self._awaited: list[int] = []
+        """Layers that somebody waits for."""
+        self._num_isolating = 0
+        """Callers that wait for writes to end."""
         self._writing: dict[int, int] = {}
         self._bad: set[int] = set()
         self._suspects: list[BlockKey] = []
@@ -161,8 +165,8 @@ class LayerReader:
         """Begin; returns at once. A second call does nothing.
 
         Args:
-            on_progress: called after slabs settled, on the reader's threads, without its lock; it
-                must not block.
+            on_progress: called when a layer is complete, a block from the back, or one failed, on
+                the reader's threads, without its lock; it must not block.
         """
         with self._work:
             if self._is_started or self._is_cancelled:
@@ -191,9 +195,11 @@ class LayerReader:
             if horizon > self._horizon:
                 self._horizon = horizon
                 self._work.notify_all()
+            self._awaited.append(layer)
             self._settled.wait_for(
                 lambda: self._is_cancelled or self._ledger.is_settled(layer), max(0.0, timeout_s)
             )
+            self._awaited.remove(layer)
             return self._ledger.num_leading(layer)
 
     def num_layers_ready(self) -> int:
@@ -257,7 +263,7 @@ class LayerReader:
             self._ledger.give_up_below(block)
             self._work.notify_all()
             self._settled.notify_all()
-            self._settled.wait_for(lambda: not any(index < block for index in self._writing))
+            self._wait_unwritten_locked(lambda index: index < block, None)
 
     def cancel(self, timeout_s: float = 0.0) -> bool:
         """Begin nothing more, and wait until nobody writes to the target; may be repeated.
@@ -269,7 +275,17 @@ class LayerReader:
             self._is_cancelled = True
             self._work.notify_all()
             self._settled.notify_all()
-            return self._settled.wait_for(lambda: not self._writing, max(0.0, timeout_s))
+            return self._wait_unwritten_locked(lambda _: True, max(0.0, timeout_s))
+
+    def _wait_unwritten_locked(
+        self, concerns: Callable[[int], bool], timeout_s: float | None
+    ) -> bool:
+        """Wait until no block that `concerns` the caller is being written."""
+        self._num_isolating += 1
+        try:
+            return self._settled.wait_for(lambda: not any(map(concerns, self._writing)), timeout_s)
+        finally:
+            self._num_isolating -= 1
 
     # ------------------------------------------------------------ for the mover
 
@@ -287,7 +303,22 @@ class LayerReader:
             self._writing[block] -= 1
             if not self._writing[block]:
                 del self._writing[block]
-            self._settled.notify_all()
+            if self._num_isolating:
+                self._settled.notify_all()
+
+    def wait_turn(self, block: int, num_bytes: int) -> bool:
+        """See `WriteGate.wait_turn`. Nothing is being written meanwhile: `cancel` need not wait."""
+        limit = self.plan.read_limit
+        delay_s = limit.take(num_bytes) if limit is not None else 0.0
+        if limit is None or delay_s <= 0:
+            return True
+        with self._work:
+            is_useless = self._work.wait_for(
+                lambda: self._is_cancelled or not self._ledger.is_wanted(block), delay_s
+            )
+        if is_useless:
+            limit.take(-num_bytes)
+        return not is_useless
 
     def wait_checksums(self, block: int) -> SlabChecksums | None:
         """See `WriteGate.wait_checksums`."""
@@ -409,13 +440,20 @@ class LayerReader:
     def _settle(self, step: Step, outcomes: list[Outcome]) -> None:
         with self._work:
             self._end_busy_locked()
-            # once cancelled, the target may be used for something else: what was seen is history
-            for outcome in () if self._is_cancelled else outcomes:
+            if self._is_cancelled:  # the target may be used for something else: this is history
+                return
+            ledger = self._ledger
+            before = ledger.num_layers_ready(), ledger.floor, ledger.limit
+            for outcome in outcomes:
                 self._settle_one_locked(step, outcome)
-            self._settled.notify_all()
-            # a header for those that wait for its checksums, or nothing left to wait for
-            self._work.notify_all()
-        self._call_back()
+            is_news = before != (ledger.num_layers_ready(), ledger.floor, ledger.limit)
+            if is_news and any(map(ledger.is_settled, self._awaited)):
+                self._settled.notify_all()
+            if is_news or step.first_layer == 0:
+                # nothing left to wait for, or a header whose checksums others wait for
+                self._work.notify_all()
+        if is_news or self._from_back:
+            self._call_back()
 
     def _settle_one_locked(self, step: Step, outcome: Outcome) -> None:
         index = outcome.block

@@ -104,6 +104,8 @@ class Metrics:
         self._by_name: dict[str, Counter | Gauge | Histogram] = {
             spec.name: self._create(spec) for spec in METRICS
         }
+        self._counts: dict[tuple[str, ...], Counter | Gauge] = {}
+        """What `add` was called for, by name, label names and values: labels cost 3 us to find."""
         for spec in METRICS:
             if spec.kind == "counter":
                 self._begin_at_zero(spec)
@@ -123,9 +125,13 @@ class Metrics:
 
     def add(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a counter (a negative amount is an error there) or a gauge."""
-        metric = self._by_name[name]
-        assert not isinstance(metric, Histogram), name
-        (metric.labels(**labels) if labels else metric).inc(amount)
+        count = self._counts.get((name, *labels, *labels.values()))
+        if count is None:
+            metric = self._by_name[name]
+            assert not isinstance(metric, Histogram), name
+            count = metric.labels(**labels) if labels else metric
+            self._counts[(name, *labels, *labels.values())] = count
+        count.inc(amount)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""

@@ -12,6 +12,8 @@ because the caller computes up to where the loaded end begins.
 
 from __future__ import annotations
 
+import bisect
+
 import numpy as np
 
 
@@ -27,6 +29,8 @@ class SlabLedger:
         self._from_back = from_back
         self._num_blocks = num_blocks
         self._leading = np.zeros(num_blocks, np.int32)
+        self._num_lacking = [num_blocks] * num_layers
+        """Of each layer: wanted blocks that have not got so far."""
         self._arrived = np.zeros(num_blocks, np.int32)
         self._ahead: dict[int, dict[int, int]] = {}
         """Of each block: layers that arrived before the ones in front, first -> stop."""
@@ -38,14 +42,17 @@ class SlabLedger:
     def arrive(self, block: int, first_layer: int, stop_layer: int) -> None:
         """Slabs `first_layer..stop_layer-1` of a block are in place and verified, each once."""
         self._arrived[block] += stop_layer - first_layer
-        ahead = self._ahead.setdefault(block, {})
-        ahead[first_layer] = stop_layer
-        leading = int(self._leading[block])
-        while leading in ahead:
-            leading = ahead.pop(leading)
-        self._leading[block] = leading
-        if not ahead:
-            del self._ahead[block]
+        before = int(self._leading[block])
+        if first_layer != before:
+            self._ahead.setdefault(block, {})[first_layer] = stop_layer
+            return
+        ahead = self._ahead.get(block)
+        while ahead and stop_layer in ahead:
+            stop_layer = ahead.pop(stop_layer)
+        self._leading[block] = stop_layer
+        if self.is_wanted(block):
+            for layer in range(before, stop_layer):
+                self._num_lacking[layer] -= 1
 
     def fail(self, block: int) -> None:
         """The block will not be complete."""
@@ -53,10 +60,17 @@ class SlabLedger:
             self.floor = max(self.floor, block + 1)
         else:
             self.limit = min(self.limit, block)
+        self._recount()
 
     def give_up_below(self, block: int) -> None:
         """The blocks below are not wanted any more."""
         self.floor = max(self.floor, min(block, self.limit))
+        self._recount()
+
+    def _recount(self) -> None:
+        wanted = self._leading[self.floor : self.limit]
+        have = np.bincount(wanted, minlength=self.num_layers + 1)[: self.num_layers]
+        self._num_lacking = np.cumsum(have).tolist()
 
     def num_leading(self, layer: int) -> int:
         """Blocks 0, 1, ... whose slabs of layers 0..layer are all in place."""
@@ -67,17 +81,17 @@ class SlabLedger:
         """Blocks at the end, the last one included, that are complete."""
         if self.limit < self._num_blocks:
             return 0
-        lacks = (self._leading[::-1] < self.num_layers).nonzero()[0]
-        return int(lacks[0]) if len(lacks) else self._num_blocks
+        wanted = self._leading[self.floor :][::-1]  # what was given up is the caller's
+        lacks = (wanted < self.num_layers).nonzero()[0]
+        return int(lacks[0]) if len(lacks) else len(wanted)
 
     def is_settled(self, layer: int) -> bool:
         """Whether no slab of layers 0..layer is still to come."""
-        return bool((self._leading[self.floor : self.limit] > layer).all())
+        return not self._num_lacking[layer]
 
     def num_layers_ready(self) -> int:
         """Layers 0, 1, ... of which no slab is still to come."""
-        wanted = self._leading[self.floor : self.limit]
-        return int(wanted.min()) if len(wanted) else self.num_layers
+        return bisect.bisect_left(self._num_lacking, 1)  # it grows with the layer
 
     def num_arrived(self) -> int:
         """Slabs that are in place, wanted or not."""

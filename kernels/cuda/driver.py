@@ -1,8 +1,9 @@
-"""The few calls of the CUDA driver that launching a kernel takes, without torch or cupy.
+"""The calls of the CUDA driver that kernels, copies and their order take: no torch, no cupy.
 
 One device, its primary context: the one that torch and cupy use, so pointers of theirs are valid
 here. Calls may come from any thread. Never load it where no driver works without a preflight
-(`ucm.storage.io_choice`): initialising a broken one can hang.
+(`ucm.storage.io_choice`): initialising a broken one can hang. Streams and events are the driver's
+handles, as torch has them (`torch.cuda.Stream.cuda_stream`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ KernelArgument = ctypes.c_uint32 | ctypes.c_uint64
 
 _CAPABILITY_MAJOR = 75
 _CAPABILITY_MINOR = 76
+_NOT_READY = 600
+_STREAM_NON_BLOCKING = 1
+_EVENT_BLOCKING_SYNC = 1
+_EVENT_DISABLE_TIMING = 2
+_PINNED_PORTABLE = 1
+_REGISTER_READ_ONLY = 8
 
 
 class CudaDriver:
@@ -143,8 +150,122 @@ class CudaDriver:
         with self.current():
             self._call("cuMemcpyAsync", *addresses, ctypes.c_void_p(stream))
 
+    def create_stream(self) -> int:
+        """A stream that waits for no other, the default one included.
+
+        Raises:
+            TierUnavailableError: the driver refuses.
+        """
+        return self._create("cuStreamCreate", _STREAM_NON_BLOCKING)
+
+    def destroy_stream(self, stream: int) -> None:
+        """Give a stream back; what was enqueued is still done."""
+        with self.current():
+            self._call("cuStreamDestroy_v2", ctypes.c_void_p(stream))
+
+    def create_event(self) -> int:
+        """An event; threads that wait for it sleep.
+
+        Raises:
+            TierUnavailableError: the driver refuses.
+        """
+        return self._create("cuEventCreate", _EVENT_DISABLE_TIMING | _EVENT_BLOCKING_SYNC)
+
+    def destroy_event(self, event: int) -> None:
+        """Give an event back; who already waits for it is not disturbed."""
+        with self.current():
+            self._call("cuEventDestroy_v2", ctypes.c_void_p(event))
+
+    def record_event(self, event: int, stream: int) -> None:
+        """Let the event stand for all that was enqueued on the stream so far."""
+        with self.current():
+            self._call("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+
+    def order_after(self, event: int, stream: int) -> None:
+        """What is enqueued on the stream from now on waits for the event's last record."""
+        with self.current():
+            flags = ctypes.c_uint(0)
+            self._call("cuStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), flags)
+
+    def synchronize_event(self, event: int) -> None:
+        """Wait for an event's last record; at once when it has none.
+
+        Raises:
+            TierUnavailableError: what was enqueued before it failed.
+        """
+        with self.current():
+            self._call("cuEventSynchronize", ctypes.c_void_p(event))
+
+    def is_reached(self, event: int) -> bool:
+        """Whether an event's last record was reached; does not wait.
+
+        Raises:
+            TierUnavailableError: what was enqueued before it failed.
+        """
+        with self.current():
+            code: int = self._cuda.cuEventQuery(ctypes.c_void_p(event))
+            if code != _NOT_READY:
+                self._check("cuEventQuery", code)
+        return code != _NOT_READY
+
+    def allocate(self, nbytes: int) -> int:
+        """Device memory that lasts, as cuFile registers it; its address. `free` gives it back.
+
+        Raises:
+            TierUnavailableError: there is not as much.
+        """
+        address = ctypes.c_size_t()
+        with self.current():
+            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        return address.value
+
+    def free(self, address: int) -> None:
+        """Give device memory back; waits for the whole device."""
+        with self.current():
+            self._call("cuMemFree_v2", ctypes.c_size_t(address))
+
+    def allocate_pinned(self, nbytes: int) -> int:
+        """Page-locked host memory, page-aligned; its address. `free_pinned` gives it back.
+
+        Raises:
+            TierUnavailableError: there is not as much.
+        """
+        address = ctypes.c_void_p()
+        with self.current():
+            size, flags = ctypes.c_size_t(nbytes), ctypes.c_uint(_PINNED_PORTABLE)
+            self._call("cuMemHostAlloc", ctypes.byref(address), size, flags)
+        return address.value or 0
+
+    def free_pinned(self, address: int) -> None:
+        """Give page-locked memory back; no copy may use it any more."""
+        with self.current():
+            self._call("cuMemFreeHost", ctypes.c_void_p(address))
+
+    def register_host(self, address: int, nbytes: int) -> None:
+        """Page-lock memory that is there already and is only read: copies from it are asynchronous.
+
+        Raises:
+            TierUnavailableError: some of it is locked already, or the driver refuses.
+        """
+        with self.current():
+            size, flags = ctypes.c_size_t(nbytes), ctypes.c_uint(_REGISTER_READ_ONLY)
+            self._call("cuMemHostRegister_v2", ctypes.c_void_p(address), size, flags)
+
+    def unregister_host(self, address: int) -> None:
+        """Undo `register_host`; no copy may be under way."""
+        with self.current():
+            self._call("cuMemHostUnregister", ctypes.c_void_p(address))
+
+    def _create(self, name: str, flags: int) -> int:
+        handle = ctypes.c_void_p()
+        with self.current():
+            self._call(name, ctypes.byref(handle), ctypes.c_uint(flags))
+        return handle.value or 0
+
     def _call(self, name: str, *arguments: object) -> None:
-        code = getattr(self._cuda, name)(*arguments)
+        self._check(name, getattr(self._cuda, name)(*arguments))
+
+    def _check(self, name: str, code: int) -> None:
         if code:
             text = ctypes.c_char_p()
             self._cuda.cuGetErrorName(ctypes.c_int(code), ctypes.byref(text))

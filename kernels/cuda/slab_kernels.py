@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ucm.errors import InvalidArgumentError
+from ucm.errors import InvalidArgumentError, UcmError
 
 from .nvrtc import KERNEL_SOURCES, compile_cubin
 
@@ -29,6 +29,7 @@ CHUNK_BYTES: Final = 32768
 """What one thread block of a copy moves; UCM_CHUNK_BYTES in paged_copy.cu."""
 
 _THREADS: Final = 256
+_ID_BYTES: Final = 4
 _WARP_LANES: Final = 32
 _NAMES: Final = {
     "slab_checksum.cu": ("ucm_slab_checksums",),
@@ -48,6 +49,19 @@ class PagedSlabs:
     """Length of a slab and of a block of the pool."""
     slab_stride_bytes: int
     num_pool_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTable:
+    """Block ids in device memory, checked when they were brought there."""
+
+    address: int
+    count: int
+
+    def rows(self, first: int, last: int) -> BlockTable:
+        """The ids `first .. last - 1`."""
+        assert 0 <= first <= last <= self.count
+        return BlockTable(self.address + _ID_BYTES * first, last - first)
 
 
 class SlabKernels:
@@ -121,25 +135,64 @@ class SlabKernels:
         """staging[i] = pool[block_ids[i]]; padding between slabs stays. As `scatter`."""
         self._copy("ucm_gather_slabs", slabs, block_ids, stream)
 
+    def upload_ids(self, block_ids: Sequence[int], num_pool_blocks: int) -> BlockTable:
+        """Bring ids to the device, for many copies; blocks. `free_ids` gives the memory back.
+
+        Raises:
+            InvalidArgumentError: an id is outside the pool, or there twice.
+            TierUnavailableError: the driver refuses.
+        """
+        check_block_ids(block_ids, num_pool_blocks)
+        ids = np.array(block_ids, np.uint32)
+        table = BlockTable(self._driver.allocate(max(1, ids.nbytes)), len(ids))
+        try:
+            self._driver.copy(table.address, ids.ctypes.data, ids.nbytes)
+            self._driver.synchronize()
+        except UcmError:
+            self.free_ids(table)
+            raise
+        return table
+
+    def free_ids(self, table: BlockTable) -> None:
+        """Undo `upload_ids`; no copy may be under way."""
+        self._driver.free(table.address)
+
+    def enqueue_scatter(self, slabs: PagedSlabs, ids: BlockTable, *, stream: int) -> None:
+        """As `scatter`, but returns before it is done; `ids` and the staging memory stay till then.
+
+        Raises:
+            InvalidArgumentError: an address, length or stride is not a multiple of 16.
+            TierUnavailableError: the driver refuses.
+        """
+        self._enqueue("ucm_scatter_slabs", slabs, ids, stream)
+
     def _copy(self, name: str, slabs: PagedSlabs, block_ids: Sequence[int], stream: int) -> None:
-        _check_aligned("a paged copy", slabs.staging, slabs.pool)
-        _check_aligned("a paged copy", slabs.slab_bytes, slabs.slab_stride_bytes)
+        _check_slabs(slabs)
         check_block_ids(block_ids, slabs.num_pool_blocks)
-        if not block_ids:
-            return
         table, driver = np.array(block_ids, np.uint32), self._driver
-        with driver.memory(table.nbytes, stream) as table_on:
+        with driver.memory(max(1, table.nbytes), stream) as table_on:
             driver.copy(table_on, table.ctypes.data, table.nbytes, stream)
-            arguments = (
-                ctypes.c_uint64(slabs.staging),
-                ctypes.c_uint64(slabs.slab_stride_bytes),
-                ctypes.c_uint64(slabs.pool),
-                ctypes.c_uint64(slabs.slab_bytes),
-                ctypes.c_uint64(table_on),
-            )
-            shape = (len(block_ids) * -(-slabs.slab_bytes // CHUNK_BYTES), _THREADS)
-            driver.launch(self._functions[name], shape, arguments, stream)
+            self._enqueue(name, slabs, BlockTable(table_on, len(table)), stream)
             driver.synchronize(stream)
+
+    def _enqueue(self, name: str, slabs: PagedSlabs, ids: BlockTable, stream: int) -> None:
+        _check_slabs(slabs)
+        if not ids.count:
+            return
+        arguments = (
+            ctypes.c_uint64(slabs.staging),
+            ctypes.c_uint64(slabs.slab_stride_bytes),
+            ctypes.c_uint64(slabs.pool),
+            ctypes.c_uint64(slabs.slab_bytes),
+            ctypes.c_uint64(ids.address),
+        )
+        shape = (ids.count * -(-slabs.slab_bytes // CHUNK_BYTES), _THREADS)
+        self._driver.launch(self._functions[name], shape, arguments, stream)
+
+
+def _check_slabs(slabs: PagedSlabs) -> None:
+    numbers = (slabs.staging, slabs.pool, slabs.slab_bytes, slabs.slab_stride_bytes)
+    _check_aligned("a paged copy", *numbers)
 
 
 def check_block_ids(block_ids: Sequence[int], num_pool_blocks: int) -> None:

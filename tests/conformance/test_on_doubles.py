@@ -17,7 +17,12 @@ from ucm.testing.doubles import LABEL, SOURCES, build_doubles
 
 pytestmark = pytest.mark.timeout(240)
 
-SUITES = {"gds_suite.py": 120, "kernel_suite.py": 70}
+SUITES = {
+    "gds_suite.py": 120,
+    "kernel_suite.py": 70,
+    "pinned_suite.py": 75,
+    "device_load_suite.py": 55,
+}
 """File, and how many tests must pass at least: an empty suite proves nothing."""
 
 

@@ -3,7 +3,7 @@
  *
  *   device memory   ranges of host memory, handed out by cuMemAlloc; a pointer outside them is a
  *                   host pointer, as cuPointerGetAttribute says
- *   copies          memcpy at once; "asynchronous" ones are done when the call returns
+ *   streams, copies, events, pinned memory            cuda_streams.c
  *   contexts        one, for one device
  *   kernels         cuModuleGetFunction finds ucm_host_NAME in the library that ucm_double_kernels
  *                   was given, if the image is an ELF file (a cubin) that names NAME
@@ -11,19 +11,13 @@
  * Everything is counted: see struct ucm_double_counts.
  */
 #define _GNU_SOURCE
+#include "cuda_double.h"
+
 #include <dlfcn.h>
 #include <pthread.h>
-#include <stdatomic.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-typedef int CUresult;
-typedef uintptr_t CUdeviceptr;
-
-enum { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_OUT_OF_MEMORY = 2 };
-enum { CUDA_ERROR_INVALID_IMAGE = 200, CUDA_ERROR_NOT_FOUND = 500 };
 
 #define MAX_RANGES 4096
 #define DEVICE_ALIGNMENT 65536
@@ -31,18 +25,11 @@ enum { CUDA_ERROR_INVALID_IMAGE = 200, CUDA_ERROR_NOT_FOUND = 500 };
 
 /* ------------------------------------------------------------------ what tests ask and set */
 
-struct ucm_double_counts {
-    unsigned long copies, copied_bytes, synchronizations, allocations, frees, launches;
-};
-
-static atomic_ulong copies, copied_bytes, synchronizations, allocations, frees, launches;
 static void *kernel_library;
 
-void ucm_double_counts(struct ucm_double_counts *out)
-{
-    *out = (struct ucm_double_counts){copies, copied_bytes, synchronizations,
-                                      allocations, frees, launches};
-}
+struct ucm_double_counts ucm_counts;
+
+void ucm_double_counts(struct ucm_double_counts *out) { *out = ucm_counts; }
 
 /* Where the kernels are; 0 when it cannot be opened. */
 int ucm_double_kernels(const char *path)
@@ -97,7 +84,7 @@ CUresult cuMemAlloc_v2(CUdeviceptr *out, size_t size)
     }
     memset(memory, 0xA5, rounded); /* nobody may count on zeros */
     *out = (CUdeviceptr)memory;
-    ++allocations;
+    ++ucm_counts.allocations;
     return CUDA_SUCCESS;
 }
 
@@ -106,20 +93,8 @@ CUresult cuMemFree_v2(CUdeviceptr address)
     if (!address || !replace_range(address, (struct range){0, 0}))
         return CUDA_ERROR_INVALID_VALUE;
     free((void *)address);
-    ++frees;
+    ++ucm_counts.frees;
     return CUDA_SUCCESS;
-}
-
-CUresult cuMemAllocAsync(CUdeviceptr *out, size_t size, void *stream)
-{
-    (void)stream;
-    return cuMemAlloc_v2(out, size);
-}
-
-CUresult cuMemFreeAsync(CUdeviceptr address, void *stream)
-{
-    (void)stream;
-    return cuMemFree_v2(address);
 }
 
 CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr address)
@@ -131,6 +106,8 @@ CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr ad
     *size = found.size;
     return CUDA_SUCCESS;
 }
+
+int ucm_is_device(uintptr_t address) { return find_range(address).size != 0; }
 
 /* ------------------------------------------------------------------ pointers */
 
@@ -167,73 +144,6 @@ CUresult cuPointerGetAttributes(unsigned count, int *attributes, void **out, CUd
 {
     for (unsigned i = 0; i < count; ++i)
         pointer_attribute(out[i], attributes[i], address);
-    return CUDA_SUCCESS;
-}
-
-/* ------------------------------------------------------------------ copies */
-
-static CUresult copy(CUdeviceptr to, CUdeviceptr from, size_t size)
-{
-    memcpy((void *)to, (const void *)from, size);
-    ++copies;
-    copied_bytes += size;
-    return CUDA_SUCCESS;
-}
-
-CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t size, void *stream)
-{
-    (void)stream;
-    return copy(to, (CUdeviceptr)from, size);
-}
-
-CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t size, void *stream)
-{
-    (void)stream;
-    return copy((CUdeviceptr)to, from, size);
-}
-
-CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t size, void *stream)
-{
-    (void)stream;
-    return copy(to, from, size);
-}
-
-CUresult cuMemcpyBatchAsync_v2(CUdeviceptr *to, CUdeviceptr *from, size_t *sizes, size_t count, ...)
-{
-    for (size_t i = 0; i < count; ++i)
-        copy(to[i], from[i], sizes[i]);
-    return CUDA_SUCCESS;
-}
-
-CUresult cuMemcpyBatchAsync(CUdeviceptr *to, CUdeviceptr *from, size_t *sizes, size_t count, ...)
-{
-    return cuMemcpyBatchAsync_v2(to, from, sizes, count);
-}
-
-/* ------------------------------------------------------------------ pinned host memory */
-
-CUresult cuMemHostAlloc(void **out, size_t size, unsigned flags)
-{
-    (void)flags;
-    *out = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
-    return *out ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
-}
-
-CUresult cuMemFreeHost(void *memory)
-{
-    free(memory);
-    return CUDA_SUCCESS;
-}
-
-CUresult cuMemHostRegister_v2(void *memory, size_t size, unsigned flags)
-{
-    (void)memory, (void)size, (void)flags;
-    return CUDA_SUCCESS;
-}
-
-CUresult cuMemHostUnregister(void *memory)
-{
-    (void)memory;
     return CUDA_SUCCESS;
 }
 
@@ -332,70 +242,6 @@ CUresult cuCtxDestroy_v2(void *context)
     return CUDA_SUCCESS;
 }
 
-/* ------------------------------------------------------------------ streams and events */
-
-static CUresult make_object(void **out)
-{
-    *out = malloc(1);
-    return *out ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
-}
-
-CUresult cuStreamCreate(void **stream, unsigned flags)
-{
-    (void)flags;
-    return make_object(stream);
-}
-
-CUresult cuStreamDestroy_v2(void *stream)
-{
-    free(stream);
-    return CUDA_SUCCESS;
-}
-
-CUresult cuStreamSynchronize(void *stream)
-{
-    (void)stream;
-    ++synchronizations;
-    return CUDA_SUCCESS;
-}
-
-CUresult cuLaunchHostFunc(void *stream, void (*function)(void *), void *argument)
-{
-    (void)stream;
-    function(argument);
-    return CUDA_SUCCESS;
-}
-
-CUresult cuEventCreate(void **event, unsigned flags)
-{
-    (void)flags;
-    return make_object(event);
-}
-
-CUresult cuEventDestroy_v2(void *event)
-{
-    free(event);
-    return CUDA_SUCCESS;
-}
-
-CUresult cuEventRecord(void *event, void *stream)
-{
-    (void)event, (void)stream;
-    return CUDA_SUCCESS;
-}
-
-CUresult cuEventQuery(void *event)
-{
-    (void)event;
-    return CUDA_SUCCESS;
-}
-
-CUresult cuEventSynchronize(void *event)
-{
-    (void)event;
-    return CUDA_SUCCESS;
-}
-
 /* ------------------------------------------------------------------ kernels */
 
 struct module {
@@ -442,16 +288,38 @@ CUresult cuModuleGetFunction(void **function, void *module, const char *name)
     return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
 
+/* A launch on its way: its parameters are copied, as the driver does. */
+struct launch {
+    host_kernel kernel;
+    unsigned grid, block, num_parameters;
+    uint64_t values[16];
+};
+
+static void run_launch(void *argument)
+{
+    struct launch *launch = argument;
+    void *arguments[16];
+    for (unsigned i = 0; i < launch->num_parameters; ++i)
+        arguments[i] = &launch->values[i];
+    launch->kernel(launch->grid, launch->block, arguments);
+    free(launch);
+}
+
 CUresult cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                         unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                         void *stream, void **arguments, void **extra)
 {
-    (void)shared_bytes, (void)stream, (void)extra;
+    (void)shared_bytes, (void)extra;
     if (!grid_x || grid_y != 1 || grid_z != 1 || !block_x || block_y != 1 || block_z != 1)
         return CUDA_ERROR_INVALID_VALUE;
-    ((host_kernel)function)(grid_x, block_x, arguments);
-    ++launches;
-    return CUDA_SUCCESS;
+    const unsigned *number = dlsym(kernel_library, "ucm_host_num_parameters");
+    struct launch *launch = malloc(sizeof *launch);
+    *launch = (struct launch){function, grid_x, block_x, *number, {0}};
+    /* Narrower ones with what lies behind them: ctypes keeps 16 bytes for a number. */
+    for (unsigned i = 0; i < *number; ++i)
+        memcpy(&launch->values[i], arguments[i], sizeof launch->values[i]);
+    ++ucm_counts.launches;
+    return cuLaunchHostFunc(stream, run_launch, launch);
 }
 
 /* ------------------------------------------------------------------ errors */
@@ -469,16 +337,9 @@ CUresult cuGetErrorString(CUresult error, const char **text)
 }
 
 /* Names without a version, for those who look them up so. */
-#define PLAIN_NAME(name, versioned) \
-    __typeof__(versioned) name __attribute__((alias(#versioned)));
-PLAIN_NAME(cuMemHostRegister, cuMemHostRegister_v2)
-PLAIN_NAME(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2)
-PLAIN_NAME(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2)
 PLAIN_NAME(cuCtxCreate, cuCtxCreate_v4)
 PLAIN_NAME(cuCtxDestroy, cuCtxDestroy_v2)
 PLAIN_NAME(cuCtxPushCurrent, cuCtxPushCurrent_v2)
 PLAIN_NAME(cuCtxPopCurrent, cuCtxPopCurrent_v2)
 PLAIN_NAME(cuMemGetAddressRange, cuMemGetAddressRange_v2)
 PLAIN_NAME(cuDevicePrimaryCtxRelease, cuDevicePrimaryCtxRelease_v2)
-PLAIN_NAME(cuStreamDestroy, cuStreamDestroy_v2)
-PLAIN_NAME(cuEventDestroy, cuEventDestroy_v2)

@@ -27,7 +27,7 @@ from ucm.errors import ConfigError, InvalidArgumentError, LayoutMismatchError, T
 from ucm.kernels.cuda.driver import CudaDriver
 from ucm.kernels.cuda.nvrtc import KERNEL_SOURCES, compile_cubin
 from ucm.kernels.cuda.slab_kernels import PagedSlabs, SlabKernels
-from ucm.kernels.paged_copy import gather_slabs, scatter_slabs
+from ucm.kernels.paged_copy import PAGED_COPY, copy_by_kernel, gather_slabs, scatter_slabs
 from ucm.kernels.slab_checksum import MIN_BYTES, xxh3_64_in_blocks
 from ucm.layout import KvDtype, KvLayout
 from ucm.storage.device import DeviceBuffer, DeviceRequest
@@ -249,8 +249,26 @@ def test_paged_copies_are_what_the_reference_does(
     assert torch.equal(staging, want_staging)
 
 
+@pytest.mark.skipif(ON_GPU, reason="tensors of torch are in host memory here")
+def test_the_kernels_take_tensors(kernels: SlabKernels) -> None:
+    """As they are given to it on a GPU; the double's kernels reach host memory, too."""
+    pool, staging = pool_of(LAYOUTS[0]), staging_of(LAYOUTS[0])
+    want_pool, blocks = pool.clone(), pool.view(POOL_BLOCKS, -1).view(torch.uint8)
+    scatter_slabs(staging, want_pool, BLOCK_IDS)
+    run = copy_by_kernel(kernels, stream=0)
+    run(staging, blocks, BLOCK_IDS, False)
+    assert torch.equal(pool, want_pool)
+    back = torch.zeros_like(staging)
+    run(back, blocks, BLOCK_IDS, True)
+    assert torch.equal(back[:, : blocks.shape[1]], staging[:, : blocks.shape[1]])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_reference_moves_blocks_and_nothing_else(layout: KvLayout) -> None:
+@pytest.mark.parametrize("name", [name for name in PAGED_COPY.names if name != "kernel"])
+def test_the_host_moves_blocks_and_nothing_else(
+    name: str, layout: KvLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCM_KERNEL_PAGED_COPY", name)
     pool, staging = pool_of(layout), staging_of(layout)
     before = pool.clone()
     scatter_slabs(staging, pool, BLOCK_IDS)

@@ -43,6 +43,9 @@ extern "C" void ucm_host_ucm_gather_slabs(unsigned grid, unsigned block, void **
     });
 }
 
+// Parameters of each kernel above: what a launch that is put off has to keep.
+extern "C" const unsigned ucm_host_num_parameters = 5;
+
 // Adds the words of one stripe to all accumulators.
 static void add_stripe(Xxh3Pair *sums, const u8 *stripe, u32 secret_offset)
 {

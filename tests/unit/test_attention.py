@@ -7,14 +7,13 @@ from torch import Tensor
 
 from ucm.errors import ConfigError, LayoutMismatchError
 from ucm.kernels.attention import (
-    DISPATCHER,
-    OPERATION,
+    ATTENTION,
+    AttentionProblem,
     PagedSequence,
     merge_partials,
     select_attention,
     tiled_attention,
 )
-from ucm.kernels.dispatch import Problem
 
 BLOCK = 8
 POOL_BLOCKS = 24
@@ -143,8 +142,8 @@ def test_surplus_blocks_are_ignored() -> None:
     assert sequence.block_ids.tolist() == [2]
 
 
-def problem(device: str, dtype: torch.dtype, queries: int, keys: int) -> Problem:
-    return Problem(
+def problem(device: str, dtype: torch.dtype, queries: int, keys: int) -> AttentionProblem:
+    return AttentionProblem(
         device=device,
         dtype=dtype,
         num_queries=queries,
@@ -165,8 +164,8 @@ def problem(device: str, dtype: torch.dtype, queries: int, keys: int) -> Problem
         (problem("cuda", torch.float32, 1, 64), "tiled"),
     ],
 )
-def test_dispatch_picks_what_measured_fastest(case: Problem, expected: str) -> None:
-    assert DISPATCHER.select(OPERATION, case).name == expected
+def test_dispatch_picks_what_measured_fastest(case: AttentionProblem, expected: str) -> None:
+    assert ATTENTION.select(case).name == expected
 
 
 def test_an_override_that_does_not_admit_the_problem_is_refused() -> None:

@@ -192,9 +192,11 @@ def test_status_of_a_daemon(ucm: Runner, folder: Path) -> None:
         assert (found["pid"], found["state"], found["num_sessions"]) == (os.getpid(), "serving", 1)
         assert found["tiers"][0]["kind"] == "memory"
         assert found["tiers"][1]["num_blocks"] == 3
-        assert found["tiers"][1]["io"] in {"posix", "kvikio-compat", "gds"}
+        assert found["tiers"][1]["io"] in {"posix", "pinned", "kvikio-compat", "gds"}
         assert found["tiers"][1]["io_reason"]
         assert found["namespaces"][0]["id"] == handle.id.hex()
+        assert found["namespaces"][0]["model_id"] == tiny_spec().model_id
+        assert found["namespaces"][0]["codec"] == "raw"
         text = ucm("status", "--socket", path).out
         assert "serving" in text
         assert "memory" in text

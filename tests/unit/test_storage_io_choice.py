@@ -20,13 +20,16 @@ from ucm.storage.file_io import PosixFileIo
 from ucm.storage.io_choice import (
     COMPAT_NEEDS,
     GDS_NEEDS,
+    PINNED_NEEDS,
     Finding,
+    IoChoice,
     IoKind,
     Machine,
     choose,
     open_file_io,
     preflight,
 )
+from ucm.storage.pinned_io import PinnedFileIo
 
 
 def findings(*failed: str) -> list[Finding]:
@@ -72,14 +75,19 @@ def by_name(machine: Machine) -> dict[str, Finding]:
 )
 def test_every_combination_is_decided(failed: tuple[str, ...]) -> None:
     found = findings(*failed)
-    compat = not set(failed) & set(COMPAT_NEEDS)
-    best = IoKind.GDS if not failed else IoKind.KVIKIO_COMPAT if compat else IoKind.POSIX
+    possible = {
+        IoKind.GDS: not failed,
+        IoKind.KVIKIO_COMPAT: not set(failed) & set(COMPAT_NEEDS),
+        IoKind.PINNED: not set(failed) & set(PINNED_NEEDS),
+        IoKind.POSIX: True,
+    }
+    best = next(kind for kind, is_possible in possible.items() if is_possible)
     chosen = choose("auto", found)
     assert chosen.kind is best
     if failed:
         assert any(f"found {name}" in chosen.reason for name in failed)
-    for kind, possible in ((IoKind.GDS, not failed), (IoKind.KVIKIO_COMPAT, compat)):
-        if possible:
+    for kind, is_possible in possible.items():
+        if is_possible:
             assert choose(kind.value, found).kind is kind
         else:
             with pytest.raises(ConfigError, match=r"found .*mend .* nvme.io = auto"):
@@ -103,9 +111,38 @@ def test_a_machine_without_a_gpu_starts_no_process(
     assert not found["driver"].ok
     assert found["nvidia-fs"].ok
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    found = by_name(replace(machine, device_nodes=(Path("/dev/none"),)))
+    assert found["kvikio"].found == "kvikio is not installed"
+    assert choose("auto", list(found.values())).reason.startswith("no GPU: neither /dev/none")
+    assert found["kvikio"].advice == "nothing, without a GPU"
+
+
+def test_without_kvikio_device_memory_goes_through_pinned_buffers(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     found = by_name(machine)
-    assert "not installed" in found["kvikio"].found
-    assert choose("auto", list(found.values())).reason == "kvikio is not installed"
+    assert found["driver"].ok
+    assert "cuFile was not tried" in found["cufile"].found
+    chosen = choose("auto", list(found.values()))
+    assert chosen == IoChoice(IoKind.PINNED, "no GPUDirect: kvikio is not installed")
+    io, choice = open_file_io(NvmeConfig(), machine)
+    assert choice == chosen
+    assert isinstance(io, PinnedFileIo)
+    io.close()
+
+
+def test_a_kvikio_that_cannot_be_loaded_is_done_without(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is installed, and its libraries are not what it was made for."""
+    monkeypatch.setitem(sys.modules, "kvikio", None)
+    io, choice = open_file_io(NvmeConfig(), machine)
+    assert choice.kind is IoKind.PINNED
+    assert "kvikio cannot be loaded" in choice.reason
+    io.close()
+    with pytest.raises(ConfigError, match=r"gds does not work: .*kvikio cannot be loaded"):
+        open_file_io(NvmeConfig(io="gds"), machine)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +197,7 @@ def test_posix_is_never_argued_about(monkeypatch: pytest.MonkeyPatch) -> None:
     io.close()
 
 
-@pytest.mark.parametrize("kind", ["gds", "kvikio-compat"])
+@pytest.mark.parametrize("kind", ["gds", "kvikio-compat", "pinned"])
 def test_the_impossible_is_refused_with_advice(kind: str, machine: Machine) -> None:
     nothing = replace(machine, device_nodes=(Path("/dev/none"),))
     with pytest.raises(ConfigError, match=f"nvme.io = {kind} is not possible: no GPU.*install"):

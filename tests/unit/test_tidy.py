@@ -30,6 +30,8 @@ LAYERS = {
     "ucm.connectors": 5,
     "ucm.engine": 5,
     "ucm.model_hub": 5,
+    "ucm.call_guard": 4,
+    "ucm.row_uses": 3,
     "ucm.service": 4,
     "ucm.daemon": 4,
     "ucm.client": 4,
@@ -40,9 +42,11 @@ LAYERS = {
     "ucm.config_loader": 4,
     "ucm.config_values": 4,
     "ucm.door_client": 4,
+    "ucm.device_load": 4,
     "ucm.doctor": 4,
     "ucm.sockets": 4,
     "ucm.wire": 4,
+    "ucm.status_wire": 4,
     "ucm.plan_wire": 4,
     "ucm.segment_files": 4,
     "ucm.remote_plans": 4,
@@ -88,6 +92,7 @@ LAYERS = {
     "ucm.api": 2,
     "ucm.load_plan": 2,
     "ucm.copying": 2,
+    "ucm.layer_pipeline": 2,
     "ucm.kernels": 1,
     "ucm.protos": 1,
     "ucm.errors": 0,
@@ -100,6 +105,7 @@ LAYERS = {
     "ucm.tracing": 0,
     "ucm.metrics": 0,
     "ucm.checksum": 0,
+    "ucm.mapping": 0,
     "ucm.testing": 7,
 }
 # The process boundary is the import boundary: an engine's side never sees the daemon's.
@@ -110,7 +116,15 @@ FORBIDDEN = {
 HEAVY_IMPORTS = {
     "torch": ("ucm.engine", "ucm.kernels", "ucm.connectors", "ucm.bench", "ucm.cli", "ucm.testing"),
     "lmdb": ("ucm.storage.index", "ucm.bench.storage_peers", "ucm.testing.faulty_index"),
-    "grpc": ("ucm.protos", "ucm.service", "ucm.daemon", "ucm.client", "ucm.admin", "ucm.testing"),
+    "grpc": (
+        "ucm.protos",
+        "ucm.call_guard",
+        "ucm.service",
+        "ucm.daemon",
+        "ucm.client",
+        "ucm.admin",
+        "ucm.testing",
+    ),
     "transformers": ("ucm.bench",),
     "kvikio": ("ucm.storage.gds", "ucm.storage.gpu_probe"),
 }

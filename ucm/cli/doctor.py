@@ -1,4 +1,7 @@
-"""`ucm doctor`: what this machine offers, what is missing, and what to do about it."""
+"""`ucm doctor`: what this machine offers, what is missing, and what to do about it.
+
+`ucm doctor kernels` is in `ucm.cli.doctor_kernels`.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,21 @@ import typer
 from rich.console import Console
 
 from .console import ExitCode, print_json
+from .doctor_kernels import kernels_command
 from .options import ConfigOption, JsonOption, SetOption, loaded_config
 
 if TYPE_CHECKING:
     from ucm.doctor import Check, Diagnosis
 
-command = typer.Typer(add_completion=False)
+command = typer.Typer(invoke_without_command=True, add_completion=False)
+command.command("kernels")(kernels_command)
 
 _MARKS = {"ok": "ok    ", "note": "note  ", "failed": "FAILED"}
 
 
-@command.command()
+@command.callback()
 def doctor(
+    context: typer.Context,
     config: ConfigOption = None,
     store: Annotated[
         str | None,
@@ -30,6 +36,8 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check this machine for the daemon as it is configured; exit code 1 when it would not do."""
+    if context.invoked_subcommand is not None:
+        return
     from ucm.doctor import diagnose
 
     found = diagnose(loaded_config(config, settings, nvme__path=store).config)

@@ -38,7 +38,7 @@ class DoubleLibraries:
 
 
 class DriverCounts(ctypes.Structure):
-    """What the driver's double was asked to do; see tests/doubles/cuda_driver.c."""
+    """What the driver's double was asked to do; see tests/doubles/cuda_double.h."""
 
     _fields_ = [
         (name, ctypes.c_ulong)
@@ -49,6 +49,11 @@ class DriverCounts(ctypes.Structure):
             "allocations",
             "frees",
             "launches",
+            "pageable_copies",
+            "streams",
+            "events",
+            "pinned_ranges",
+            "waiting_operations",
         )
     ]
 
@@ -78,20 +83,21 @@ def build_doubles(folder: Path) -> DoubleLibraries:
     found = DoubleLibraries(
         folder / "libcuda.so.1", folder / "libcufile.so.0", folder / "libkernels_on_host.so"
     )
-    _compile("gcc", SOURCES / "cuda_driver.c", found.driver, "-std=gnu11")
-    _compile("gcc", SOURCES / "cufile.c", found.cufile, "-std=gnu11")
+    driver = (SOURCES / "cuda_driver.c", SOURCES / "cuda_streams.c")
+    _compile("gcc", driver, found.driver, "-std=gnu11")
+    _compile("gcc", (SOURCES / "cufile.c",), found.cufile, "-std=gnu11")
     _compile(
         "g++",
-        SOURCES / "kernels_on_host.cpp",
+        (SOURCES / "kernels_on_host.cpp",),
         found.kernels,
         *("-std=c++17", "-Wno-unused-function", f"-I{KERNEL_SOURCES}"),
     )
     return found
 
 
-def _compile(compiler: str, source: Path, target: Path, *flags: str) -> None:
+def _compile(compiler: str, sources: tuple[Path, ...], target: Path, *flags: str) -> None:
     command = [compiler, *_C_FLAGS, *flags, f"-Wl,-soname,{target.name}"]
-    command += ["-o", str(target), str(source)]
+    command += ["-o", str(target), *map(str, sources)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
@@ -131,6 +137,19 @@ class Doubles:
             yield
         finally:
             self.cufile.ucm_double_cufile_delay(ctypes.c_long(0))
+
+    @contextlib.contextmanager
+    def lazy_streams(self) -> Iterator[None]:
+        """Do what is enqueued as late as a GPU may: only when somebody waits for it."""
+        self.driver.ucm_double_lazy(ctypes.c_int(1))
+        try:
+            yield
+        finally:
+            self.driver.ucm_double_lazy(ctypes.c_int(0))
+
+    def fail_copies(self, count: int) -> None:
+        """Let the driver refuse the next `count` copies."""
+        self.driver.ucm_double_fail_copies(ctypes.c_long(count))
 
     def fail_transfers(self, count: int) -> None:
         """Let the next `count` cuFile transfers fail with EIO."""

@@ -206,6 +206,29 @@ class FileIoTests(abc.ABC):
                 call(batch)
         assert io.read_batch([self.request(file, 0, pages[0])]) == [0]
 
+    def test_a_call_that_raises_has_ended(self, io: FileIo, file: FileHandle) -> None:
+        """Whoever gets the exception may use the memory of all its requests again."""
+        started, ended = threading.Event(), threading.Event()
+
+        def refuse() -> bool:
+            started.wait(timeout=0.5)  # in vain where checks run one after another
+            raise ValueError("in a check")
+
+        def take_longer() -> bool:
+            started.set()
+            ended.wait(timeout=0.1)  # by nobody: time for the other one to be seen
+            ended.set()
+            return True
+
+        pages = [self.make_buffer(PAGE) for _ in range(2)]
+        batch = [
+            self.request(file, 0, page, check=check)
+            for page, check in zip(pages, (refuse, take_longer), strict=True)
+        ]
+        with pytest.raises(ValueError, match="in a check"):
+            io.read_batch(batch)
+        assert ended.is_set() == started.is_set()
+
     def test_threads_do_not_disturb_each_other(self, io: FileIo, file: FileHandle) -> None:
         """Each writes and reads its own part, all at once."""
         num_threads, rounds = 4, 8
