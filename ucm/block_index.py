@@ -4,7 +4,7 @@
     parent   row of the block before, or NO_ROW for the first of a chain
     slots    one column a tier: the slot, or NO_SLOT
     children one column a tier (child rows with a copy in that tier) and one in total (child rows)
-    depth, last use, hits: what eviction policies ask for; they keep columns of their own besides
+    depth, last use: what eviction policies ask for; they keep columns of their own besides
 
 Invariants, checked by `check_integrity`:
 * a row has a copy in some tier, or is pinned, in flight, or has child rows: a *ghost* otherwise;
@@ -51,10 +51,6 @@ from .hashing import CheckedKeys, check_keys
 from .tier_view import TierView
 from .types import KEY_BYTES, ROOT_KEY, BlockKey, TierKind
 
-HIT_HALF_LIFE_US = 600 * 1_000_000
-"""A use counts half after ten minutes: four fifths of the reuse in public chat traces comes sooner
-(Wang et al., "KVCache cache in the wild", arXiv 2506.02634)."""
-
 
 class BlockIndex:
     """The blocks of one namespace. See the module for rows, ghosts and rules."""
@@ -77,7 +73,6 @@ class BlockIndex:
         self._child_rows = array("i")
         self._pins = array("i")
         self._last_use_us = array("q")
-        self._hits = array("f")
         self._depths = array("i")
         self._flags = bytearray()
         self._free_rows = array("i")
@@ -141,13 +136,9 @@ class BlockIndex:
         """When the row was last touched."""
         return self._last_use_us[row]
 
-    def hits(self, row: int) -> float:
-        """Uses, each halved with every `HIT_HALF_LIFE_US` that passed until the last one."""
-        return self._hits[row]
-
-    def depth(self, row: int) -> int:
-        """Blocks before it in its chain."""
-        return self._depths[row]
+    def depths(self, rows: Any) -> Any:
+        """Blocks before each of `rows`, [n] int32, in its chain."""
+        return column(self._depths)[rows]
 
     def unqueued(self) -> list[int]:
         """Rows marked by `mark_unqueued`. O(rows) if there is one, else at once."""
@@ -253,7 +244,6 @@ class BlockIndex:
             self._parents[row] = parent
             self._flags[row] = 0
             self._last_use_us[row] = 0
-            self._hits[row] = 0.0
         else:
             row = self._append_row(key, parent)
         self._depths[row] = 0 if parent == NO_ROW else self._depths[parent] + 1
@@ -271,7 +261,6 @@ class BlockIndex:
         for counters in (*self._children, self._child_rows, self._pins, self._depths):
             counters.append(0)
         self._last_use_us.append(0)
-        self._hits.append(0.0)
         self._flags.append(0)
         return len(self._keys) - 1
 
@@ -289,6 +278,14 @@ class BlockIndex:
             self._children[position][parent] += 1
         self._policies[position].placed(row, self._views[position])
         self._settle(row)
+
+    def move(self, row: int, tier: TierKind, slot: SlotId) -> None:
+        """The row's copy in `tier` lies in `slot` now; to the policy, it has neither left nor come.
+
+        The caller keeps the row in flight meanwhile, and frees the slot of before.
+        """
+        assert self.has(row, tier), row
+        self._slots[POSITION[tier]][row] = slot
 
     def evict(self, row: int, tier: TierKind) -> SlotId:
         """Forget the copy in `tier` that `may_leave`; the slot is the caller's to free."""
@@ -332,13 +329,9 @@ class BlockIndex:
         if rows:
             numbers = np.array(rows, np.int32)
             column(self._pins)[numbers] += 1
-            last_use_us = column(self._last_use_us, np.int64)
-            hits = column(self._hits, np.float32)
-            decay = 0.5 ** ((now_us - last_use_us[numbers]) / HIT_HALF_LIFE_US)
-            hits[numbers] = 1.0 + hits[numbers] * decay
-            last_use_us[numbers] = now_us
+            column(self._last_use_us, np.int64)[numbers] = now_us
             for policy, slots in zip(self._policies, self._slots, strict=True):
-                policy.touched_all(numbers[column(slots)[numbers] >= 0])
+                policy.touched_all(numbers[column(slots)[numbers] >= 0], now_us)
 
     def unpin_all(self, rows: Sequence[int]) -> None:
         """`unpin` rows that differ from each other."""
@@ -389,14 +382,12 @@ class BlockIndex:
 
     def touch(self, row: int, now_us: int) -> None:
         """Record a use (a store, a load or a prefetch). The clock never goes back."""
-        elapsed_us = now_us - self._last_use_us[row]
-        self._hits[row] = 1.0 + self._hits[row] * 0.5 ** (elapsed_us / HIT_HALF_LIFE_US)
         self._last_use_us[row] = now_us
         in_memory, in_nvme = self._slots
         if in_memory[row] >= 0:
-            self._policies[0].touched(row)
+            self._policies[0].touched(row, now_us)
         if in_nvme[row] >= 0:
-            self._policies[1].touched(row)
+            self._policies[1].touched(row, now_us)
 
     def next_victim(self, tier: TierKind) -> int:
         """Row whose copy should leave `tier` next, or NO_ROW. The caller evicts it."""
@@ -438,7 +429,6 @@ class BlockIndex:
         self._child_rows.frombytes(children.tobytes())
         self._pins.frombytes(zeros)
         self._last_use_us.frombytes(bytes(8 * count))
-        self._hits.frombytes(zeros)
         self._depths.frombytes(depths_of(table.parents).tobytes())
         self._flags.extend(bytes(count))
         self._num_copies[position] = count

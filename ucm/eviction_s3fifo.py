@@ -75,11 +75,11 @@ class S3FifoPolicy:
         for row in range(count):
             self.placed(row, view)
 
-    def touched(self, row: int) -> None:
+    def touched(self, row: int, now_us: int) -> None:  # noqa: ARG002  as the protocol's
         """See `EvictionPolicy.touched`."""
         self._uses[row] = min(_MAX_USES, self._uses[row] + 1)
 
-    def touched_all(self, rows: NDArray[np.int32]) -> None:
+    def touched_all(self, rows: NDArray[np.int32], now_us: int) -> None:  # noqa: ARG002
         """See `EvictionPolicy.touched_all`."""
         uses = np.frombuffer(self._uses, np.uint8)
         uses[rows] = np.minimum(_MAX_USES, uses[rows] + 1)

@@ -63,6 +63,7 @@ LAYERS = {
     "ucm.eviction_policies": 3,
     "ucm.admission": 3,
     "ucm.ghost": 3,
+    "ucm.reuse_ages": 3,
     "ucm.leases": 3,
     "ucm.block_columns": 3,
     "ucm.block_index": 3,
