@@ -112,9 +112,9 @@ def policy(
     model: Annotated[
         str, typer.Option(help="What a hit saves: smollm2-135m or llama-3-8b.")
     ] = "smollm2-135m",
-    admission: Annotated[
-        str, typer.Option(help="What is stored at all: always or second-touch.")
-    ] = "always",
+    working_set: Annotated[
+        str, typer.Option(help="What sizes are shares of: blocks reused, or the whole footprint.")
+    ] = "reused",
     quick: Annotated[
         bool, typer.Option("--quick", help="4,000 requests, three sizes; below a minute.")
     ] = False,
@@ -129,7 +129,7 @@ def policy(
         trace_path=None if made else Path(trace),
         synthetic=SyntheticOptions(kind=trace if made else KINDS[0], seed=seed),
         model=model,
-        admission=admission,
+        working_set=working_set,
         seed=seed,
     )
     result = run_policy_bench(
