@@ -21,8 +21,9 @@ USENIX ATC 2017) sample as many. The seed is fixed: the same calls give the same
 
 Over the tree, a parent is no candidate while a child is in the tier.
 
-Envelope: 13 bytes a row, 4 a leaf, 8 a ghost (32 MiB at most, from the first eviction on); a use
-costs 1 us, a victim 10 us, whatever the size of the tier.
+Envelope: 13 bytes a row, 4 a leaf, 8 a ghost (32 MiB at most, from the first eviction on). A victim
+is O(1): an eighth of a sample's sort. A block stored and evicted took 0.1 ms more than under LRU in
+replays on a busy machine; most of it is the overhead of small array operations.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ turn, and a policy that looks at the chance of the next second never keeps one t
 Counts fade, so that the index follows the work; before there are any it comes from a prior that
 falls hyperbolically with age and weighs as much as 50 uses.
 
-Envelope: 3 KiB; noting a reuse 0.3 us, a refresh (every 4,000 uses) 0.1 ms.
+Envelope: 3 KiB; noting is O(1), and a refresh, every 4,000 uses, O(groups * bins^2).
 Pure: never locks, logs, sleeps or reads a clock.
 """
 
