@@ -136,6 +136,10 @@ class BlockIndex:
         """When the row was last touched."""
         return self._last_use_us[row]
 
+    def depth(self, row: int) -> int:
+        """Blocks before it in its chain."""
+        return self._depths[row]
+
     def depths(self, rows: Any) -> Any:
         """Blocks before each of `rows`, [n] int32, in its chain."""
         return column(self._depths)[rows]

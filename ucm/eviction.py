@@ -49,6 +49,9 @@ class RowView(CandidateView, Protocol):
     def parent(self, row: int) -> int:
         """Row of the block before it, or -1."""
 
+    def depth(self, row: int) -> int:
+        """Blocks before it in its chain."""
+
     def depths(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
         """Blocks before each row in its chain."""
 

@@ -14,10 +14,13 @@ A *ghost* (`ghost`) remembers when an evicted block was last used and how often,
 as the tier holds. One that comes back gets its uses back, and its age counts as learned: else the
 policy would never hear that it evicts too soon.
 
-Values change with time, so no heap keeps them in order: victims are the least 64th of a sample of
-512 leaves, and the least of all leaves when there are fewer. The least of 64 is among the worst 5 %
-with a chance of 96 % (1 - 0.95^64); LHD and hyperbolic caching (Blankstein, Sen and Freedman,
-USENIX ATC 2017) sample as many. The seed is fixed: the same calls give the same victims.
+Values change with time, so no heap keeps them in order: the next victims are the least 64th of a
+sample of 512 leaves, and when there are no more leaves than that, the least 64 of all. The least of
+64 is among the worst 5 % with a chance of 96 % (1 - 0.95^64); LHD and hyperbolic caching
+(Blankstein, Sen and Freedman, USENIX ATC 2017) sample as many. A leaf that appears meanwhile, such
+as the parent of a victim, joins the next victims if its value is no higher than theirs: so a chain
+goes in one stroke. A choice holds for a tenth of a second. The seed is fixed: the same calls give
+the same victims.
 
 Over the tree, a parent is no candidate while a child is in the tier.
 
@@ -29,7 +32,9 @@ replays on a busy machine; most of it is the overhead of small array operations.
 from __future__ import annotations
 
 from array import array
+from bisect import insort
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,8 +50,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SAMPLE_SIZE = 512
-_LEAVES_PER_VICTIM = 64
-"""Of a sample; looking at a thousand for each victim finds no better ones on public traces."""
+_NUM_CHOSEN_OF_SAMPLE = SAMPLE_SIZE // 64
+"""Looking at a thousand leaves for each victim finds no better ones on public traces."""
+_NUM_CHOSEN_OF_ALL = 64
+"""Where all leaves were looked at, the order of the least ones is exact but for the time."""
+_CHOICE_HOLDS_US = 100_000
 
 DEFAULT_ATTENTION_TOKENS = 8192
 """Between SmolLM2-135M (3,000) and a 7B model (25,000)."""
@@ -191,15 +199,20 @@ class TreeGdsfPolicy:
         self._uses = bytearray()
         self._last_use_us = array("q")
         self._now_us = 0
-        self._chosen: list[tuple[int, int]] = []
-        """Next victims, the last one first, and the last use that they were chosen for."""
+        self._chosen: list[tuple[float, int, int]] = []
+        """Next victims, the last one first: value with its sign changed, row, and the last use
+        that the value was computed for."""
+        self._ceiling = -inf
+        """Least value of a leaf that was looked at and not chosen."""
+        self._chosen_at_us = 0
 
     def __len__(self) -> int:
         return len(self._leaves)
 
     def placed(self, row: int, view: RowView) -> None:
         """See `EvictionPolicy.placed`."""
-        self._reserve(row + 1)
+        if row >= len(self._uses):
+            self._reserve(row + 1)
         now_us = view.last_use_us(row)
         uses = 1
         known = self._ghosts.take(view.key(row))
@@ -241,16 +254,24 @@ class TreeGdsfPolicy:
         self._leaves.discard(row)
         self._ghosts.add(view.key(row), self._uses[row], self._last_use_us[row])
 
-    def offer(self, row: int, view: RowView) -> None:  # noqa: ARG002  the protocol's signature
+    def offer(self, row: int, view: RowView) -> None:
         """See `EvictionPolicy.offer`."""
         self._leaves.add(row)
+        if self._chosen_at_us <= self._now_us - _CHOICE_HOLDS_US:
+            return
+        last_use_us = self._last_use_us[row]
+        age_us = self._now_us - last_use_us
+        value = self._ages.index_of(self._uses[row], age_us) * self._cost.value(view.depth(row))
+        value -= age_us * _TIE_BREAK
+        if value <= self._ceiling:
+            insort(self._chosen, (-value, row, last_use_us))
 
     def next_victim(self, view: RowView) -> int | None:
         """See `EvictionPolicy.next_victim`."""
         while len(self._leaves):
-            if not self._chosen:
+            if not self._chosen or self._chosen_at_us <= self._now_us - _CHOICE_HOLDS_US:
                 self._choose(view)
-            row, last_use_us = self._chosen.pop()
+            _, row, last_use_us = self._chosen.pop()
             if row not in self._leaves or self._last_use_us[row] != last_use_us:
                 continue  # it got a child, left or was used since
             self._leaves.discard(row)
@@ -259,17 +280,27 @@ class TreeGdsfPolicy:
         return None
 
     def _choose(self, view: RowView) -> None:
-        """Sample leaves and choose those of least value; of equal ones, those used first."""
-        rows = np.unique(self._leaves.sample(self._rng))
+        """Look at leaves and choose those of least value; of equal ones, those used first."""
+        rows = self._leaves.sample(self._rng)
         uses = np.frombuffer(self._uses, np.uint8)[rows]
         last_use_us = column(self._last_use_us, np.int64)[rows]
         ages_us = self._now_us - last_use_us
         values = self._ages.index(uses, ages_us) * self._cost.values(view.depths(rows))
         values -= ages_us * _TIE_BREAK
-        count = max(1, len(rows) // _LEAVES_PER_VICTIM)
-        least = np.argpartition(values, count - 1)[:count]
-        least = least[values[least].argsort()][::-1]
-        self._chosen = list(zip(rows[least].tolist(), last_use_us[least].tolist(), strict=True))
+        is_sample = len(self._leaves) > SAMPLE_SIZE
+        count = _NUM_CHOSEN_OF_SAMPLE if is_sample else _NUM_CHOSEN_OF_ALL
+        least = values.argsort()
+        self._ceiling = float(values[least[count]]) if count < len(least) else inf
+        least = least[:count][::-1]
+        self._chosen_at_us = self._now_us
+        self._chosen = list(
+            zip(
+                (-values[least]).tolist(),
+                rows[least].tolist(),
+                last_use_us[least].tolist(),
+                strict=True,
+            )
+        )
 
     def _reserve(self, count: int) -> None:
         """Have columns for `count` rows."""

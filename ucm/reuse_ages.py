@@ -66,6 +66,7 @@ class ReuseAges:
         self._reuses = array("d", bytes(8 * _NUM_GROUPS * _NUM_BINS))
         self._num_new = 0
         self._index: Any = _index_of(*_prior())
+        self._index_rows: list[list[float]] = self._index.tolist()
 
     def note_use(self, uses: int) -> None:
         """A block has been used for the time `uses`, and waits to be used again."""
@@ -105,6 +106,10 @@ class ReuseAges:
         result: NDArray[np.float64] = self._index[_GROUPS[uses], _bins(ages_us)]
         return result
 
+    def index_of(self, uses: int, age_us: int) -> float:
+        """`index` of one block."""
+        return self._index_rows[_GROUPS_BY_USES[uses]][bisect_right(_INNER_LIMITS_US, age_us)]
+
     def refresh(self) -> None:
         """Learn from what was noted, and let it fade."""
         prior_uses, prior_reuses = _prior()
@@ -112,12 +117,13 @@ class ReuseAges:
         self._index = _index_of(
             uses + prior_uses, reuses.reshape(_NUM_GROUPS, _NUM_BINS) + prior_reuses
         )
+        self._index_rows = self._index.tolist()
         uses *= _FADING
         reuses *= _FADING
         self._num_new = 0
 
 
-_GROUPS_BY_USES: Final = _GROUPS.tolist()
+_GROUPS_BY_USES: Final[list[int]] = _GROUPS.tolist()
 
 
 def _bins(ages_us: NDArray[np.int64]) -> NDArray[np.intp]:

@@ -41,6 +41,10 @@ class TierView:
         """See `RowView.parent`."""
         return self._index.parent(row)
 
+    def depth(self, row: int) -> int:
+        """See `RowView.depth`."""
+        return self._index.depth(row)
+
     def depths(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
         """See `RowView.depths`."""
         depths: NDArray[np.int32] = self._index.depths(rows)

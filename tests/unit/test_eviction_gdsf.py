@@ -128,13 +128,40 @@ def test_a_block_that_was_used_or_extended_after_it_was_chosen_is_passed_over() 
     for number in range(1, 601):
         store.store(number, now_us=number * S)
     first = store.evict(1)[0]
-    chosen = [row for row, _ in store.policy._chosen]
+    chosen = [row for _, row, _ in store.policy._chosen]
     assert len(chosen) >= 2
     names = [int.from_bytes(store.index.key(row), "little") for row in chosen]
     store.use(names[-1], now_us=700 * S)
     store.store(1000, parent=names[-2], now_us=700 * S)
     gone = store.evict(len(chosen))
     assert not {names[-1], names[-2], first} & set(gone)
+
+
+def test_of_few_leaves_each_victim_is_the_least_although_its_parent_came_up_late() -> None:
+    """A batch of victims is the same as if the least leaf were looked for before each of them."""
+    store, rng = Store(), random.Random(5)
+    parents: dict[int, int] = {}
+    for chain in range(1, 101):
+        numbers = range(chain * 10, chain * 10 + rng.randint(1, 9))
+        store.store(*numbers, now_us=chain * S)
+        parents |= {each: each - 1 if each > chain * 10 else 0 for each in numbers}
+        for _ in range(rng.randint(0, 3)):
+            store.use(*numbers[: rng.randint(1, len(numbers))], now_us=chain * S)
+    policy = store.policy
+
+    def value(number: int) -> float:
+        row = store.index.find(key_of(number))
+        age_us = policy._now_us - policy._last_use_us[row]
+        index = policy._ages.index_of(policy._uses[row], age_us)
+        return index * policy._cost.value(store.index.depth(row)) - age_us * 1e-30
+
+    values = {number: value(number) for number in parents}
+    for victim in store.evict(len(parents)):
+        inner = set(parents.values())
+        leaves = [values[number] for number in parents if number not in inner]
+        assert values[victim] == pytest.approx(min(leaves), rel=1e-12)
+        del parents[victim]
+    assert not parents
 
 
 def test_what_was_popular_once_ages() -> None:

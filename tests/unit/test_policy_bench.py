@@ -87,8 +87,11 @@ def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
         [TraceRequest(n * 10**9, 2560, 1, 512, chain) for n, chain in enumerate(chains)],
     )
     arguments = ["bench", "policy", "--trace", str(path), "--quick", "--json"]
+    arguments += ["--admission", "second-touch", "--size", "0.3", "--policy", "lru"]
     outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 0, outcome.output
     result = json.loads(outcome.stdout.strip().splitlines()[-1])
     assert result["trace"]["unique_blocks"] == 29
+    assert {name: list(sizes) for name, sizes in result["policies"].items()} == {"lru": ["0.3"]}
     assert result["policies"]["lru"]["0.3"]["hit_ratio"] > 0
+    assert result["parameters"]["admission"] == "second-touch"
