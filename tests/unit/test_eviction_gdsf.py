@@ -12,7 +12,7 @@ from ucm.block_columns import NO_ROW
 from ucm.block_index import BlockIndex
 from ucm.errors import ConfigError
 from ucm.eviction import LruPolicy
-from ucm.eviction_gdsf import CostModel, TreeGdsfPolicy
+from ucm.eviction_gdsf import CostModel, Ghosts, TreeGdsfPolicy
 from ucm.placement import evict
 from ucm.storage.tier import SlotId
 from ucm.tier_view import TierView
@@ -93,6 +93,14 @@ def test_a_block_that_comes_back_has_its_uses_back() -> None:
     store.store(2, now_us=2 * S)
     store.store(1, now_us=2 * S)
     assert store.evict(1) == [2]
+
+
+def test_a_ghost_that_is_older_than_the_first_one_does_not_drive_out_the_others() -> None:
+    ghosts = Ghosts(64)
+    ghosts.add(key_of(1), 2, 100 * S)
+    ghosts.add(key_of(2), 3, 50 * S)
+    assert ghosts.take(key_of(1)) == (2, 100 * S)
+    assert ghosts.take(key_of(2)) == (3, 100 * S)  # as old as the first, at most
 
 
 def test_what_a_restart_found_goes_first_and_the_oldest_of_it() -> None:
