@@ -1,9 +1,16 @@
 """Eviction policies on traces: recompute-seconds saved for each GB of cache, beside the ideal.
 
 Each policy serves the same trace from an empty tier of several sizes, given as fractions of the
-trace's different blocks. The *ideal* is a tier with room for everything: what is saved there,
-divided by a size, is what no policy of that size can exceed, and at a third of the blocks LRU comes
-within a few per cent of it on chat traces: no policy has much to win there.
+trace's *working set*, of which there are two definitions:
+
+    reused      the different blocks that are used more than once: with room for them, and told
+                which they are, a cache hits all that can be hit (the default)
+    footprint   all different blocks, most of which no cache can ever profit from
+
+The footprint grows with the length of the trace, whatever is reused in it; it is what cache studies
+call working set size. The *ideal* is a tier with room for everything: what is saved there, divided
+by a size, is what no policy of that size can exceed. At a third of the footprint LRU comes within
+a few per cent of it on chat traces: no policy has much to win there.
 """
 
 from __future__ import annotations
@@ -26,11 +33,15 @@ from ucm.errors import ConfigError
 from ucm.eviction_gdsf import DEFAULT_ATTENTION_TOKENS, CostModel
 from ucm.eviction_policies import make_policy
 
-from .policy_replay import MODELS, Replay, Step, replay, replay_ideal, steps_of
+from .policy_replay import MODELS, Replay, Step, count_reused, replay, replay_ideal, steps_of
 from .synthetic import KINDS, SyntheticOptions, synthesize
 from .traces import MOONCAKE_BUCKET_NS, TraceRequest, read_mooncake, smear
 
 ADMISSIONS = ("always", "second-touch")
+WORKING_SETS = {
+    "reused": "different blocks that the trace uses more than once",
+    "footprint": "different blocks of the trace",
+}
 _BYTES_PER_GB = 1e9
 
 Progress = Callable[[str], None]
@@ -44,8 +55,10 @@ class PolicyBenchOptions:
     trace_path: Path | None = None
     """A Mooncake trace; None makes one, of `synthetic`'s kind."""
     synthetic: SyntheticOptions = field(default_factory=SyntheticOptions)
-    fractions: tuple[float, ...] = (0.01, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
-    """Sizes of the tier, as shares of the different blocks in the trace."""
+    fractions: tuple[float, ...] = (0.1, 0.2, 0.3)
+    """Sizes of the tier, as shares of the working set; two, for a run of less than a minute."""
+    working_set: str = "reused"
+    """What fractions are of: a name in `WORKING_SETS`."""
     policies: tuple[str, ...] = POLICY_NAMES
     admission: str = "always"
     """What is stored at all: one of `ADMISSIONS`."""
@@ -65,6 +78,7 @@ class PolicyBenchOptions:
     def __post_init__(self) -> None:
         for what, value, known in (
             ("admission", self.admission, ADMISSIONS),
+            ("working set", self.working_set, tuple(WORKING_SETS)),
             ("model", self.model, tuple(MODELS)),
             ("kind of trace", self.synthetic.kind, KINDS),
             *(("policy", policy, POLICY_NAMES) for policy in self.policies),
@@ -75,9 +89,8 @@ class PolicyBenchOptions:
             raise ConfigError(f"fractions are shares above 0 and up to 1, not {self.fractions}")
 
     def quick(self) -> PolicyBenchOptions:
-        """The first third of the trace at three sizes: well below a minute."""
-        count = min(4000, self.num_requests or 4000)
-        return replace(self, fractions=(0.1, 0.2, 0.3), num_requests=count)
+        """The first third of the trace: a third of the time."""
+        return replace(self, num_requests=min(4000, self.num_requests or 4000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +126,21 @@ def run_policy_bench(options: PolicyBenchOptions, progress: Progress) -> Result:
     """
     started = time.perf_counter()
     requests = load_requests(options)
-    ideal = replay_ideal(steps_of(requests))
-    num_unique, block_tokens = ideal.num_written, requests[0].block_tokens
+    steps = steps_of(requests)
+    ideal, num_reused = replay_ideal(steps), count_reused(steps)
+    block_tokens = requests[0].block_tokens
+    num_base = ideal.num_written if options.working_set == "footprint" else num_reused
     jobs = [
         _Job(name, options.admission, f) for f in options.fractions for name in options.policies
     ]
     middle = min(options.fractions, key=lambda fraction: abs(fraction - 0.1))
     others = [_Job(options.policies[0], each, middle) for each in ADMISSIONS]
-    replays = _replay_all(options, num_unique, list(dict.fromkeys(jobs + others)), progress)
+    replays = _replay_all(options, num_base, list(dict.fromkeys(jobs + others)), progress)
 
     def figures(outcome: Replay, fraction: float) -> Result:
         model = MODELS[options.model]
         block_gb = block_tokens * model.kv_bytes_per_token / _BYTES_PER_GB
-        capacity_gb = _capacity(fraction, num_unique) * block_gb
+        capacity_gb = _capacity(fraction, num_base) * block_gb
         saved_s = outcome.saved_s(model, block_tokens)
         return {
             "saved_s_per_gb": saved_s / capacity_gb,
@@ -137,13 +152,19 @@ def run_policy_bench(options: PolicyBenchOptions, progress: Progress) -> Result:
     tables: Result = {name: {} for name in options.policies}
     for job in jobs:
         tables[job.policy][str(job.fraction)] = figures(replays[job], job.fraction)
+    ideals = {str(f): figures(ideal, f) for f in options.fractions}
     return {
         "name": "policy",
-        "trace": _describe(options, requests, ideal),
+        "trace": _describe(options, requests, ideal) | {"reused_blocks": num_reused},
+        "working_set": {
+            "definition": options.working_set,
+            "fractions_of": WORKING_SETS[options.working_set],
+            "blocks": num_base,
+        },
         "parameters": _parameters(options),
         "policies": tables,
-        "ideal": {str(f): figures(ideal, f) for f in options.fractions},
-        "gain_over_lru": _gains(tables),
+        "ideal": ideals,
+        "gain_over_lru": _gains(tables | {"ideal": ideals}),
         "admission": {
             job.admission: {str(middle): figures(replays[job], middle)} for job in others
         },
@@ -154,19 +175,22 @@ def run_policy_bench(options: PolicyBenchOptions, progress: Progress) -> Result:
 def policy_bench_table(result: Mapping[str, Any]) -> Table:
     """The result for people: seconds saved for each GB, against LRU and of the ideal."""
     trace = result["trace"]
-    counts = f"{trace['blocks']} block references, {trace['unique_blocks']} blocks"
+    counts = (
+        f"{trace['blocks']} block references, {trace['unique_blocks']} blocks, "
+        f"{trace['reused_blocks']} of them used again"
+    )
     table = Table(title=f"{trace['name']}: {counts}")
-    table.add_column("of all blocks", justify="right")
+    table.add_column(f"of {result['working_set']['definition']}", justify="right")
     for name in result["policies"]:
         table.add_column(f"{name}\ns/GB  hits  vs LRU", justify="right")
-    table.add_column("ideal\ns/GB  hits", justify="right")
+    table.add_column("ideal\ns/GB  hits  vs LRU", justify="right")
     for fraction, ideal in result["ideal"].items():
         cells = [f"{float(fraction):.0%}"]
-        for name, sizes in result["policies"].items():
-            cell, gain = sizes[fraction], result["gain_over_lru"].get(name, {}).get(fraction)
+        columns = [(name, sizes[fraction]) for name, sizes in result["policies"].items()]
+        for name, cell in [*columns, ("ideal", ideal)]:
+            gain = result["gain_over_lru"].get(name, {}).get(fraction)
             versus = "" if gain is None else f"  {gain:+.1%}"
             cells.append(f"{cell['saved_s_per_gb']:.1f}  {cell['hit_ratio']:.3f}{versus}")
-        cells.append(f"{ideal['saved_s_per_gb']:.1f}  {ideal['hit_ratio']:.3f}")
         table.add_row(*cells)
     for name, sizes in result["admission"].items():
         for fraction, cell in sizes.items():
@@ -178,8 +202,8 @@ def policy_bench_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _capacity(fraction: float, num_unique: int) -> int:
-    return max(1, round(fraction * num_unique))
+def _capacity(fraction: float, num_base: int) -> int:
+    return max(1, round(fraction * num_base))
 
 
 def _admission(name: str, capacity: int) -> Admission:
@@ -200,7 +224,7 @@ def _run_job(job: _Job, capacity: int, cost: CostModel) -> Replay:
 
 
 def _replay_all(
-    options: PolicyBenchOptions, num_unique: int, jobs: Sequence[_Job], progress: Progress
+    options: PolicyBenchOptions, num_base: int, jobs: Sequence[_Job], progress: Progress
 ) -> dict[_Job, Replay]:
     cost = CostModel(
         attention_tokens=options.attention_tokens,
@@ -214,8 +238,7 @@ def _replay_all(
         initargs=(options,),
     ) as pool:
         futures = {
-            job: pool.submit(_run_job, job, _capacity(job.fraction, num_unique), cost)
-            for job in jobs
+            job: pool.submit(_run_job, job, _capacity(job.fraction, num_base), cost) for job in jobs
         }
         for job, future in futures.items():
             replays[job] = future.result()
@@ -263,5 +286,4 @@ def _parameters(options: PolicyBenchOptions) -> Result:
         "flops_per_s": model.flops_per_s,
         "policy_attention_tokens": options.attention_tokens,
         "admission": options.admission,
-        "working_set": "different blocks of the trace",
     }

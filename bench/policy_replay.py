@@ -145,14 +145,9 @@ class Tier:
         """
         index, keys = self.index, step.keys
         rows = index.usable_prefix(keys)
-        for row in rows:
-            index.touch(row, step.now_us)
-        last = rows[-1] if rows else NO_ROW
-        if last != NO_ROW:
-            index.pin(last)  # what is below it in the tree stays, and so does what is above
-        self._store(step, len(rows), last)
-        if last != NO_ROW:
-            index.unpin(last)
+        index.pin_all(rows, step.now_us)
+        self._store(step, len(rows), rows[-1] if rows else NO_ROW)
+        index.unpin_all(rows)
         return len(rows)
 
     def _store(self, step: Step, start: int, parent: int) -> None:
@@ -167,6 +162,16 @@ class Tier:
             self.index.touch(parent, step.now_us)
             self.index.place(parent, TierKind.NVME, SlotId(self.num_written))
             self.num_written += 1
+
+
+def count_reused(steps: Sequence[Step]) -> int:
+    """Different blocks that are referred to more than once: all that a cache can ever hit."""
+    seen: set[BlockKey] = set()
+    reused: set[BlockKey] = set()
+    for step in steps:
+        reused.update(key for key in step.keys if key in seen)
+        seen.update(step.keys)
+    return len(reused)
 
 
 def replay(

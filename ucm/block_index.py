@@ -4,7 +4,7 @@
     parent   row of the block before, or NO_ROW for the first of a chain
     slots    one column a tier: the slot, or NO_SLOT
     children one column a tier (child rows with a copy in that tier) and one in total (child rows)
-    depth, last use, hits: what eviction policies ask for; they keep columns of their own besides
+    depth, last use: what eviction policies ask for; they keep columns of their own besides
 
 Invariants, checked by `check_integrity`:
 * a row has a copy in some tier, or is pinned, in flight, or has child rows: a *ghost* otherwise;
@@ -75,7 +75,6 @@ class BlockIndex:
         self._child_rows = array("i")
         self._pins = array("i")
         self._last_use_us = array("q")
-        self._hits = array("f")
         self._depths = array("i")
         self._run_starts = array("i")
         """First of the neighbouring rows up to a row that each follow the one before."""
@@ -141,13 +140,13 @@ class BlockIndex:
         """When the row was last touched."""
         return self._last_use_us[row]
 
-    def hits(self, row: int) -> float:
-        """Uses, each halved with every half-life that passed until the last one."""
-        return self._hits[row]
-
     def depth(self, row: int) -> int:
         """Blocks before it in its chain."""
         return self._depths[row]
+
+    def depths(self, rows: Any) -> Any:
+        """Blocks before each of `rows`, [n] int32, in its chain."""
+        return column(self._depths)[rows]
 
     def unqueued(self) -> list[int]:
         """Rows marked by `mark_unqueued`. O(rows) if there is one, else at once."""
@@ -254,7 +253,6 @@ class BlockIndex:
             self._parents[row] = parent
             self._flags[row] = 0
             self._last_use_us[row] = 0
-            self._hits[row] = 0.0
         else:
             row = self._append_row(key, parent)
         self._depths[row] = 0 if parent == NO_ROW else self._depths[parent] + 1
@@ -275,7 +273,6 @@ class BlockIndex:
             counters.append(0)
         self._run_starts.append(0)
         self._last_use_us.append(0)
-        self._hits.append(0.0)
         self._flags.append(0)
         return len(self._keys) - 1
 
@@ -293,6 +290,14 @@ class BlockIndex:
             self._children[position][parent] += 1
         self._policies[position].placed(row, self._views[position])
         self._settle(row)
+
+    def move(self, row: int, tier: TierKind, slot: SlotId) -> None:
+        """The row's copy in `tier` lies in `slot` now; to the policy, it has neither left nor come.
+
+        The caller keeps the row in flight meanwhile, and frees the slot of before.
+        """
+        assert self.has(row, tier), row
+        self._slots[POSITION[tier]][row] = slot
 
     def evict(self, row: int, tier: TierKind) -> SlotId:
         """Forget the copy in `tier` that `may_leave`; the slot is the caller's to free."""
@@ -334,9 +339,9 @@ class BlockIndex:
     def pin_all(self, rows: Sequence[int], now_us: int) -> None:
         """`pin` and `touch` rows that differ from each other."""
         add_pins(self._pins, rows)
-        note_uses(self._last_use_us, self._hits, rows, now_us)
+        note_uses(self._last_use_us, rows, now_us)
         for policy, slots in zip(self._policies, self._slots, strict=True):
-            policy.touched_all([row for row in rows if slots[row] >= 0])
+            policy.touched_all([row for row in rows if slots[row] >= 0], now_us)
 
     def unpin_all(self, rows: Sequence[int]) -> None:
         """`unpin` rows that differ from each other."""
@@ -374,12 +379,12 @@ class BlockIndex:
 
     def touch(self, row: int, now_us: int) -> None:
         """Record a use (a store, a load or a prefetch). The clock never goes back."""
-        note_uses(self._last_use_us, self._hits, (row,), now_us)
+        self._last_use_us[row] = now_us
         in_memory, in_nvme = self._slots
         if in_memory[row] >= 0:
-            self._policies[0].touched(row)
+            self._policies[0].touched(row, now_us)
         if in_nvme[row] >= 0:
-            self._policies[1].touched(row)
+            self._policies[1].touched(row, now_us)
 
     def next_victim(self, tier: TierKind) -> int:
         """Row whose copy should leave `tier` next, or NO_ROW. The caller evicts it."""
@@ -421,7 +426,6 @@ class BlockIndex:
         self._child_rows.frombytes(children.tobytes())
         self._pins.frombytes(zeros)
         self._last_use_us.frombytes(bytes(8 * count))
-        self._hits.frombytes(zeros)
         self._depths.frombytes(depths_of(table.parents).tobytes())
         self._run_starts.frombytes(run_starts_of(table.parents).tobytes())
         self._flags.extend(bytes(count))

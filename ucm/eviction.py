@@ -21,6 +21,9 @@ from .types import BlockKey
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
 ROW_BITS = 32
 ROW_MASK = (1 << ROW_BITS) - 1
 
@@ -50,11 +53,8 @@ class RowView(CandidateView, Protocol):
     def depth(self, row: int) -> int:
         """Blocks before it in its chain."""
 
-    def hits(self, row: int) -> float:
-        """Uses so far, the store included, each halved with every half-life that has passed.
-
-        As of the last use; 0 for a block that was found on disk at the start and never used.
-        """
+    def depths(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Blocks before each row in its chain."""
 
 
 class EvictionPolicy(Protocol):
@@ -70,10 +70,10 @@ class EvictionPolicy(Protocol):
     def filled(self, count: int, view: RowView) -> None:
         """Copies of rows 0 to `count` - 1 were found in the tier, which was empty, at the start."""
 
-    def touched(self, row: int) -> None:
-        """A row of the tier was used; `last_use_us` and `hits` know of it already."""
+    def touched(self, row: int, now_us: int) -> None:
+        """A row of the tier was used; the clock never goes back."""
 
-    def touched_all(self, rows: Sequence[int]) -> None:
+    def touched_all(self, rows: Sequence[int], now_us: int) -> None:
         """As `touched` for rows that differ from each other."""
 
     def removed(self, row: int, view: RowView) -> None:
@@ -146,10 +146,10 @@ class LruPolicy:
     def filled(self, count: int, view: RowView) -> None:
         """Nothing to note."""
 
-    def touched(self, row: int) -> None:
+    def touched(self, row: int, now_us: int) -> None:
         """Nothing to note: the index keeps the time of use."""
 
-    def touched_all(self, rows: Sequence[int]) -> None:
+    def touched_all(self, rows: Sequence[int], now_us: int) -> None:
         """As `touched`."""
 
     def removed(self, row: int, view: RowView) -> None:

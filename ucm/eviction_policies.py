@@ -27,7 +27,7 @@ def make_policy(name: str, *, cost: CostModel, capacity: int) -> EvictionPolicy:
         ConfigError: no policy has that name.
     """
     if name == "tree-gdsf":
-        return TreeGdsfPolicy(cost)
+        return TreeGdsfPolicy(cost, capacity)
     if name == "s3-fifo":
         return S3FifoPolicy(capacity)
     if name == "lru":

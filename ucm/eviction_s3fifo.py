@@ -73,14 +73,14 @@ class S3FifoPolicy:
         for row in range(count):
             self.placed(row, view)
 
-    def touched(self, row: int) -> None:
+    def touched(self, row: int, now_us: int) -> None:  # noqa: ARG002  as the protocol's
         """See `EvictionPolicy.touched`."""
         self._uses[row] = min(_MAX_USES, self._uses[row] + 1)
 
-    def touched_all(self, rows: Sequence[int]) -> None:
+    def touched_all(self, rows: Sequence[int], now_us: int) -> None:
         """See `EvictionPolicy.touched_all`."""
         for row in rows:
-            self.touched(row)
+            self.touched(row, now_us)
 
     def removed(self, row: int, view: RowView) -> None:
         """See `EvictionPolicy.removed`."""

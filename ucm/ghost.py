@@ -49,7 +49,7 @@ class GhostSet:
         fingerprint, start = self._place(key)
         found = self._find(fingerprint, start)
         if found < 0:
-            found = min(range(start, start + _WAYS), key=self._stamps_if_used)
+            found = start + self._oldest(start)
         self._fingerprints[found] = fingerprint
         self._stamps[found] = stamp
 
@@ -62,9 +62,13 @@ class GhostSet:
         self._fingerprints[found] = 0
         return self._stamps[found]
 
-    def _stamps_if_used(self, entry: int) -> int:
-        """The stamp of an entry; -1 for a free one, so that it is taken first."""
-        return self._stamps[entry] if self._fingerprints[entry] else -1
+    def _oldest(self, start: int) -> int:
+        """Place in the bucket of a free entry, or else of the one of least stamp."""
+        bucket = self._fingerprints[start : start + _WAYS]
+        if 0 in bucket:
+            return bucket.index(0)
+        stamps = self._stamps[start : start + _WAYS]
+        return stamps.index(min(stamps))
 
     def _place(self, key: BlockKey) -> tuple[int, int]:
         """Fingerprint (never 0, which marks a free entry) and the bucket's first entry.
@@ -77,7 +81,4 @@ class GhostSet:
 
     def _find(self, fingerprint: int, start: int) -> int:
         bucket = self._fingerprints[start : start + _WAYS]
-        try:
-            return start + bucket.index(fingerprint)
-        except ValueError:
-            return -1
+        return start + bucket.index(fingerprint) if fingerprint in bucket else -1

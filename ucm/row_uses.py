@@ -17,10 +17,6 @@ from .block_columns import column
 
 FEW_ROWS = 256
 
-HIT_HALF_LIFE_US = 600 * 1_000_000
-"""A use counts half after ten minutes: four fifths of the reuse in public chat traces comes sooner
-(Wang et al., "KVCache cache in the wild", arXiv 2506.02634)."""
-
 Columns = Sequence["array[int]"]
 """One for each tier."""
 
@@ -34,23 +30,12 @@ def absent_in(slots: array[int], rows: range) -> bool:
     return b"\xff\xff\xff\xff" in slots[rows.start : rows.stop].tobytes()
 
 
-def note_uses(
-    last_use_us: array[int], hits: array[float], rows: Sequence[int], now_us: int
-) -> None:
+def note_uses(last_use_us: array[int], rows: Sequence[int], now_us: int) -> None:
     """Record a use of rows that differ from each other."""
     if len(rows) > FEW_ROWS:
-        numbers = np.array(rows, np.int32)
-        times, counts = column(last_use_us, np.int64), column(hits, np.float32)
-        decays = 0.5 ** ((now_us - times[numbers]) / HIT_HALF_LIFE_US)
-        counts[numbers] = 1.0 + counts[numbers] * decays
-        times[numbers] = now_us
+        column(last_use_us, np.int64)[np.array(rows, np.int32)] = now_us
         return
-    before_us, decay = now_us, 1.0
     for row in rows:
-        if last_use_us[row] != before_us:  # as a rule it is that of the row before
-            before_us = last_use_us[row]
-            decay = 0.5 ** ((now_us - before_us) / HIT_HALF_LIFE_US)
-        hits[row] = 1.0 + hits[row] * decay
         last_use_us[row] = now_us
 
 

@@ -189,13 +189,12 @@ class Shrinking:
     def _settle_locked(
         self, found: Namespace, moved: tuple[TierEntry, int], slot: SlotId | None, is_lost: bool
     ) -> None:
-        """Record where a block is now; its flight keeps the row while it has no copy."""
+        """Record where a block is now."""
         entry, row = moved
-        if is_lost or slot is not None:
-            found.index.lose(row, TierKind.NVME)
         if slot is not None:
-            found.index.place(row, TierKind.NVME, slot)
+            found.index.move(row, TierKind.NVME, slot)
         if is_lost:
+            found.index.lose(row, TierKind.NVME)
             found.undeleted.append(Victim(entry.key, entry.slot))
         found.index.end_flight(row, PROMOTING)
 

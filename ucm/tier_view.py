@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from .block_columns import FASTEST_FIRST
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .block_index import BlockIndex
     from .types import BlockKey
 
@@ -42,6 +45,7 @@ class TierView:
         """See `RowView.depth`."""
         return self._index.depth(row)
 
-    def hits(self, row: int) -> float:
-        """See `RowView.hits`."""
-        return self._index.hits(row)
+    def depths(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+        """See `RowView.depths`."""
+        depths: NDArray[np.int32] = self._index.depths(rows)
+        return depths

@@ -105,3 +105,15 @@ def test_leaves_go_before_their_parents() -> None:
     assert gone.index(4) < gone.index(1)
     assert store.policy._sizes == [0, 0]
     assert len(store.policy) == 0
+
+
+def test_a_block_that_moves_within_the_tier_keeps_its_queue() -> None:
+    store = Store(10)
+    for number in range(1, 12):
+        store.store(number)
+    store.store(1)  # a ghost: to main
+    row = store.index.find(key_of(1))
+    store.index.move(row, MEMORY, SlotId(99))
+    assert store.index.slot(row, MEMORY) == 99
+    gone = [each for number in range(100, 108) for each in store.store(number)]
+    assert 1 not in gone

@@ -22,12 +22,10 @@ ROWS = [5, 1, 2, 7]
 
 
 @pytest.mark.usefixtures("few_rows")
-def test_uses_decay_by_half_in_a_half_life() -> None:
-    half = row_uses.HIT_HALF_LIFE_US
-    last_use_us, hits = array("q", [0, half, half, 0, 0, 0, 0, 2 * half]), array("f", [4.0] * 8)
-    row_uses.note_uses(last_use_us, hits, ROWS, 2 * half)
-    assert list(hits) == [4, 3, 3, 4, 4, 2, 4, 5]
-    assert list(last_use_us) == [0, 2 * half, 2 * half, 0, 0, 2 * half, 0, 2 * half]
+def test_a_use_is_noted_for_each_row() -> None:
+    last_use_us = array("q", [3] * 8)
+    row_uses.note_uses(last_use_us, ROWS, 9)
+    assert list(last_use_us) == [3, 9, 9, 3, 3, 9, 3, 9]
 
 
 @pytest.mark.usefixtures("few_rows")

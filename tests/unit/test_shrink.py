@@ -11,6 +11,8 @@ import pytest
 
 from ucm.config import Config, QuotaConfig
 from ucm.errors import TierUnavailableError
+from ucm.eviction import RowView
+from ucm.eviction_s3fifo import S3FifoPolicy
 from ucm.shrink import BLOCKS_PER_MOVE, Shrinking
 from ucm.storage.nvme import NvmeTier
 from ucm.storage.shrink import Shrinker
@@ -64,6 +66,19 @@ def with_segments(config: Config, segments: int) -> Config:
     return dataclasses.replace(config, nvme=nvme)
 
 
+def with_holes(store: TenantStore, chains: list[list[BlockKey]]) -> list[list[BlockKey]]:
+    """Delete all but the first block of each chain from tenant a's segments; what is left."""
+    found = store.manager._state.namespaces.get_locked(store.open("a")[1].id)
+    assert found is not None
+    assert found.nvme is not None
+    by_key = {entry.key: entry.slot for entry in found.nvme.entries()}
+    kept = [keys[:1] for keys in chains if keys[0] in by_key]
+    for keys in chains:
+        if keys[0] in by_key:
+            found.nvme.delete([(by_key[key], key) for key in keys[1:] if key in by_key])
+    return kept
+
+
 def settled(store: TenantStore, tenant: str, held_bytes: int) -> None:
     store.open(tenant)
     wait_until(lambda: store.held_bytes()[TierKind.NVME].get(tenant, 0) <= held_bytes)
@@ -92,21 +107,35 @@ def test_a_lowered_capacity_gives_disk_space_back_at_opening(folder: Path) -> No
 def test_what_fits_is_moved_and_not_evicted(folder: Path) -> None:
     store = TenantStore(tenant_config(folder, {}, segments=8))
     chains = fill(store, "a")
-    found = store.manager._state.namespaces.get_locked(store.open("a")[1].id)
-    assert found is not None
-    assert found.nvme is not None
-    nvme = found.nvme
-    by_key = {entry.key: entry.slot for entry in nvme.entries()}
-    kept: list[list[BlockKey]] = []
-    for keys in chains:  # make holes everywhere: the first blocks of the chains stay
-        if keys[0] in by_key:
-            nvme.delete([(by_key[key], key) for key in keys[1:] if key in by_key])
-            kept.append(keys[:1])
+    kept = with_holes(store, chains)
     store = reopened(store, with_segments(store.config, 2))
     settled(store, "a", 2 * SEGMENT_BYTES)
     assert cached(store, "a", kept) == [1] * len(kept)
     assert store.manager.metrics.value("ucm_evicted_blocks_total", tier="nvme") == 0
     assert store.manager.check_integrity() == []
+    store.close()
+
+
+def test_a_block_that_is_moved_has_not_left_for_its_policy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3-FIFO would send it back to the small queue, although it had come back from the ghosts."""
+    left: list[BlockKey] = []
+    removed = S3FifoPolicy.removed
+
+    def watch(policy: S3FifoPolicy, row: int, view: RowView) -> None:
+        left.append(view.key(row))
+        removed(policy, row, view)
+
+    config = tenant_config(folder, {}, segments=8)
+    config = dataclasses.replace(config, nvme=dataclasses.replace(config.nvme, policy="s3-fifo"))
+    store = TenantStore(config)
+    kept = with_holes(store, fill(store, "a"))
+    monkeypatch.setattr(S3FifoPolicy, "removed", watch)
+    store = reopened(store, with_segments(store.config, 2))
+    settled(store, "a", 2 * SEGMENT_BYTES)
+    assert cached(store, "a", kept) == [1] * len(kept)
+    assert left == []
     store.close()
 
 

@@ -80,6 +80,7 @@ LAYERS = {
     "ucm.eviction_policies": 3,
     "ucm.admission": 3,
     "ucm.ghost": 3,
+    "ucm.reuse_ages": 3,
     "ucm.leases": 3,
     "ucm.cost_model": 3,
     "ucm.load_decision": 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -78,8 +79,6 @@ def storage(
     as_json: JsonOption = False,
 ) -> None:
     """The store beside the machine's ceilings (memcpy, fio) and other stores, in one run."""
-    from dataclasses import replace
-
     from ucm.bench.storage import run_storage_bench
     from ucm.bench.storage_measure import StorageBenchOptions
     from ucm.bench.storage_report import storage_bench_report
@@ -101,43 +100,68 @@ def storage(
         raise typer.Exit(ExitCode.CHECK_FAILED)
 
 
-@command.command()
-def policy(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyOptions:
+    """What the command line asks of the simulation of policies."""
+
     trace: Annotated[
         str,
         typer.Option(
             metavar="KIND|PATH",
             help="chat, rag, agent, scan or mixed (made by chance), or a Mooncake trace.",
         ),
-    ] = "chat",
-    seed: Annotated[int, typer.Option(help="Of a trace made by chance, and of smearing.")] = 0,
-    model: Annotated[
-        str, typer.Option(help="What a hit saves: smollm2-135m or llama-3-8b.")
-    ] = "smollm2-135m",
+    ] = "chat"
+    seed: Annotated[int, typer.Option(help="Of a trace made by chance, and of smearing.")] = 0
+    model: Annotated[str, typer.Option(help="What a hit saves: smollm2-135m or llama-3-8b.")] = (
+        "smollm2-135m"
+    )
     admission: Annotated[
         str, typer.Option(help="What is stored at all: always or second-touch.")
-    ] = "always",
+    ] = "always"
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="lru, s3-fifo or tree-gdsf; may be repeated; default: all."),
+    ] = None
+    working_set: Annotated[
+        str, typer.Option(help="What sizes are shares of: blocks reused, or the whole footprint.")
+    ] = "reused"
+    size: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Of the working set, above 0 and up to 1; may be repeated; default: 0.1 and 0.3.",
+        ),
+    ] = None
     quick: Annotated[
-        bool, typer.Option("--quick", help="4,000 requests, three sizes; below a minute.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
+        bool, typer.Option("--quick", help="The first 4,000 requests only; some 20 s.")
+    ] = False
+    as_json: JsonOption = False
+
+
+@command.command()
+@takes_options(PolicyOptions)
+def policy(asked: PolicyOptions) -> None:
     """Eviction policies on a trace: recomputation saved for each GB, against LRU and the ideal."""
     from ucm.bench.policy import PolicyBenchOptions, policy_bench_table, run_policy_bench
     from ucm.bench.synthetic import KINDS, SyntheticOptions
 
-    made = trace in KINDS
+    made = asked.trace in KINDS
     options = PolicyBenchOptions(
-        trace_path=None if made else Path(trace),
-        synthetic=SyntheticOptions(kind=trace if made else KINDS[0], seed=seed),
-        model=model,
-        admission=admission,
-        seed=seed,
+        trace_path=None if made else Path(asked.trace),
+        synthetic=SyntheticOptions(kind=asked.trace if made else KINDS[0], seed=asked.seed),
+        model=asked.model,
+        admission=asked.admission,
+        working_set=asked.working_set,
+        seed=asked.seed,
     )
-    result = run_policy_bench(
-        options.quick() if quick else options, lambda line: print(line, file=sys.stderr)
-    )
-    if as_json:
+    if asked.quick:
+        options = options.quick()
+    if asked.policy:
+        options = replace(options, policies=tuple(asked.policy))
+    if asked.size:
+        options = replace(options, fractions=tuple(asked.size))
+    result = run_policy_bench(options, lambda line: print(line, file=sys.stderr))
+    if asked.as_json:
         print_json(result)
     else:
         Console(highlight=False).print(policy_bench_table(result))
