@@ -354,12 +354,12 @@ class LayerReader:
             self._leave()
 
     def _trace(self, step: Step, begun_us: int) -> None:
-        """Tell who looks; a block that was read whole belongs to no layer."""
+        """Tell who looks; from the back, blocks are read whole and belong to no layer."""
         trace = tracing.active()
         if trace is None:
             return
-        is_whole = step.stop_layer - step.first_layer == self._layout.num_layers
-        layers = (-1, 0) if is_whole else (step.first_layer, step.stop_layer - step.first_layer)
+        count = step.stop_layer - step.first_layer
+        layers = (-1, 0) if self._from_back else (step.first_layer, count)
         blocks = (step.first_block, step.stop_block - step.first_block)
         trace.add(Track.LOAD, begun_us, tracing.now_us(), layers=layers, blocks=blocks)
 

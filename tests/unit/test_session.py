@@ -382,6 +382,17 @@ def test_connect_says_why_there_is_no_cache() -> None:
         assert load_all(session, Pool()) == 0
 
 
+def test_a_mistake_is_said_at_once_and_not_waited_for() -> None:
+    def factory() -> CacheApi:
+        raise ConfigError("the data folder is in use by process 7")
+
+    with CacheSession(factory, SPEC, OPTIONS) as session:
+        started_s = time.monotonic()
+        with pytest.raises(ConfigError, match="process 7"):
+            session.connect(60.0)
+        assert time.monotonic() - started_s < 5.0
+
+
 def test_another_layout_is_refused() -> None:
     class OtherLayout(FakeCache):
         def open_namespace(self, spec: NamespaceSpec):  # type: ignore[no-untyped-def]

@@ -224,6 +224,7 @@ class LoadQueue:
             # Only what the chunk covers: the loader goes on with the rest.
             first = max(load.claimed_block, load.first_block)
             load.claimed_block = self._hook.claim(sequence.id, first, last)
+            self._clear(range(first, load.claimed_block), sequence)
         return max(0, min(num_tokens, load.claimed_block * size - start))
 
     def join(self, load: Load) -> bool:

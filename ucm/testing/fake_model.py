@@ -23,6 +23,8 @@ from ucm.engine.sampling import Draw, SamplingParams, sample
 
 _MODULUS = 16_777_213
 _EMPTY_DIGEST = 17
+_DAMAGED = -1
+"""Stands for the rows of one layer when any of them cannot be right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,8 @@ class FakeModel:
             for item, values, of_item in zip(items, digests, folds, strict=True):
                 self._write(item, values, kv_pool, layer)
                 of_item.append(self._read(item, kv_pool[layer]))
+                if of_item[-1] == _DAMAGED:
+                    values[:] = [_DAMAGED] * len(values)  # as attention would: from here on
         return torch.stack([self._logits(of_item) for of_item in folds])
 
     def logits_for(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -85,7 +89,7 @@ class FakeModel:
         if item.start > 0:
             block_id = item.block_ids[(item.start - 1) // size]
             value = float(kv_pool[0, block_id, 0, 0, (item.start - 1) % size, 0])
-            previous = int(value) if math.isfinite(value) else -1
+            previous = int(value) if math.isfinite(value) else _DAMAGED
         return _chain_digests(previous, item.token_ids, item.start)
 
     def _write(
@@ -99,16 +103,17 @@ class FakeModel:
             kv_pool[layer, block_id, :, :, row, :3] = values
 
     def _read(self, item: ForwardItem, kv_layer: torch.Tensor) -> int:
-        """One number of all the rows that attention would read, or -1 when they are damaged."""
+        """One number of all the rows that attention would read, or `_DAMAGED`."""
         size = kv_layer.shape[3]
         length = item.start + len(item.token_ids)
         block_ids = list(item.block_ids[: -(-length // size)])
         # [blocks, 2, heads, rows, 3] -> [2 * heads, positions, 3]
         slabs = kv_layer[block_ids, :, :, :, :3].permute(1, 2, 0, 3, 4)
         rows = slabs.reshape(-1, len(block_ids) * size, 3)[:, :length]
-        # Heads, and keys and values, hold the same here: any difference is a damaged row.
-        if not bool((rows == rows[0]).all()):
-            return -1
+        # Heads, and keys and values, hold the same here: any difference is a damaged row. Rows
+        # behind the last token are masked by real attention, but 0 times NaN is NaN.
+        if not bool((rows == rows[0]).all()) or not bool(slabs.isfinite().all()):
+            return _DAMAGED
         return _fold(rows[0].to(torch.int64).numpy())
 
     def _logits(self, folds: Sequence[int]) -> torch.Tensor:
