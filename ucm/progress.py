@@ -195,13 +195,19 @@ class ProgressSignal:
         self._is_gone = is_gone
         self._changed = threading.Condition()
         self._is_watched = False
+        self._found_gone = False
+        self._look_again_s = 0.0
         self.count = 0
         """Wake-ups so far."""
 
     @property
     def is_gone(self) -> bool:
-        """Whether nothing will come any more."""
-        return self._is_gone()
+        """Whether nothing will come any more; looks once in `TURN_S`, because looking is a call."""
+        now_s = time.monotonic()
+        if not self._found_gone and now_s >= self._look_again_s:
+            self._look_again_s = now_s + TURN_S
+            self._found_gone = self._is_gone()
+        return self._found_gone
 
     def wait(self, count: int, timeout_s: float) -> None:
         """Wait until `self.count` is no longer `count`, at most `timeout_s`, or `TURN_S`."""

@@ -114,22 +114,18 @@ def test_a_frozen_daemon_does_not_stop_direct_reads(
     cache.complete_load(plan.id, reader.corrupt_keys())
 
 
-@pytest.mark.parametrize("mode", LoadMode)
 def test_a_daemon_that_dies_in_the_middle(
-    daemon: SpawnedDaemon,
-    cache: RemoteCache,
-    handle: NamespaceHandle,
-    keys: list[BlockKey],
-    mode: LoadMode,
+    daemon: SpawnedDaemon, cache: RemoteCache, handle: NamespaceHandle, keys: list[BlockKey]
 ) -> None:
     """A mapped load ends where it is, soon; a direct one need not notice. Nothing is wrong."""
-    plan, reader, pool = begin(cache, handle, keys, mode)
+    loads = {mode: begin(cache, handle, keys, mode) for mode in (LoadMode.DIRECT, LoadMode.MAPPED)}
     daemon.kill()
-    start = time.monotonic()
-    count = reader.wait_layer(LAST, WAIT_S)
-    assert time.monotonic() - start < WAIT_S / 2
-    assert count == len(keys) if mode is LoadMode.DIRECT else count < len(keys)
-    check_blocks(keys, handle, pool, count)
-    assert reader.cancel(WAIT_S)
-    with pytest.raises(UcmError):
-        cache.complete_load(plan.id, reader.corrupt_keys())
+    for mode, (plan, reader, pool) in loads.items():
+        start = time.monotonic()
+        count = reader.wait_layer(LAST, WAIT_S)
+        assert time.monotonic() - start < WAIT_S / 2
+        assert count == len(keys) if mode is LoadMode.DIRECT else count < len(keys)
+        check_blocks(keys, handle, pool, count)
+        assert reader.cancel(WAIT_S)
+        with pytest.raises(UcmError):
+            cache.complete_load(plan.id, reader.corrupt_keys())

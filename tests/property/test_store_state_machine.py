@@ -23,11 +23,16 @@ from ucm.config import MIB, Config, MemoryConfig, NvmeConfig, ServiceConfig
 from ucm.embedded import EmbeddedCache
 from ucm.errors import LeaseExpiredError
 from ucm.hashing import chain_keys
+from ucm.layer_reader import LayerReader, ReaderOptions
+from ucm.load_plan import LoadPlan
 from ucm.manager import Manager
+from ucm.reader_io import open_reader_io
 from ucm.testing.blocks import TINY_LAYOUT, chain, content, get, loaded, meaning, put, tiny_spec
+from ucm.testing.extent_files import wait_for
 from ucm.testing.lanes import IS_DEEP, LANE
 from ucm.testing.oracle import CacheOracle
-from ucm.types import ROOT_KEY, BlockKey, LoadStatus, StoreStatus
+from ucm.testing.slab_pool import SlabPool
+from ucm.types import ROOT_KEY, BlockKey, LoadMode, LoadOrder, LoadStatus, StoreStatus
 
 KIB = 1 << 10
 NUM_CHAINS = 5
@@ -53,6 +58,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.oracle = CacheOracle()
         self.loads: list[tuple[LoadLease, int]] = []
         self.stores: list[tuple[StoreLease, int]] = []
+        self.plans: list[LoadPlan] = []
+        self.io = open_reader_io()
         self.generation = 0
         self.open()
 
@@ -150,6 +157,37 @@ class StoreMachine(RuleBasedStateMachine):
         ready = [block.key for block in lease.blocks if block.status is LoadStatus.READY]
         self.cache.complete_load(lease.id, ready[:1] if as_corrupt else ())
 
+    @rule(number=chains, length=lengths, mode=st.sampled_from(LoadMode))
+    @precondition(lambda self: len(self.plans) < 3)
+    def begin_layers(self, number: int, length: int, mode: LoadMode) -> None:
+        keys = self.keys(number, length)
+        self.plans.append(self.cache.begin_load(self.handle.id, keys, mode=mode, timeout_s=1))
+
+    @rule(order=st.sampled_from(LoadOrder), is_read=st.booleans())
+    @precondition(lambda self: self.plans)
+    def end_layers(self, order: LoadOrder, is_read: bool) -> None:
+        """Whatever happened to its blocks since, also after its time: right bytes, or none."""
+        plan = self.plans.pop(0)
+        if not is_read:
+            self.cache.release(plan.id)
+            return
+        pool = SlabPool(TINY_LAYOUT, len(plan.blocks))
+        options = ReaderOptions(order=order, num_threads=2, request_bytes=1)
+        reader = LayerReader(plan, TINY_LAYOUT, pool, self.io, options)
+        reader.start()
+        count = reader.wait_layer(TINY_LAYOUT.num_layers - 1, 10.0)
+        assert reader.is_done
+        assert reader.cancel(10.0)
+        keys = [block.key for block in plan.blocks]
+        padding = bytes(TINY_LAYOUT.slab_stride_bytes - TINY_LAYOUT.slab_bytes)
+        slabs = range(TINY_LAYOUT.num_layers)
+        found = [
+            b"".join(bytes(pool.view(layer, index)) + padding for layer in slabs)
+            for index in range(count)
+        ]
+        self.oracle.check_get(keys, found)
+        self.cache.complete_load(plan.id, reader.corrupt_keys())
+
     @rule(number=chains, length=lengths)
     @precondition(lambda self: len(self.stores) < 3)
     def begin_store(self, number: int, length: int) -> None:
@@ -193,6 +231,7 @@ class StoreMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         self.loads.clear()
         self.stores.clear()
+        self.plans.clear()
         self.cache.close()
         self.open()
 
@@ -207,6 +246,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not while_open:
             self.loads.clear()
             self.stores.clear()
+            self.plans.clear()
             self.cache.close()
         rng = random.Random(seed)
         with rng.choice(segments).open("r+b") as file:
@@ -240,6 +280,10 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         try:
             self.cache.flush(timeout_s=20)
+            for plan in self.plans:
+                self.cache.release(plan.id)
+            spaces = self.manager._state.namespaces
+            assert wait_for(lambda: not any(each.promotions for each in spaces))
             for number in range(NUM_CHAINS):  # a load waits for promotions that are under way
                 with loaded(self.cache, self.handle, self.keys(number, CHAIN_BLOCKS)):
                     pass
@@ -247,6 +291,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.manager.check_integrity() == []
         finally:
             self.cache.close()
+            self.io.close()
             shutil.rmtree(self.folder)
 
 
