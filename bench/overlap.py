@@ -77,7 +77,7 @@ class OverlapBenchOptions:
     longest_load_s: float = 900.0
     """Ways that would read for longer than this are left out of a cell (null)."""
     decode_rounds: int = 6
-    """Decodes with storing on, and as many with storing off, alternating."""
+    """Decodes with storing on, and as many with storing off, alternating; 0: not measured."""
     decode_tokens: int = 72
     store: Path | None = None
     """The daemon's data folder while measuring; None: a temporary one beside the user's store."""
@@ -164,14 +164,14 @@ def _measure(rig: OverlapRig, options: OverlapBenchOptions, say: Progress) -> Ov
         say(f"computing and storing {longest} tokens")
         rig.fill(longest)
         say("decoding with and without storing")
-        store = _store_overhead(rig, options)
+        store = _store_overhead(rig, options) if options.decode_rounds else None
     for cell in cells_of(options):
         row, runs = _measure_cell(rig, cell, options, say)
         rows.append(row)
         outcome.timelines[str(cell)] = [run.timeline for run in runs]
     outcome.result = {
         "cells": rows,
-        "store_overhead_ratio": store["ratio"],
+        "store_overhead_ratio": store["ratio"] if store is not None else None,
         "store": store,
         "wrong_bytes": sum(row["wrong_bytes"] for row in rows),
     }

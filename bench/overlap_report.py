@@ -26,12 +26,11 @@ COLUMNS = {
 
 def overlap_bench_table(result: Result) -> Table:
     """One row a cell: milliseconds to the first token of every way, and what they come to."""
-    store = result["store"]
+    store, title = result["store"], f"{result['model']} {result['dtype']}"
+    storing = f"; decoding with storing on {100 * store['ratio']:+.1f} %" if store else ""
     table = Table(
-        title=f"{result['model']} {result['dtype']}, {result['threads']} threads: "
-        "milliseconds to the first token",
-        caption=f"{result['wrong_bytes']} wrong bytes; decoding with storing on "
-        f"{100 * store['ratio']:+.1f} %; overlap: 1 - stall / load",
+        title=f"{title}, {result['threads']} threads: milliseconds to the first token",
+        caption=f"{result['wrong_bytes']} wrong bytes{storing}; overlap: 1 - stall / load",
     )
     table.add_column("cell")
     for heading in (*COLUMNS.values(), "over-lap", "same tokens"):

@@ -277,6 +277,7 @@ class _Plan:
             load_layer_s=self._loaded_s[num_blocks] / shape.num_layers,
             comp_layer_s=first_pass_s / shape.num_layers,
             begin_s=shape.queue_s,
+            spread_s=self._estimates.compute_noise * first_pass_s if num_blocks else 0.0,
         )
         return overlap.done_s + self._comp_s(end, shape.num_tokens)
 

@@ -39,7 +39,12 @@ class Overlap:
 
 
 def layerwise(
-    *, num_layers: int, load_layer_s: float, comp_layer_s: float, begin_s: float
+    *,
+    num_layers: int,
+    load_layer_s: float,
+    comp_layer_s: float,
+    begin_s: float,
+    spread_s: float = 0.0,
 ) -> Overlap:
     """A pass that follows the load layer by layer.
 
@@ -48,6 +53,8 @@ def layerwise(
         load_layer_s: to load one layer; the load begins at 0.
         comp_layer_s: to compute one layer.
         begin_s: when the pass can begin at the earliest.
+        spread_s: standard deviation of how much longer computing takes than loading. Where the two
+            take about as long, each waits for the other's bad moments.
 
     Returns:
         Its end; the maximum over l of LoadDone(l) + (num_layers - l) * comp is reached at one of
@@ -55,8 +62,23 @@ def layerwise(
     """
     comp_s = num_layers * comp_layer_s
     load_s = num_layers * load_layer_s
-    done_s = max(begin_s + comp_s, load_layer_s + comp_s, load_s + comp_layer_s)
+    done_s = expected_max(
+        max(begin_s, load_layer_s) + comp_s, load_s + comp_layer_s, spread_s=spread_s
+    )
     return Overlap(done_s=done_s, stall_s=done_s - begin_s - comp_s)
+
+
+def expected_max(first: float, second: float, *, spread_s: float) -> float:
+    """The mean of the larger of two normal variables; `spread_s`: deviation of their difference.
+
+    C. E. Clark, The greatest of a finite set of random variables, Operations Research 9 (1961).
+    """
+    largest, gap = max(first, second), abs(first - second)
+    if gap >= 4 * spread_s:
+        return largest
+    ratio = gap / spread_s
+    density = math.exp(-0.5 * ratio * ratio) / math.sqrt(2 * math.pi)
+    return largest + spread_s * density - gap * 0.5 * math.erfc(ratio / math.sqrt(2))
 
 
 def read_ahead_layers(

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm.load_pipeline import BackLoad, claim, layerwise, meet, read_ahead_layers
+from ucm.load_pipeline import (
+    BackLoad,
+    claim,
+    expected_max,
+    layerwise,
+    meet,
+    read_ahead_layers,
+)
 
 SECONDS = st.floats(0.0, 10.0)
 
@@ -26,6 +35,18 @@ def test_a_layerwise_pass(num_layers: int, load_s: float, comp_s: float, begin_s
     )
     assert overlap.done_s == pytest.approx(played(num_layers, load_s, comp_s, begin_s))
     assert overlap.stall_s == pytest.approx(overlap.done_s - begin_s - num_layers * comp_s)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "spread_s"), [(5, 5, 1), (5, 6, 1), (9, 5, 2), (1, 9, 1)]
+)
+def test_the_larger_of_two_uncertain_times(first: float, second: float, spread_s: float) -> None:
+    rng = random.Random(4)
+    drawn = [max(first + rng.gauss(0, spread_s), second) for _ in range(40_000)]
+    found = expected_max(first, second, spread_s=spread_s)
+    assert found == pytest.approx(sum(drawn) / len(drawn), abs=0.03)
+    assert found >= max(first, second)
+    assert expected_max(first, second, spread_s=0.0) == max(first, second)
 
 
 def test_where_loading_is_faster_only_the_first_layer_is_waited_for() -> None:

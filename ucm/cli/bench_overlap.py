@@ -46,6 +46,10 @@ class OverlapOptions:
         list[str] | None, typer.Option(help="nvme (the default) or memory; may be repeated.")
     ] = None
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each way; medians.")] = 1
+    decode_rounds: Annotated[
+        int | None,
+        typer.Option(min=0, help="Decodes with storing on, and as many with it off; 0: none."),
+    ] = None
     model: Annotated[
         str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
     ] = "smollm2-135m"
@@ -106,6 +110,8 @@ def bench_options(options: OverlapOptions) -> OverlapBenchOptions:
         found = replace(found, hit_ratios=tuple(options.hit_ratio))
     if options.context:
         found = replace(found, context_tokens=tuple(options.context))
+    if options.decode_rounds is not None:
+        found = replace(found, decode_rounds=options.decode_rounds)
     if options.tier:
         found = replace(found, tiers=tuple(map(_tier, options.tier)))
     return found
