@@ -246,28 +246,30 @@ class LoadJob:
         with self._changed:
             reader, is_failed = self._reader, self._is_failed
             if reader is None:
-                # Before the plan is there the front is the engine's: one block at a time.
-                end = last if is_failed else min(first + 1, last)
+                end = last if is_failed else first + self._num_claimable(None, first, last)
                 self._given_up = max(self._given_up, end)
                 return end
         end = first + self._num_claimable(reader, first, last)
         reader.give_up_below(end)
         return end
 
-    def _num_claimable(self, reader: LayerReader, first: int, last: int) -> int:
+    def _num_claimable(self, reader: LayerReader | None, first: int, last: int) -> int:
+        """Without a reader all is still to be loaded: the plan is on its way."""
         num_wanted = last - first
         now_s = time.monotonic()
-        if reader.is_done or (self._stop_s is not None and now_s >= self._stop_s):
+        is_done = reader is not None and reader.is_done
+        if is_done or (self._stop_s is not None and now_s >= self._stop_s):
             return num_wanted
         offset = self.task.decision.first_block
-        end = len(self.task.keys) - self._num_from_back(reader)
+        end = len(self.task.keys) - (self._num_from_back(reader) if reader is not None else 0)
         whole = (end - first) * self._layout.num_layers * self._layout.slab_bytes
+        bytes_left = whole if reader is None else reader.bytes_left()
         count = claim_blocks(
             self._model,
             self.task.decision.shape,
             offset + first,
             offset + end,
-            partial_bytes=max(0, whole - reader.bytes_left()),
+            partial_bytes=max(0, whole - bytes_left),
         )
         if not count and self._stop_s is None:
             self._stop_s = now_s + self.task.patience_s

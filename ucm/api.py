@@ -41,7 +41,8 @@ class NamespaceHandle:
     id: NamespaceId
     layout: KvLayout
     max_read_bytes_per_s: int = 0
-    """What a client that reads extents itself may read in a second; 0 is no limit."""
+    """What a client that reads extents itself may read in a second; 0 is no limit. Its plans carry
+    the limit, and `ucm.layer_reader` keeps to it."""
 
 
 @dataclass(frozen=True, slots=True)

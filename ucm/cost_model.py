@@ -28,7 +28,10 @@ from .robust_fit import RobustFit
 from .types import LoadMode, TierKind
 
 MIN_MEASURED = 3
-"""Measurements before a rate counts as measured."""
+"""Measurements before a rate counts as measured, for people and for corrections."""
+MIN_LOADS = 1
+"""Loads before a tier's rate is taken instead of a relative's or the prior: a single one says more
+than any belief, and how much it counts beside the prior the fit knows."""
 MIN_PASS_TOKENS = 8
 """Smaller passes are decodes: they are bound by memory and say nothing of a prefill."""
 MAX_BIAS = 2.0
@@ -371,7 +374,7 @@ class CostModel:
         for way in modes:
             for beside in (is_computing, not is_computing):
                 rate = self._loads.get((tier, way, beside))
-                if rate is not None and rate.fit.num_observations >= MIN_MEASURED:
+                if rate is not None and rate.fit.num_observations >= MIN_LOADS:
                     return rate.seconds(num_bytes) * self._penalty(own, way)
         return self._rate(tier, own, is_computing).seconds(num_bytes)
 

@@ -16,7 +16,7 @@ Invariants
       whatever the disk does, and nothing below is written after it.
     * Nothing raises for a block. Threads are at most `MAX_THREADS` in the process, so that hung
       reads cannot pile up: a reader that gets none says so (`error`) and every block is missing.
-    * A plan whose time is up is not begun on any more.
+    * A plan whose time is up is not begun on any more. Its limit on reads is kept to.
 
 Envelope: a step's hand-over costs some 15 us; threads of a reader start in 0.1 ms each.
 """
@@ -306,6 +306,20 @@ class LayerReader:
             if self._num_isolating:
                 self._settled.notify_all()
 
+    def wait_turn(self, block: int, num_bytes: int) -> bool:
+        """See `WriteGate.wait_turn`. Nothing is being written meanwhile: `cancel` need not wait."""
+        limit = self.plan.read_limit
+        delay_s = limit.take(num_bytes) if limit is not None else 0.0
+        if limit is None or delay_s <= 0:
+            return True
+        with self._work:
+            is_useless = self._work.wait_for(
+                lambda: self._is_cancelled or not self._ledger.is_wanted(block), delay_s
+            )
+        if is_useless:
+            limit.take(-num_bytes)
+        return not is_useless
+
     def wait_checksums(self, block: int) -> SlabChecksums | None:
         """See `WriteGate.wait_checksums`."""
         sums = self._mover.checksums.get(block)
@@ -340,12 +354,12 @@ class LayerReader:
             self._leave()
 
     def _trace(self, step: Step, begun_us: int) -> None:
-        """Tell who looks; a block that was read whole belongs to no layer."""
+        """Tell who looks; from the back, blocks are read whole and belong to no layer."""
         trace = tracing.active()
         if trace is None:
             return
-        is_whole = step.stop_layer - step.first_layer == self._layout.num_layers
-        layers = (-1, 0) if is_whole else (step.first_layer, step.stop_layer - step.first_layer)
+        count = step.stop_layer - step.first_layer
+        layers = (-1, 0) if self._from_back else (step.first_layer, count)
         blocks = (step.first_block, step.stop_block - step.first_block)
         trace.add(Track.LOAD, begun_us, tracing.now_us(), layers=layers, blocks=blocks)
 

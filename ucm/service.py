@@ -24,12 +24,12 @@ from .config import Config
 from .credits import Credit, Pacer, ThreadShares
 from .door import SessionTokens
 from .errors import InvalidArgumentError
-from .grants import ManagerStatus, NamespaceStatus, ShareStatus, TierStatus
 from .hashing import check_key
 from .manager import Manager
 from .plan_wire import mode_from_wire, plan_to_wire
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
+from .status_wire import status_to_wire
 from .types import NamespaceId, StoreStatus
 from .wire import (
     LOAD_STATUS_TO_WIRE,
@@ -296,57 +296,3 @@ class AdminService(pb_grpc.AdminServicer):
         with translated(context):
             self._drain()
             return pb.DrainReply()
-
-
-def status_to_wire(status: ManagerStatus) -> pb.StatusReply:
-    """A snapshot as a message."""
-    return pb.StatusReply(
-        state=status.state,
-        num_sessions=status.num_sessions,
-        num_leases=status.num_leases,
-        leased_bytes=status.leased_bytes,
-        write_queue_blocks=status.write_queue_blocks,
-        write_queue_bytes=status.write_queue_bytes,
-        tiers=[_tier_to_wire(tier) for tier in status.tiers],
-        namespaces=[_namespace_to_wire(namespace) for namespace in status.namespaces],
-        problems=status.problems,
-        rejected_admissions=status.rejected_admissions,
-    )
-
-
-def _tier_to_wire(tier: TierStatus) -> pb.TierStatus:
-    return pb.TierStatus(
-        tier=TIER_TO_WIRE[tier.kind],
-        used_bytes=tier.used_bytes,
-        capacity_bytes=tier.capacity_bytes,
-        num_blocks=tier.num_blocks,
-        quarantined_slots=tier.quarantined_slots,
-        writable=tier.writable,
-        reason=tier.reason,
-        io=tier.io,
-        io_reason=tier.io_reason,
-    )
-
-
-def _namespace_to_wire(namespace: NamespaceStatus) -> pb.NamespaceStatus:
-    return pb.NamespaceStatus(
-        namespace=namespace.id,
-        num_blocks=namespace.num_blocks,
-        memory_blocks=namespace.memory_blocks,
-        nvme_blocks=namespace.nvme_blocks,
-        block_bytes=namespace.block_bytes,
-        num_sessions=namespace.num_sessions,
-        problem=namespace.problem,
-        tenant=namespace.tenant,
-        shares=[_share_to_wire(share) for share in namespace.shares],
-        pinned_bytes=namespace.pinned_bytes,
-    )
-
-
-def _share_to_wire(share: ShareStatus) -> pb.TierShare:
-    return pb.TierShare(
-        tier=TIER_TO_WIRE[share.kind],
-        held_bytes=share.held_bytes,
-        quota_bytes=share.quota_bytes,
-        reserved_bytes=share.reserved_bytes,
-    )

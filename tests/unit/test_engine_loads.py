@@ -2,104 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from ucm.clock import SimClock
-from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.hook import LoadRequest, LoadStart
-from ucm.engine.request import RequestResult
-from ucm.engine.sampling import SamplingParams
-from ucm.engine.scheduler import SchedulerOptions
-from ucm.testing.fake_hook import DictHook
-from ucm.testing.fake_loading_hook import FakeLoadingHook, LoadScript, script_source
-from ucm.testing.fake_model import FakeModel, FakeTokenizer, reference_tokens
+from ucm.testing.fake_loading_hook import LoadScript
+from ucm.testing.virtual_engine import (
+    NUM_SLABS,
+    OTHER,
+    PROMPT,
+    STEP_US,
+    TimedModel,
+    VirtualEngine,
+    expect,
+    greedy,
+)
 from ucm.types import LoadOrder
-
-PROMPT = list(range(3, 36))  # 33 tokens: 8 full blocks of 4, and a token
-OTHER = [90, *range(40, 72)]
-MODEL = FakeModel()
-NUM_LAYERS = MODEL.config.num_layers
-NUM_SLABS = 8 * NUM_LAYERS
-STEP_US = 10_000
-
-
-@dataclass(slots=True)
-class TimedModel(FakeModel):
-    """A pass takes 10 ms of virtual time."""
-
-    clock: SimClock | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        assert self.clock is not None
-        logits = FakeModel.forward(self, *args, **kwargs)
-        self.clock.advance_us(STEP_US)
-        return logits
-
-
-def greedy(max_tokens: int = 6, **settings: Any) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **settings)
-
-
-class Bench:
-    """An engine over a hook that has two prompts' blocks."""
-
-    def __init__(self, *scripts: LoadScript, num_blocks: int = 64, **limits: Any) -> None:
-        self.clock = SimClock()
-        self.hook = FakeLoadingHook(self.clock, script_source(scripts))
-        self.hook.blocks = dict(computed_blocks())
-        options = EngineOptions(
-            num_blocks=num_blocks,
-            block_tokens=4,
-            scheduler=SchedulerOptions(
-                max_sequences=8, max_step_tokens=32, prefill_chunk_tokens=16, **limits
-            ),
-        )
-        self.model = TimedModel(clock=self.clock)
-        self.engine = Engine(self.model, FakeTokenizer(), options, self.hook, self.clock)
-        self.results: dict[str, RequestResult] = {}
-        self.num_events: dict[str, int] = {}
-
-    def add(self, prompt: Sequence[int], params: SamplingParams | None = None) -> str:
-        return self.engine.add_request(prompt, params or greedy())
-
-    def step(self) -> None:
-        for event in self.engine.step():
-            self.num_events[event.request_id] = self.num_events.get(event.request_id, 0) + 1
-            if event.result:
-                self.results[event.request_id] = event.result
-        assert self.engine.check_integrity() == []
-
-    def run(self) -> None:
-        for _ in range(2000):
-            if not self.engine.has_work:
-                break
-            self.step()
-        assert not self.engine.has_work, "a request is lost"
-        assert self.hook.faults == []
-        assert self.hook.loads == {}, "a load was not ended"
-
-    def tokens(self, name: str) -> tuple[int, ...]:
-        return self.results[name].outputs[0].token_ids
-
-
-def computed_blocks() -> dict[Any, torch.Tensor]:
-    hook = DictHook()
-    engine = Engine(
-        FakeModel(), FakeTokenizer(), EngineOptions(num_blocks=64, block_tokens=4), hook
-    )
-    engine.generate_all([PROMPT, OTHER], greedy(1))
-    engine.close()
-    return hook.blocks
-
-
-def expect(prompt: Sequence[int], num_tokens: int = 6) -> tuple[int, ...]:
-    return reference_tokens(MODEL, prompt, greedy(num_tokens))
-
 
 SCRIPTS = {
     "at once": (LoadScript(), 32),
@@ -124,7 +45,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_however_a_load_goes_the_tokens_are_the_same(name: str) -> None:
     script, num_hook_tokens = SCRIPTS[name]
-    bench = Bench(script)
+    bench = VirtualEngine(script)
     request = bench.add(PROMPT)
     bench.run()
     assert bench.tokens(request) == expect(PROMPT)
@@ -137,7 +58,7 @@ def test_however_a_load_goes_the_tokens_are_the_same(name: str) -> None:
 
 
 def test_a_load_alone_is_followed_layer_by_layer() -> None:
-    bench = Bench(LoadScript(slab_us=(20_000,)))
+    bench = VirtualEngine(LoadScript(slab_us=(20_000,)))
     request = bench.add(PROMPT)
     bench.step()
     assert bench.num_events == {request: 1}, "one pass, which waited"
@@ -150,7 +71,7 @@ def test_a_load_alone_is_followed_layer_by_layer() -> None:
 
 
 def test_a_step_is_reported_by_its_parts() -> None:
-    bench = Bench()
+    bench = VirtualEngine()
     bench.hook.blocks.clear()
     bench.add(PROMPT[:4], greedy(9))
     bench.step()
@@ -167,7 +88,7 @@ def test_a_step_is_reported_by_its_parts() -> None:
 
 
 def test_decodes_go_on_while_a_load_is_slow() -> None:
-    bench = Bench(LoadScript(slab_us=(30_000,)))
+    bench = VirtualEngine(LoadScript(slab_us=(30_000,)))
     decode = bench.add([1, 2, 3], greedy(100))
     bench.step()
     slow = bench.add(PROMPT)
@@ -182,7 +103,9 @@ def test_decodes_go_on_while_a_load_is_slow() -> None:
 
 
 def test_a_large_load_holds_up_no_small_one_and_no_other_request() -> None:
-    bench = Bench(LoadScript(slab_us=(100_000,)), LoadScript(slab_us=(5_000,)), num_blocks=128)
+    bench = VirtualEngine(
+        LoadScript(slab_us=(100_000,)), LoadScript(slab_us=(5_000,)), num_blocks=128
+    )
     decode = bench.add([1, 2, 3], greedy(400))
     bench.step()
     large = bench.add(PROMPT)
@@ -202,14 +125,14 @@ def test_a_large_load_holds_up_no_small_one_and_no_other_request() -> None:
 
 
 def test_when_nothing_else_can_run_the_smallest_load_is_followed() -> None:
-    bench = Bench(LoadScript(slab_us=(100_000,)), LoadScript(slab_us=(100_000,)))
+    bench = VirtualEngine(LoadScript(slab_us=(100_000,)), LoadScript(slab_us=(100_000,)))
     large, small = bench.add(PROMPT), bench.add(OTHER[:14])
     bench.run()
     assert list(bench.results) == [small, large]
 
 
 def test_a_bad_estimate_costs_no_more_than_the_deadline() -> None:
-    bench = Bench(LoadScript(slab_us=(10_000,), hung_slab=3, optimism=0.0))
+    bench = VirtualEngine(LoadScript(slab_us=(10_000,), hung_slab=3, optimism=0.0))
     decode = bench.add([1, 2, 3], greedy(30))
     bench.step()
     hung = bench.add(PROMPT)
@@ -220,7 +143,7 @@ def test_a_bad_estimate_costs_no_more_than_the_deadline() -> None:
 
 
 def test_a_load_that_never_ends_is_ended() -> None:
-    bench = Bench(LoadScript(hung_slab=3), max_load_s=0.5)
+    bench = VirtualEngine(LoadScript(hung_slab=3), max_load_s=0.5)
     decode = bench.add([1, 2, 3], greedy(200))
     bench.step()
     hung = bench.add(PROMPT)
@@ -234,7 +157,7 @@ def test_a_load_that_never_ends_is_ended() -> None:
 def test_a_second_request_waits_for_the_first_ones_load_and_shares_it(
     bad_slab: int | None,
 ) -> None:
-    bench = Bench(LoadScript(slab_us=(5_000,), bad_slab=bad_slab))
+    bench = VirtualEngine(LoadScript(slab_us=(5_000,), bad_slab=bad_slab))
     decode = bench.add([1, 2, 3], greedy(100))
     bench.step()
     first, second = bench.add(PROMPT), bench.add([*PROMPT, 7])
@@ -247,7 +170,7 @@ def test_a_second_request_waits_for_the_first_ones_load_and_shares_it(
 
 
 def test_blocks_are_not_findable_before_they_are_verified() -> None:
-    bench = Bench(LoadScript(slab_us=(50_000,)))
+    bench = VirtualEngine(LoadScript(slab_us=(50_000,)))
     bench.add([1, 2, 3], greedy(100))
     bench.step()
     bench.add(PROMPT)
@@ -259,7 +182,7 @@ def test_blocks_are_not_findable_before_they_are_verified() -> None:
 
 
 def test_aborting_a_loading_request_ends_its_load_and_frees_what_is_not_held() -> None:
-    bench = Bench(LoadScript(slab_us=(5_000,), write_us=40_000))
+    bench = VirtualEngine(LoadScript(slab_us=(5_000,), write_us=40_000))
     bench.add([1, 2, 3], greedy(30))
     bench.step()
     slow = bench.add(PROMPT)
@@ -278,7 +201,7 @@ def test_aborting_a_loading_request_ends_its_load_and_frees_what_is_not_held() -
 
 
 def test_a_loading_request_can_be_preempted() -> None:
-    bench = Bench(LoadScript(slab_us=(50_000,)), num_blocks=13)
+    bench = VirtualEngine(LoadScript(slab_us=(50_000,)), num_blocks=13)
     decode = bench.add([1, 2, 3], greedy(40))
     bench.step()
     slow = bench.add(PROMPT)
@@ -290,7 +213,7 @@ def test_a_loading_request_can_be_preempted() -> None:
 
 def test_held_blocks_are_exchanged_or_the_request_waits_for_them() -> None:
     script = LoadScript(hung_slab=8 + 5, slab_us=(10,), write_us=3_000_000)
-    bench = Bench(script, num_blocks=10)
+    bench = VirtualEngine(script, num_blocks=10)
     request = bench.add(PROMPT, greedy(8))
     for _ in range(400):
         if bench.engine.has_work:
@@ -302,7 +225,7 @@ def test_held_blocks_are_exchanged_or_the_request_waits_for_them() -> None:
 
 
 def test_an_error_of_the_model_leaves_a_load_joined_to_the_pass_alone() -> None:
-    bench = Bench(LoadScript(slab_us=(1_000,)))
+    bench = VirtualEngine(LoadScript(slab_us=(1_000,)))
     failures = [True, True]
 
     class Flaky(TimedModel):
@@ -334,7 +257,7 @@ def test_an_error_of_the_model_leaves_a_load_joined_to_the_pass_alone() -> None:
     ],
 )
 def test_a_load_of_blocks_that_were_not_asked_for_is_void(answer: LoadStart) -> None:
-    bench = Bench()
+    bench = VirtualEngine()
     begin: Callable[[LoadRequest], LoadStart] = bench.hook.start_load
 
     def lie(request: LoadRequest) -> LoadStart:
@@ -370,7 +293,7 @@ BACK_SCRIPTS = {
 @pytest.mark.parametrize("chunk", [3, 4, 16])
 @pytest.mark.parametrize("name", BACK_SCRIPTS)
 def test_computing_from_the_front_meets_a_load_from_the_back(name: str, chunk: int) -> None:
-    bench = Bench(BACK_SCRIPTS[name])
+    bench = VirtualEngine(BACK_SCRIPTS[name])
     object.__setattr__(bench.engine.options.scheduler, "prefill_chunk_tokens", chunk)
     request = bench.add(PROMPT)
     bench.run()
@@ -386,7 +309,7 @@ def test_computing_from_the_front_meets_a_load_from_the_back(name: str, chunk: i
 
 
 def test_others_run_while_a_hybrid_is_under_way() -> None:
-    bench = Bench(LoadScript(order=BACK, slab_us=(4_000,)))
+    bench = VirtualEngine(LoadScript(order=BACK, slab_us=(4_000,)))
     decode = bench.add([1, 2, 3], greedy(60))
     bench.step()
     hybrid, twin = bench.add(PROMPT), bench.add([*PROMPT, 9])
@@ -398,7 +321,7 @@ def test_others_run_while_a_hybrid_is_under_way() -> None:
 
 
 def test_aborting_and_preempting_a_hybrid() -> None:
-    bench = Bench(LoadScript(order=BACK, slab_us=(40_000,), write_us=10_000), num_blocks=13)
+    bench = VirtualEngine(LoadScript(order=BACK, slab_us=(40_000,), write_us=10_000), num_blocks=13)
     decode = bench.add([1, 2, 3], greedy(40))
     bench.step()
     hybrid = bench.add(PROMPT)

@@ -46,6 +46,7 @@ LAYERS = {
     "ucm.doctor": 4,
     "ucm.sockets": 4,
     "ucm.wire": 4,
+    "ucm.status_wire": 4,
     "ucm.plan_wire": 4,
     "ucm.segment_files": 4,
     "ucm.remote_plans": 4,

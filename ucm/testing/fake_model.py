@@ -106,8 +106,9 @@ class FakeModel:
         # [blocks, 2, heads, rows, 3] -> [2 * heads, positions, 3]
         slabs = kv_layer[block_ids, :, :, :, :3].permute(1, 2, 0, 3, 4)
         rows = slabs.reshape(-1, len(block_ids) * size, 3)[:, :length]
-        # Heads, and keys and values, hold the same here: any difference is a damaged row.
-        if not bool((rows == rows[0]).all()):
+        # Heads, and keys and values, hold the same here: any difference is a damaged row. Rows
+        # behind the last token are masked by real attention, but 0 times NaN is NaN.
+        if not bool((rows == rows[0]).all()) or not bool(slabs.isfinite().all()):
             return -1
         return _fold(rows[0].to(torch.int64).numpy())
 
