@@ -7,6 +7,7 @@ Invariants
     * Nothing raises because of the cache: a load that does not come is an empty load.
     * Every plan that was granted is completed once, with the keys of the blocks that were bad.
     * A place that a hung read may still write to is held until the read has returned.
+    * After `close` every load is done and empty: the engine may still ask.
     * What a load and a pass took is told to the cost model, which decides on the next ones.
 
 Envelope: a start costs one decision (0.3 ms at 3 k tokens), an end some 50 us.
@@ -45,6 +46,12 @@ STRAGGLER_POLL_S = 0.05
 MAX_DECISIONS = 64
 MAIN_SOURCE_SHARE = 0.9
 """A load teaches the rate of one tier only: that of so much of its blocks, or none."""
+
+
+NOTHING_LEFT = JobState(
+    is_done=True, num_good=0, num_layers_ready=0, num_from_back=0, bytes_left=0, stall_s=0.0
+)
+"""Of a load that `close` has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,19 +133,25 @@ class LoadDesk:
         """Begin a load; returns at once."""
         job = LoadJob(task, self._layout, self.model)
         self._jobs[task.request_id] = job
-        self._submit(lambda: self._open(job))
+        if self._is_closing:
+            job.fail()
+        else:
+            self._submit(lambda: self._open(job))
 
     def state(self, request_id: str) -> JobState:
         """How far a load is."""
-        return self._jobs[request_id].state()
+        job = self._jobs.get(request_id)
+        return NOTHING_LEFT if job is None else job.state()
 
     def wait_layer(self, layer: int, request_id: str) -> int:
         """See `LoadJob.wait_layer`."""
-        return self._jobs[request_id].wait_layer(layer)
+        job = self._jobs.get(request_id)
+        return 0 if job is None else job.wait_layer(layer)
 
     def claim(self, request_id: str, first: int, last: int) -> int:
         """See `LoadJob.claim`."""
-        return self._jobs[request_id].claim(first, last)
+        job = self._jobs.get(request_id)
+        return last if job is None else job.claim(first, last)
 
     def wait_some(self, timeout_s: float) -> None:
         """Block until a load made progress, at most `timeout_s`."""
@@ -146,8 +159,10 @@ class LoadDesk:
         self._progress.clear()
 
     def end(self, request_id: str) -> int:
-        """End a load; returns its good blocks."""
-        job = self._jobs.pop(request_id)
+        """End a load; returns its good blocks, none when `close` has ended it."""
+        job = self._jobs.pop(request_id, None)
+        if job is None:
+            return 0
         outcome = job.end()
         self._counter.add_stall(job.stalled_s, job.task.spent_s + job.stalled_s)
         self._moved_bytes += outcome.moved_bytes
@@ -197,7 +212,10 @@ class LoadDesk:
             self._work.notify_all()
         self._thread.join(2 * self._options.deadline_s)
         self._caller.close()
-        if not self._stragglers:
+        with self._work:
+            self._release_stragglers_locked()
+            is_idle = not self._stragglers
+        if is_idle:
             self._io.close()
 
     def _count(self, task: LoadTask, outcome: JobOutcome) -> None:
@@ -248,7 +266,10 @@ class LoadDesk:
 
     def _run(self) -> None:
         while (errand := self._next()) is not None:
-            errand()
+            try:
+                errand()
+            except Exception:
+                log.exception("a load failed in an unforeseen way")
 
     def _next(self) -> Callable[[], None] | None:
         """What to do now; None when all is done and the desk closes."""
@@ -270,15 +291,19 @@ class LoadDesk:
         self._stragglers = waiting
 
     def _open(self, job: LoadJob) -> None:
-        task, patience_s = job.task, job.task.patience_s
+        task = job.task
 
         def begin(connection: Connection) -> LoadPlan:
-            return connection.cache.begin_load(
-                connection.namespace.id, task.keys, mode=task.decision.mode, timeout_s=patience_s
-            )
+            namespace, mode = connection.namespace.id, task.decision.mode
+            cache = connection.cache
+            return cache.begin_load(namespace, task.keys, mode=mode, timeout_s=task.patience_s)
 
         plan = self._link.attempt(
-            self._caller, begin, patience_s, on_late=lambda link, late: link.cache.release(late.id)
+            self._caller,
+            begin,
+            # Not the patience that is left: a cache that is a little late for it is not broken.
+            self._options.deadline_s,
+            on_late=lambda link, late: link.cache.release(late.id),
         ).value
         if not job.open(plan, lambda *wanted: self._reader(job, *wanted)) and plan is not None:
             self._complete(plan, ())

@@ -9,6 +9,7 @@ Invariants
     * `end` is called once. A plan that arrives after it is given back, unread.
     * All waiting of one job, over all its layers, ends `patience_s` after the first wait for it:
       what is not there by then is a miss, and later waits return at once.
+    * A job to which nothing came for `patience_s` is done, whoever hangs: its request computes.
 
 Envelope: a call costs some 20 us, the waiting left out.
 """
@@ -112,6 +113,9 @@ class LoadJob:
         self._is_joined = False
         self._given_up = 0
         self._stop_s: float | None = None
+        self._news_s = time.monotonic()
+        """When something came, as far as the engine has looked."""
+        self._bytes_left = self.total_bytes
         self.stalled_s = 0.0
         """What the engine has waited for its layers."""
 
@@ -137,15 +141,24 @@ class LoadJob:
         with self._changed:
             if self._is_ended:
                 return False
-            if plan is None or not plan.num_ready:
-                self._is_failed = True
-            else:
-                self._reader = make_reader(plan, self._reader_options())
-                if self._given_up:
-                    self._reader.give_up_below(self._given_up)
-            self._plan = plan
             self._changed.notify_all()
+            self._plan, self._is_failed = plan, True  # and so it stays if making a reader fails
+            if plan is not None and self._is_of_use(plan):
+                reader = make_reader(plan, self._reader_options())
+                if self._given_up:
+                    reader.give_up_below(self._given_up)
+                self._reader, self._is_failed = reader, False
             return True
+
+    def fail(self) -> None:
+        """Nothing will come."""
+        with self._changed:
+            self._is_failed = True
+            self._changed.notify_all()
+
+    def _is_of_use(self, plan: LoadPlan) -> bool:
+        """From the back, a plan without the last block would leave a gap in the chain."""
+        return plan.num_ready >= (len(self.task.keys) if self._is_from_back else 1)
 
     def _reader_options(self) -> ReaderOptions:
         decision = self.task.decision
@@ -158,7 +171,7 @@ class LoadJob:
         with self._changed:
             reader, is_failed = self._reader, self._is_failed
         if reader is None:
-            return self._unread_state(is_done=is_failed)
+            return self._unread_state(is_done=is_failed or self._is_hung(self.total_bytes))
         num_ready = reader.num_layers_ready()
         is_behind = not self._is_from_back and num_ready < self._layout.num_layers
         if is_behind and not self._is_joined:
@@ -166,13 +179,20 @@ class LoadJob:
             reader.wait_layer(num_ready, 0.0)
         bytes_left = reader.bytes_left()
         return JobState(
-            is_done=reader.is_done,
+            is_done=reader.is_done or self._is_hung(bytes_left),
             num_good=reader.wait_layer(-1, 0.0),
             num_layers_ready=num_ready,
             num_from_back=self._num_from_back(reader),
             bytes_left=bytes_left,
             stall_s=self._stall_s(num_ready, bytes_left),
         )
+
+    def _is_hung(self, bytes_left: int) -> bool:
+        """Whether nothing came for so long that the request is better off without."""
+        now_s = time.monotonic()
+        if bytes_left != self._bytes_left:
+            self._bytes_left, self._news_s = bytes_left, now_s
+        return now_s - self._news_s >= self.task.patience_s
 
     def _unread_state(self, *, is_done: bool) -> JobState:
         num_bytes = 0 if is_done else self.total_bytes
@@ -209,10 +229,8 @@ class LoadJob:
         return TierKind.NVME if TierKind.NVME in self.task.tiers else TierKind.MEMORY
 
     def _num_from_back(self, reader: LayerReader) -> int:
-        """At the task's end: none when the cache granted fewer blocks than were asked for."""
-        if not self._is_from_back or reader.plan.num_ready < len(self.task.keys):
-            return 0
-        return reader.num_blocks_ready_from_back()
+        """At the task's end."""
+        return reader.num_blocks_ready_from_back() if self._is_from_back else 0
 
     def wait_layer(self, layer: int) -> int:
         """Block until the layer is settled or patience is over.

@@ -108,7 +108,10 @@ class LoadProgress(Protocol):
         """Leading PROMOTING blocks that have not failed."""
 
     def checksums(self, index: int) -> SlabChecksums:
-        """Of PROMOTING block `index`; valid once its slab of layer 0 is done."""
+        """Of PROMOTING block `index`, once its slab of layer 0 is done.
+
+        Empty when the load has ended: they could be those of another one by now.
+        """
 
     def wait(self, num_slabs: int, timeout_s: float) -> bool:
         """Block until `num_done() >= num_slabs`; False when time is up, or the cache is gone."""

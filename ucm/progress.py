@@ -127,6 +127,8 @@ class ProgressArea:
         self._signal()
 
     def _signal(self) -> None:
+        if self.event_fd < 0:  # the session has ended; a lease that is being rechecked has not
+            return
         with contextlib.suppress(BlockingIOError):  # a client filled the counter: it is awake
             os.eventfd_write(self.event_fd, 1)
 
@@ -290,7 +292,8 @@ class SharedProgress:
     def checksums(self, index: int) -> SlabChecksums:
         """See `LoadProgress.checksums`."""
         start = HEADER_WORDS + index * self._num_layers
-        return tuple(self._words[start : start + self._num_layers].tolist())
+        found = tuple(self._words[start : start + self._num_layers].tolist())
+        return found if self._is_alive() else ()
 
     def wait(self, num_slabs: int, timeout_s: float) -> bool:
         """See `LoadProgress.wait`."""

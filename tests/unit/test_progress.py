@@ -186,3 +186,32 @@ def test_the_tally_counts_like_a_table(
             assert not layers[i] or progress.checksums(i) == (i,) * num_layers
     area.free(region)
     area.close()
+
+
+def test_checksums_of_the_next_load_in_a_region_are_not_taken_for_ones_own(
+    area: ProgressArea,
+) -> None:
+    first = area.reserve(1, 3)
+    assert first is not None
+    first.put_checksums(0, (1, 2, 3))
+    first.publish(3, 1)
+    held_up = client_of(area).of(first.place, 1, 3)
+    assert held_up is not None
+    assert held_up.num_usable() == 1
+    area.free(first)
+    second = area.reserve(1, 3)
+    assert second is not None
+    assert second.place.offset == first.place.offset
+    second.put_checksums(0, (7, 8, 9))
+    second.publish(3, 1)
+    assert held_up.checksums(0) == ()
+
+
+def test_a_load_may_outlive_its_session(area: ProgressArea) -> None:
+    """Corrupt blocks are looked at again under their lease, and the client dies meanwhile."""
+    region = area.reserve(1, 3)
+    assert region is not None
+    area.close()
+    region.publish(1, 1)
+    area.free(region)
+    assert area.used_bytes == 0

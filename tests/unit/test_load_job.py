@@ -1,0 +1,205 @@
+"""One request's load: when it waits, when it gives up, and what it says is in the pool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ucm.connectors.load_job import LoadJob, LoadTask
+from ucm.cost_model import CostModel
+from ucm.layer_reader import LayerReader, ReaderOptions
+from ucm.load_decision import LoadKind, LoadShape, forced
+from ucm.load_plan import LoadPlan
+from ucm.storage.file_io import FileIo, PosixFileIo
+from ucm.testing.extent_files import PAGE_LAYOUT, ExtentFile, GatedIo, wait_for
+from ucm.testing.slab_pool import SlabPool, slabs_of
+from ucm.types import LoadStatus, TierKind
+
+NUM_BLOCKS = 4
+LAST = PAGE_LAYOUT.num_layers - 1
+BLOCK_BYTES = PAGE_LAYOUT.num_layers * PAGE_LAYOUT.slab_bytes
+PATIENCE_S = 0.1
+LONG_S = 10.0
+
+
+class Desk:
+    """A job over a file of our own, and what the desk does for it."""
+
+    def __init__(self, folder: Path, kind: LoadKind, io: FileIo, patience_s: float) -> None:
+        self.file = ExtentFile(folder / "0000.seg", PAGE_LAYOUT, NUM_BLOCKS)
+        self.pool = SlabPool(PAGE_LAYOUT, NUM_BLOCKS)
+        self.held: list[int] = []
+        self._io = io
+        model = CostModel()
+        shape = LoadShape(
+            num_tokens=(NUM_BLOCKS + 1) * PAGE_LAYOUT.block_tokens,
+            num_local_tokens=0,
+            tiers=(TierKind.NVME,) * NUM_BLOCKS,
+            block_tokens=PAGE_LAYOUT.block_tokens,
+            block_bytes=BLOCK_BYTES,
+            num_layers=PAGE_LAYOUT.num_layers,
+            can_direct=True,
+        )
+        task = LoadTask(
+            request_id="r",
+            keys=tuple(self.file.keys),
+            tiers=shape.tiers,
+            target=self.pool,
+            hold=self._hold,
+            decision=forced(kind)(model, shape),
+            patience_s=patience_s,
+        )
+        self.job = LoadJob(task, PAGE_LAYOUT, model)
+
+    def _hold(self, places: Sequence[int]) -> Callable[[], None]:
+        self.held.extend(places)
+        return self.held.clear
+
+    def reader(self, plan: LoadPlan, options: ReaderOptions) -> LayerReader:
+        reader = LayerReader(plan, PAGE_LAYOUT, self.pool, self._io, options)
+        reader.start()
+        return reader
+
+    def open(self, plan: LoadPlan | None = None) -> bool:
+        return self.job.open(plan or self.file.plan(), self.reader)
+
+
+def lacking_last(plan: LoadPlan) -> LoadPlan:
+    """The cache had lost the chain's last block by the time it was asked."""
+    lost = replace(plan.blocks[-1], status=LoadStatus.MISS, source=None)
+    return replace(plan, blocks=(*plan.blocks[:-1], lost))
+
+
+@pytest.fixture
+def gate() -> Iterator[GatedIo]:
+    io = GatedIo()
+    yield io
+    io.open_gate()
+
+
+def no_reader(_plan: LoadPlan, _options: ReaderOptions) -> LayerReader:
+    raise AssertionError("there is nothing to read")
+
+
+@pytest.mark.parametrize("kind", [LoadKind.LOAD_ALL, LoadKind.HYBRID])
+def test_a_load_that_nobody_hurries_comes_whole(tmp_path: Path, kind: LoadKind) -> None:
+    desk = Desk(tmp_path, kind, PosixFileIo(io_threads=1), LONG_S)
+    assert desk.job.state().bytes_left == NUM_BLOCKS * BLOCK_BYTES
+    assert desk.open()
+    assert wait_for(lambda: desk.job.state().is_done)
+    state = desk.job.state()
+    assert (state.bytes_left, state.stall_s) == (0, 0.0)
+    outcome = desk.job.end()
+    assert (outcome.num_good, outcome.corrupt, outcome.straggler) == (NUM_BLOCKS, (), None)
+    for number in range(NUM_BLOCKS):
+        assert desk.pool.block(number) == slabs_of(desk.file.data[number], PAGE_LAYOUT)
+
+
+@pytest.mark.parametrize("kind", [LoadKind.LOAD_ALL, LoadKind.HYBRID])
+def test_while_others_compute_a_hung_read_costs_its_request_no_more_than_patience(
+    tmp_path: Path, gate: GatedIo, kind: LoadKind
+) -> None:
+    """Nobody waits for a layer, and the plan's own time is half a minute."""
+    desk = Desk(tmp_path, kind, gate, PATIENCE_S)
+    assert desk.open()
+    assert gate.wait_arrived()
+    assert not desk.job.state().is_done
+    started_s = time.monotonic()
+    assert wait_for(lambda: desk.job.state().is_done, timeout_s=20 * PATIENCE_S)
+    assert time.monotonic() - started_s >= PATIENCE_S / 2
+    outcome = desk.job.end()
+    assert outcome.num_good == 0
+    if kind is LoadKind.LOAD_ALL:
+        assert outcome.straggler is not None
+        assert desk.held == list(range(NUM_BLOCKS))
+        gate.open_gate()
+        assert outcome.straggler.reader.cancel(LONG_S)
+        outcome.straggler.release()
+    assert not desk.held
+
+
+def test_a_load_to_which_something_comes_goes_on_for_longer_than_patience(
+    tmp_path: Path, gate: GatedIo
+) -> None:
+    desk = Desk(tmp_path, LoadKind.LOAD_ALL, gate, PATIENCE_S)
+    assert desk.open()
+    started_s = time.monotonic()
+    left = desk.job.state().bytes_left
+    while time.monotonic() - started_s < 2 * PATIENCE_S or left:
+        assert gate.wait_arrived()
+        gate.let_one_pass()
+        assert wait_for(lambda before=left: desk.job.state().bytes_left < before)  # type: ignore[misc]
+        left = desk.job.state().bytes_left
+        if not left:
+            break
+        assert not desk.job.state().is_done
+        time.sleep(PATIENCE_S / 2)
+    assert desk.job.state().is_done
+    assert desk.job.end().num_good == NUM_BLOCKS
+
+
+def test_a_cache_that_never_answers_costs_no_more_than_patience(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, LoadKind.LOAD_ALL, PosixFileIo(io_threads=1), PATIENCE_S)
+    assert not desk.job.state().is_done
+    assert wait_for(lambda: desk.job.state().is_done, timeout_s=20 * PATIENCE_S)
+    outcome = desk.job.end()
+    assert (outcome.num_good, outcome.plan) == (0, None)
+    assert not desk.job.open(desk.file.plan(), no_reader), "the plan is the caller's to give back"
+
+
+def test_waits_for_all_layers_share_one_patience(tmp_path: Path, gate: GatedIo) -> None:
+    desk = Desk(tmp_path, LoadKind.LOAD_ALL, gate, PATIENCE_S)
+    assert desk.open()
+    started_s = time.monotonic()
+    assert [desk.job.wait_layer(layer) for layer in range(LAST + 1)] == [0] * (LAST + 1)
+    assert PATIENCE_S <= time.monotonic() - started_s < 5 * PATIENCE_S
+    gate.open_gate()
+    desk.job.end()
+
+
+def test_from_the_back_a_plan_without_the_last_block_is_of_no_use(tmp_path: Path) -> None:
+    """It would be read for nothing, while the engine is told to wait for it."""
+    desk = Desk(tmp_path, LoadKind.HYBRID, PosixFileIo(io_threads=1), LONG_S)
+    plan = lacking_last(desk.file.plan())
+    assert desk.job.open(plan, no_reader)
+    state = desk.job.state()
+    assert (state.is_done, state.num_from_back) == (True, 0)
+    assert desk.job.claim(0, NUM_BLOCKS) == NUM_BLOCKS
+    outcome = desk.job.end()
+    assert (outcome.num_good, outcome.plan) == (0, plan)
+
+
+def test_in_layers_a_plan_without_the_last_block_is_loaded_as_far_as_it_goes(
+    tmp_path: Path,
+) -> None:
+    desk = Desk(tmp_path, LoadKind.LOAD_ALL, PosixFileIo(io_threads=1), LONG_S)
+    assert desk.open(lacking_last(desk.file.plan()))
+    assert desk.job.wait_layer(LAST) == NUM_BLOCKS - 1
+    assert desk.job.end().num_good == NUM_BLOCKS - 1
+
+
+def test_what_was_claimed_before_the_plan_came_is_never_written(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, LoadKind.HYBRID, PosixFileIo(io_threads=1), LONG_S)
+    end = desk.job.claim(0, 2)
+    assert 0 <= end <= 2
+    assert desk.open()
+    assert wait_for(lambda: desk.job.state().is_done)
+    assert desk.job.end().num_good == NUM_BLOCKS - end
+    for number in range(end):
+        assert all(desk.pool.is_untouched(layer, number) for layer in range(LAST + 1))
+
+
+def test_a_reader_that_cannot_be_made_fails_the_load_and_the_plan_is_still_given_back(
+    tmp_path: Path,
+) -> None:
+    desk = Desk(tmp_path, LoadKind.LOAD_ALL, PosixFileIo(io_threads=1), LONG_S)
+    plan = desk.file.plan()
+    with pytest.raises(AssertionError):
+        desk.job.open(plan, no_reader)
+    assert desk.job.state().is_done
+    assert desk.job.wait_layer(0) == 0
+    assert desk.job.end().plan is plan
