@@ -21,6 +21,19 @@ class LoadStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LOAD_STATUS_TIMED_OUT: _ClassVar[LoadStatus]
     LOAD_STATUS_NO_SPACE: _ClassVar[LoadStatus]
 
+class LoadMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOAD_MODE_UNSPECIFIED: _ClassVar[LoadMode]
+    LOAD_MODE_MAPPED: _ClassVar[LoadMode]
+    LOAD_MODE_DIRECT: _ClassVar[LoadMode]
+
+class SourceKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SOURCE_KIND_UNSPECIFIED: _ClassVar[SourceKind]
+    SOURCE_KIND_MEMORY: _ClassVar[SourceKind]
+    SOURCE_KIND_PROMOTING: _ClassVar[SourceKind]
+    SOURCE_KIND_EXTENT: _ClassVar[SourceKind]
+
 class StoreStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     STORE_STATUS_UNSPECIFIED: _ClassVar[StoreStatus]
@@ -47,6 +60,13 @@ LOAD_STATUS_MISS: LoadStatus
 LOAD_STATUS_CORRUPT: LoadStatus
 LOAD_STATUS_TIMED_OUT: LoadStatus
 LOAD_STATUS_NO_SPACE: LoadStatus
+LOAD_MODE_UNSPECIFIED: LoadMode
+LOAD_MODE_MAPPED: LoadMode
+LOAD_MODE_DIRECT: LoadMode
+SOURCE_KIND_UNSPECIFIED: SourceKind
+SOURCE_KIND_MEMORY: SourceKind
+SOURCE_KIND_PROMOTING: SourceKind
+SOURCE_KIND_EXTENT: SourceKind
 STORE_STATUS_UNSPECIFIED: StoreStatus
 STORE_STATUS_WANTED: StoreStatus
 STORE_STATUS_ACCEPTED: StoreStatus
@@ -123,12 +143,16 @@ class NamespaceSpec(_message.Message):
     def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ..., kv_quantization: _Optional[str] = ..., slab_layout: _Optional[str] = ..., rope_kind: _Optional[str] = ..., rope_base: _Optional[float] = ..., rope_scaling: _Optional[str] = ..., position_offset: _Optional[int] = ..., attention_kind: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_stage: _Optional[int] = ..., pp_size: _Optional[int] = ..., first_layer: _Optional[int] = ..., kv_group: _Optional[int] = ..., lora_id: _Optional[str] = ..., lora_path: _Optional[str] = ..., cross_layer: _Optional[str] = ..., accepts_lossy: bool = ...) -> None: ...
 
 class DoorRequest(_message.Message):
-    __slots__ = ("hello", "open_namespace")
+    __slots__ = ("hello", "open_namespace", "open_segment", "open_progress")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OPEN_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    OPEN_SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    OPEN_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     open_namespace: OpenNamespace
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open_namespace: _Optional[_Union[OpenNamespace, _Mapping]] = ...) -> None: ...
+    open_segment: OpenSegment
+    open_progress: OpenProgress
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open_namespace: _Optional[_Union[OpenNamespace, _Mapping]] = ..., open_segment: _Optional[_Union[OpenSegment, _Mapping]] = ..., open_progress: _Optional[_Union[OpenProgress, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "client")
@@ -146,31 +170,49 @@ class OpenNamespace(_message.Message):
     namespace: bytes
     def __init__(self, spec: _Optional[_Union[NamespaceSpec, _Mapping]] = ..., namespace: _Optional[bytes] = ...) -> None: ...
 
+class OpenSegment(_message.Message):
+    __slots__ = ("namespace", "segment")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    segment: int
+    def __init__(self, namespace: _Optional[bytes] = ..., segment: _Optional[int] = ...) -> None: ...
+
+class OpenProgress(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class DoorReply(_message.Message):
-    __slots__ = ("welcome", "opened", "error")
+    __slots__ = ("welcome", "opened", "error", "segment", "progress")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     opened: NamespaceOpened
     error: DoorError
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., opened: _Optional[_Union[NamespaceOpened, _Mapping]] = ..., error: _Optional[_Union[DoorError, _Mapping]] = ...) -> None: ...
+    segment: SegmentOpened
+    progress: ProgressOpened
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., opened: _Optional[_Union[NamespaceOpened, _Mapping]] = ..., error: _Optional[_Union[DoorError, _Mapping]] = ..., segment: _Optional[_Union[SegmentOpened, _Mapping]] = ..., progress: _Optional[_Union[ProgressOpened, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol_version", "daemon_version", "token", "staging_bytes", "max_keys_per_call", "max_message_bytes")
+    __slots__ = ("protocol_version", "daemon_version", "token", "staging_bytes", "max_keys_per_call", "max_message_bytes", "max_read_bytes_per_s")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     DAEMON_VERSION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     STAGING_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_KEYS_PER_CALL_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_READ_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     daemon_version: str
     token: bytes
     staging_bytes: int
     max_keys_per_call: int
     max_message_bytes: int
-    def __init__(self, protocol_version: _Optional[int] = ..., daemon_version: _Optional[str] = ..., token: _Optional[bytes] = ..., staging_bytes: _Optional[int] = ..., max_keys_per_call: _Optional[int] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
+    max_read_bytes_per_s: int
+    def __init__(self, protocol_version: _Optional[int] = ..., daemon_version: _Optional[str] = ..., token: _Optional[bytes] = ..., staging_bytes: _Optional[int] = ..., max_keys_per_call: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_read_bytes_per_s: _Optional[int] = ...) -> None: ...
 
 class NamespaceOpened(_message.Message):
     __slots__ = ("namespace", "arena_bytes")
@@ -179,6 +221,20 @@ class NamespaceOpened(_message.Message):
     namespace: bytes
     arena_bytes: int
     def __init__(self, namespace: _Optional[bytes] = ..., arena_bytes: _Optional[int] = ...) -> None: ...
+
+class SegmentOpened(_message.Message):
+    __slots__ = ("file_id", "is_direct")
+    FILE_ID_FIELD_NUMBER: _ClassVar[int]
+    IS_DIRECT_FIELD_NUMBER: _ClassVar[int]
+    file_id: int
+    is_direct: bool
+    def __init__(self, file_id: _Optional[int] = ..., is_direct: bool = ...) -> None: ...
+
+class ProgressOpened(_message.Message):
+    __slots__ = ("area_bytes",)
+    AREA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    area_bytes: int
+    def __init__(self, area_bytes: _Optional[int] = ...) -> None: ...
 
 class DoorError(_message.Message):
     __slots__ = ("error", "message")
@@ -241,6 +297,50 @@ class PrepareLoadReply(_message.Message):
     offsets: _containers.RepeatedScalarFieldContainer[int]
     checksums: bytes
     def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ...) -> None: ...
+
+class BeginLoadRequest(_message.Message):
+    __slots__ = ("namespace", "keys", "mode", "timeout_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    keys: bytes
+    mode: LoadMode
+    timeout_s: float
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., mode: _Optional[_Union[LoadMode, str]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class BeginLoadReply(_message.Message):
+    __slots__ = ("lease_id", "timeout_s", "statuses", "sources", "tiers", "offsets", "checksums", "slots", "segments", "file_ids", "slot_offsets", "generations", "progress_offset", "progress_serial")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    FILE_IDS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_SERIAL_FIELD_NUMBER: _ClassVar[int]
+    lease_id: bytes
+    timeout_s: float
+    statuses: bytes
+    sources: bytes
+    tiers: bytes
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    checksums: bytes
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    segments: _containers.RepeatedScalarFieldContainer[int]
+    file_ids: _containers.RepeatedScalarFieldContainer[int]
+    slot_offsets: _containers.RepeatedScalarFieldContainer[int]
+    generations: _containers.RepeatedScalarFieldContainer[int]
+    progress_offset: int
+    progress_serial: int
+    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., sources: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ..., slots: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., file_ids: _Optional[_Iterable[int]] = ..., slot_offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., progress_offset: _Optional[int] = ..., progress_serial: _Optional[int] = ...) -> None: ...
 
 class CompleteLoadRequest(_message.Message):
     __slots__ = ("lease_id", "corrupt")

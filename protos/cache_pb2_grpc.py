@@ -51,6 +51,11 @@ class CacheStub(object):
                 request_serializer=ucm_dot_protos_dot_cache__pb2.PrepareLoadRequest.SerializeToString,
                 response_deserializer=ucm_dot_protos_dot_cache__pb2.PrepareLoadReply.FromString,
                 _registered_method=True)
+        self.BeginLoad = channel.unary_unary(
+                '/ucm.v1.Cache/BeginLoad',
+                request_serializer=ucm_dot_protos_dot_cache__pb2.BeginLoadRequest.SerializeToString,
+                response_deserializer=ucm_dot_protos_dot_cache__pb2.BeginLoadReply.FromString,
+                _registered_method=True)
         self.CompleteLoad = channel.unary_unary(
                 '/ucm.v1.Cache/CompleteLoad',
                 request_serializer=ucm_dot_protos_dot_cache__pb2.CompleteLoadRequest.SerializeToString,
@@ -104,6 +109,13 @@ class CacheServicer(object):
 
     def PrepareLoad(self, request, context):
         """Pin blocks in the arena; answers when all are ready or failed, or the time is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginLoad(self, request, context):
+        """Pin blocks where they are and say where that is; waits for no read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -166,6 +178,11 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.PrepareLoad,
                     request_deserializer=ucm_dot_protos_dot_cache__pb2.PrepareLoadRequest.FromString,
                     response_serializer=ucm_dot_protos_dot_cache__pb2.PrepareLoadReply.SerializeToString,
+            ),
+            'BeginLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginLoad,
+                    request_deserializer=ucm_dot_protos_dot_cache__pb2.BeginLoadRequest.FromString,
+                    response_serializer=ucm_dot_protos_dot_cache__pb2.BeginLoadReply.SerializeToString,
             ),
             'CompleteLoad': grpc.unary_unary_rpc_method_handler(
                     servicer.CompleteLoad,
@@ -281,6 +298,33 @@ class Cache(object):
             '/ucm.v1.Cache/PrepareLoad',
             ucm_dot_protos_dot_cache__pb2.PrepareLoadRequest.SerializeToString,
             ucm_dot_protos_dot_cache__pb2.PrepareLoadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ucm.v1.Cache/BeginLoad',
+            ucm_dot_protos_dot_cache__pb2.BeginLoadRequest.SerializeToString,
+            ucm_dot_protos_dot_cache__pb2.BeginLoadReply.FromString,
             options,
             channel_credentials,
             insecure,

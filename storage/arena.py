@@ -75,6 +75,7 @@ class Arena:
                 "raise the memory tier's (or the staging) size"
             )
         self.kind = kind
+        self.layout = layout
         self.num_slots = num_slots
         self.slot_bytes = layout.block_bytes
         self.slots = SlotTable(num_slots)

@@ -170,6 +170,11 @@ class MemoryTier:
         """See `Tier.shrinker`: a sealed arena gives no pages back."""
         return
 
+    @property
+    def extents(self) -> None:
+        """See `Tier.extents`: memory is no file."""
+        return
+
     def check_integrity(self) -> list[str]:
         """See `Tier.check_integrity`."""
         problems = self._arena.slots.check_integrity()

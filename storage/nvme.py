@@ -38,6 +38,7 @@ from ucm.types import BlockKey, NamespaceId, TierKind
 from .budget import IdleSegments, SegmentBudget
 from .codecs import codec_named
 from .encoded_io import slot_io_for
+from .extents import ExtentTable
 from .file_io import PosixFileIo
 from .folder import (
     adopt,
@@ -88,12 +89,16 @@ class NvmeTier:
         self._index = recovered.index
         self._slots = recovered.slots
         self._shrinker = Shrinker(files.segments, recovered.slots, recovered.index, budget)
-        self._was_rebuilt = recovered.was_rebuilt
+        self.extents = ExtentTable(files, recovered.slots, self._quarantine)
+        """See `Tier.extents`."""
+        self.was_rebuilt = recovered.was_rebuilt
+        """Whether this opening had to make a new index from the slot headers."""
         self._unchanged = recovered.table
         """What is in the tier, until somebody asks or changes it."""
         self._last_generation = recovered.last_generation
         self._has_epoch = False
-        self._is_closed = False
+        self.is_closed = False
+        """Whether `close` or `abort` was called."""
         self._generation_lock = threading.Lock()
         self._grow_lock = threading.Lock()
 
@@ -111,16 +116,6 @@ class NvmeTier:
         return self._layout
 
     @property
-    def was_rebuilt(self) -> bool:
-        """Whether this opening had to make a new index from the slot headers."""
-        return self._was_rebuilt
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether `close` or `abort` was called."""
-        return self._is_closed
-
-    @property
     def file_bytes(self) -> int:
         """Disk space of its segments."""
         return self._segments.file_bytes
@@ -128,7 +123,7 @@ class NvmeTier:
     def entries(self) -> Iterable[TierEntry]:
         """See `Tier.entries`. Nothing stays in memory: a second call reads the index again."""
         table, self._unchanged = self._unchanged, None
-        return self._read_entries() if table is None or self._is_closed else table
+        return self._read_entries() if table is None or self.is_closed else table
 
     def _read_entries(self) -> Iterator[TierEntry]:
         records = [item for item in self._index.records() if isinstance(item, IndexRecord)]
@@ -222,7 +217,7 @@ class NvmeTier:
 
     def close(self) -> None:
         """See `Tier.close`."""
-        self._is_closed = True
+        self.is_closed = True
         try:
             self._index.close(clean=True)
         except UcmError as error:
@@ -231,7 +226,7 @@ class NvmeTier:
 
     def abort(self) -> None:
         """Release everything without a clean end, as a crash would. Idempotent."""
-        self._is_closed = True
+        self.is_closed = True
         self._index.close(clean=False)
         self._segments.close()
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import re
@@ -31,7 +32,7 @@ import numpy as np
 from ucm.errors import TierUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -112,6 +113,8 @@ class Segments:
         self._budget = budget
         self._read_only = read_only
         self._files: list[FileHandle | None] = []
+        self._file_ids: list[int] = []
+        self._next_file_id = itertools.count(1)
         self._sync_locks: list[threading.Lock] = []
         self._retired: set[int] = set()
         self._left: set[int] = set()
@@ -199,10 +202,27 @@ class Segments:
             return None
         return file, index * self._superblock.full_slot_bytes
 
+    def file_id(self, segment: int) -> int:
+        """Which file the segment has now: another number after it left and came back."""
+        return self._file_ids[segment]
+
+    @contextlib.contextmanager
+    def held_file(self, segment: int) -> Iterator[FileHandle | None]:
+        """The segment's file, not closed or removed meanwhile; None when it is out of use."""
+        if not 0 <= segment < len(self._files):
+            yield None
+            return
+        with self._sync_locks[segment]:
+            yield None if segment in self._retired else self._files[segment]
+
     def is_full_slot(self, slot: SlotId) -> bool:
         """Whether the slot holds a block as it is though the namespace's others are encoded."""
         segment = slot // self._slots_per_segment
         return segment < len(self._full) and self._full[segment]
+
+    def holds_plain_blocks(self, slot: SlotId) -> bool:
+        """Whether blocks lie in the slot as they are, with or without a codec for others."""
+        return not self._superblock.has_compact_slots or self.is_full_slot(slot)
 
     def num_real_slots(self, segment: int) -> int:
         """Slots of a segment that have a place; its other numbers stand for nothing."""
@@ -251,6 +271,7 @@ class Segments:
             if file is None:
                 return -1
             self._files[number] = file
+            self._file_ids[number] = next(self._next_file_id)
             self._left.discard(number)
             return number
 
@@ -340,6 +361,7 @@ class Segments:
         is_compact = path == segment_path(self._folder, len(self._full), is_compact=True)
         self._full.append(self._superblock.has_compact_slots and not is_compact)
         self._files.append(file)
+        self._file_ids.append(next(self._next_file_id))
         self._sync_locks.append(threading.Lock())
 
     def _path(self, number: int, *, full: bool = False) -> Path:

@@ -23,6 +23,7 @@ from ucm.layout import KvLayout
 from ucm.types import BlockKey, TierKind
 
 if TYPE_CHECKING:
+    from .extents import ExtentTable
     from .shrink import Shrinker
 
 SlotId = NewType("SlotId", int)
@@ -166,6 +167,10 @@ class Tier(Protocol):
     @property
     def shrinker(self) -> Shrinker | None:
         """What gives disk space back; None where there is none to give."""
+
+    @property
+    def extents(self) -> ExtentTable | None:
+        """Where blocks lie in files, for whoever reads them there; None where no files are."""
 
     def check_integrity(self) -> list[str]:
         """Every violated invariant, in words; empty when sound. Cheap: reads no block data."""

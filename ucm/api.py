@@ -6,6 +6,7 @@ daemon, over gRPC for names and shared memory for bytes). Both are thread-safe.
 A call moves names and leases; bytes move through the `memoryview`s that a lease carries:
 
     load   prepare_load  -> [copy out of lease.blocks[i].data, verify] -> complete_load
+           begin_load    -> [`ucm.layer_reader`, layer by layer]       -> complete_load
     store  prepare_store -> [copy into lease.slots[i].data, checksum]  -> complete_store
                          or release(lease_id), at any time, in any state
 
@@ -20,11 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .hashing import NamespaceSpec
 from .layout import KvLayout
-from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus, TierKind
+from .types import BlockKey, LeaseId, LoadMode, LoadStatus, NamespaceId, StoreStatus, TierKind
+
+if TYPE_CHECKING:
+    from .load_plan import LoadPlan
 
 SlabChecksums = tuple[int, ...]
 """xxh3_64 (seed 0) of each slab of a block, layer 0 first, padding excluded."""
@@ -36,6 +40,8 @@ class NamespaceHandle:
 
     id: NamespaceId
     layout: KvLayout
+    max_read_bytes_per_s: int = 0
+    """What a client that reads extents itself may read in a second; 0 is no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +150,27 @@ class CacheApi(Protocol):
 
         Blocks until all are ready or failed, or `timeout_s` passed; what is not ready by then has
         a status that says why. Never raises for a block: a failure is a status.
+        """
+
+    def begin_load(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        mode: LoadMode,
+        timeout_s: float,
+    ) -> LoadPlan:
+        """Pin the blocks of `keys` and say where each is, or will be; waits for no read.
+
+        What `mode` cannot be had for comes another way (`PlannedBlock.source` says which): blocks
+        that are in memory are read there, encoded ones are promoted. Ends like any load, with
+        `complete_load` or `release`; reads that the cache has not begun are cancelled then.
+
+        Args:
+            namespace: of the keys.
+            keys: a chain, or a part of one.
+            mode: see `LoadMode`.
+            timeout_s: how long the caller expects to take, on top of an ordinary lease.
         """
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:

@@ -19,11 +19,12 @@ moves 30 kB of names and checksums.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -50,10 +51,20 @@ from .errors import (
 from .grants import LoadGrants
 from .hashing import NamespaceSpec, check_key
 from .layout import KvLayout
+from .load_plan import LoadPlan
+from .plan_wire import LOAD_MODE_TO_WIRE
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
+from .remote_plans import RemotePlans
 from .sockets import check_path_length, door_path, grpc_target
-from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus
+from .types import (
+    BlockKey,
+    LeaseId,
+    LoadMode,
+    LoadStatus,
+    NamespaceId,
+    StoreStatus,
+)
 from .wire import (
     LOAD_STATUS_FROM_WIRE,
     STORE_STATUS_FROM_WIRE,
@@ -126,12 +137,14 @@ class RemoteCache:
         self._door_lock = threading.Lock()
         self._namespaces: dict[NamespaceId, _OpenNamespace] = {}
         self._door = DoorClient(door_path(socket_path), timeout_s=timeout_s)
+        self._plans = RemotePlans(self._door, self._at_door)
         try:
             greeting = self._door.hello(timeout_s=timeout_s)
         except UcmError:
             self._door.close()
             raise
         self._staging: memoryview | None = greeting.staging
+        self._max_read_bytes_per_s = greeting.max_read_bytes_per_s
         self._metadata = ((TOKEN_METADATA, greeting.token.hex()),)
         self._channel = _open_channel(socket_path, greeting)
         self._stub = pb_grpc.CacheStub(self._channel)
@@ -151,18 +164,23 @@ class RemoteCache:
     def open_namespace(self, spec: NamespaceSpec) -> NamespaceHandle:
         """See `CacheApi.open_namespace`. A repeated call asks the daemon nothing."""
         namespace = spec.fingerprint()
+        with self._at_door() as left_s:
+            if namespace not in self._namespaces:
+                arena = self._door.open_namespace(spec, namespace, timeout_s=left_s)
+                self._namespaces[namespace] = _OpenNamespace(spec.layout, arena)
+        return NamespaceHandle(namespace, spec.layout, self._max_read_bytes_per_s)
+
+    @contextlib.contextmanager
+    def _at_door(self) -> Iterator[float]:
+        """One thread's turn at the door, with the seconds that it has left."""
         deadline_s = time.monotonic() + self._timeout_s
         if not self._door_lock.acquire(timeout=self._timeout_s):
             raise TierUnavailableError("another thread waits for the daemon's door")
         try:
             self._check_open()
-            if namespace not in self._namespaces:
-                left_s = max(deadline_s - time.monotonic(), 0.01)
-                arena = self._door.open_namespace(spec, namespace, timeout_s=left_s)
-                self._namespaces[namespace] = _OpenNamespace(spec.layout, arena)
+            yield max(deadline_s - time.monotonic(), 0.01)
         finally:
             self._door_lock.release()
-        return NamespaceHandle(namespace, spec.layout)
 
     def lookup(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> LookupResult:
         """See `CacheApi.lookup`."""
@@ -187,6 +205,28 @@ class RemoteCache:
         if open_namespace is None:
             raise BlockNotFoundError("this namespace is not open in this session")
         return _load_lease(keys, reply, open_namespace)
+
+    def begin_load(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        mode: LoadMode,
+        timeout_s: float,
+    ) -> LoadPlan:
+        """See `CacheApi.begin_load`. Asks the door for what it needs for the first time."""
+        request = pb.BeginLoadRequest(
+            namespace=namespace,
+            keys=keys_to_wire(keys),
+            mode=LOAD_MODE_TO_WIRE[mode],
+            timeout_s=timeout_s,
+        )
+        reply = self._call(self._stub.BeginLoad, request)
+        open_namespace = self._namespaces.get(namespace)
+        if open_namespace is None:
+            raise BlockNotFoundError("this namespace is not open in this session")
+        handle = NamespaceHandle(namespace, open_namespace.layout)
+        return self._plans.plan(handle, keys, mode, reply, open_namespace.arena)
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""
@@ -271,6 +311,7 @@ class RemoteCache:
         # Leases that the caller still holds keep the memory mapped; ours was the last use else.
         self._staging = None
         self._namespaces.clear()
+        self._plans.close()
         _live.discard(self)
 
     def _check_open(self) -> None:

@@ -112,6 +112,9 @@ class NvmeConfig:
     what is missing."""
     io_threads: int = 8
     """Threads of preadv/pwritev; 8 to 16 reach the ceiling of one device."""
+    max_read_bytes_per_s: int = 0
+    """Most bytes that are read from the disk in a second, for a disk that others use too; 0 is no
+    limit. Clients that read the files themselves are told, and each keeps to it for itself."""
     write_queue_bytes: int = 1 * GIB
     """Accepted blocks that wait for the disk; above it new ones stay in memory only."""
     commit_blocks: int = 256
@@ -144,6 +147,11 @@ class TransferConfig:
     """Promotions that may wait; one more is refused."""
     max_leases_per_session: int = 256
     """Leases a session may hold at once."""
+    progress_bytes: int = 4 * MIB
+    """Memory that a session and its daemon share for the progress of layer by layer promotions: 8
+    bytes a slab of the blocks that are being promoted, 64 MiB of them in 4 KiB slabs cost 128 KiB.
+    A load that finds no room there gets its blocks that are in memory, and NO_SPACE for the others.
+    Sparse: costs memory only where it is written."""
     lease_timeout_s: float = 30.0
     """A lease that nobody completes ends after this long."""
 

@@ -36,7 +36,10 @@ _LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR")
 ADMISSIONS: Final = ("always", "second-touch")
 _IO_KINDS: Final = ("auto", "posix", "pinned", "kvikio-compat", "gds")
 _NO_UID: Final = 2**32 - 1
-_MAY_BE_ZERO: Final = frozenset({"memory.prefault_bytes", "metrics.port"})
+_OF_BYTES: Final = ("_bytes", "_bytes_per_s")
+_MAY_BE_ZERO: Final = frozenset(
+    {"memory.prefault_bytes", "metrics.port", "nvme.max_read_bytes_per_s"}
+)
 
 
 def closest(name: str, known: Sequence[str]) -> str:
@@ -105,7 +108,7 @@ def _text(raw: object) -> str:
 
 def _parse_int(name: str, raw: object) -> int:
     if isinstance(raw, str):
-        return parse_size(raw) if name.endswith("_bytes") else int(raw)
+        return parse_size(raw) if name.endswith(_OF_BYTES) else int(raw)
     if isinstance(raw, bool) or not isinstance(raw, int):
         raise TypeError(raw)
     return raw
@@ -126,7 +129,7 @@ def _parse_path(raw: object, base: Path) -> Path:
 
 def expected(name: str, kind: FieldType) -> str:
     """What the field takes, in words."""
-    if name.endswith("_bytes"):
+    if name.endswith(_OF_BYTES):
         return "a size such as 4GiB or a number of bytes"
     if name.endswith("_s"):
         return "a number of seconds"
@@ -185,6 +188,6 @@ def _problem(name: str, value: Value) -> str:
     if name.endswith(("_watermark", "_share")):
         assert isinstance(value, float)
         return "" if 0 < value <= 1 else "expected a share above 0 and up to 1"
-    if isinstance(value, (int, float)) and name not in _MAY_BE_ZERO:
+    if isinstance(value, (int, float)) and not (name in _MAY_BE_ZERO and value == 0):
         return "" if 0 < value < 2**63 else "expected more than 0"
     return ""

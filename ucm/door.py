@@ -11,6 +11,10 @@ long as its recovery; the number of sessions is bounded.
                                          <-      Welcome(token, staging_bytes) + staging memfd
     OpenNamespace(spec, fingerprint)     ->
                                          <-      NamespaceOpened(arena_bytes) + arena memfd
+    OpenSegment(namespace, number)       ->
+                                         <-      SegmentOpened(file_id) + the file, read-only
+    OpenProgress                         ->
+                                         <-      ProgressOpened(area_bytes) + memfd + eventfd
     close, or death                      ->      end of the session
 
 Anything else gets a `DoorError` and, unless a well-formed request was merely refused, a hang-up.
@@ -18,12 +22,15 @@ Anything else gets a `DoorError` and, unless a well-formed request was merely re
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import socket
 import struct
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
@@ -57,6 +64,9 @@ HELLO_TIMEOUT_S: Final = 5.0
 _SEND_TIMEOUT_S: Final = 5
 _LISTEN_BACKLOG: Final = 64
 _STOP_TIMEOUT_S: Final = 10.0
+
+_Answer = tuple[pb.DoorReply, AbstractContextManager[tuple[int, ...]]]
+"""A reply and the descriptors that go with it, in a context that outlasts the sending."""
 
 
 class SessionTokens:
@@ -238,6 +248,7 @@ class Door:
                 staging_bytes=staging_bytes,
                 max_keys_per_call=self._config.max_keys_per_call,
                 max_message_bytes=self._config.max_message_bytes,
+                max_read_bytes_per_s=self._manager.config.nvme.max_read_bytes_per_s,
             )
         )
 
@@ -250,21 +261,54 @@ class Door:
             raise
         if request is None:
             return False
-        if request.WhichOneof("request") != "open_namespace":
-            refusal = InvalidArgumentError("the door expects OpenNamespace after Hello")
+        kind = request.WhichOneof("request")
+        answer = {
+            "open_namespace": self._open_namespace,
+            "open_segment": self._open_segment,
+            "open_progress": self._open_progress,
+        }.get(kind or "")
+        if answer is None:
+            refusal = InvalidArgumentError("the door expects a request to open something here")
             _try_send(connection, _error_reply(refusal))
             raise refusal
         try:
-            spec = _checked_spec(request.open_namespace)
-            namespace = self._manager.open_namespace(session, spec).id
-            arena = self._manager.arena(session, namespace)
+            reply, descriptors = answer(session, request)
         except UcmError as error:
-            _log.warning("session %d gets no namespace: %s", session, error)
+            _log.warning("session %d is refused %s: %s", session, kind, error)
             _send(connection, _error_reply(error))
             return True
-        opened = pb.NamespaceOpened(namespace=namespace, arena_bytes=arena.size_bytes)
-        _send(connection, pb.DoorReply(opened=opened), arena.fd)
+        with descriptors as fds:
+            _send(connection, reply, *fds)
         return True
+
+    def _open_namespace(self, session: SessionId, request: pb.DoorRequest) -> _Answer:
+        spec = _checked_spec(request.open_namespace)
+        namespace = self._manager.open_namespace(session, spec).id
+        arena = self._manager.arena(session, namespace)
+        opened = pb.NamespaceOpened(namespace=namespace, arena_bytes=arena.size_bytes)
+        return pb.DoorReply(opened=opened), contextlib.nullcontext((arena.fd,))
+
+    def _open_segment(self, session: SessionId, request: pb.DoorRequest) -> _Answer:
+        asked = request.open_segment
+        loads = self._manager.layer_loads
+        opened = loads.open_segment(session, NamespaceId(asked.namespace), asked.segment)
+        reply = pb.SegmentOpened(file_id=opened.file_id, is_direct=opened.is_direct)
+        return pb.DoorReply(segment=reply), _closing(opened.fd)
+
+    def _open_progress(self, session: SessionId, _request: pb.DoorRequest) -> _Answer:
+        area = self._manager.layer_loads.progress_area(session)
+        reply = pb.ProgressOpened(area_bytes=area.arena.size_bytes)
+        fds = (area.arena.fd, area.event_fd)
+        return pb.DoorReply(progress=reply), contextlib.nullcontext(fds)
+
+
+@contextlib.contextmanager
+def _closing(fd: int) -> Iterator[tuple[int]]:
+    """A descriptor that is closed once it was passed on."""
+    try:
+        yield (fd,)
+    finally:
+        os.close(fd)
 
 
 def _checked_spec(request: pb.OpenNamespace) -> NamespaceSpec:
@@ -342,9 +386,8 @@ def _error_reply(error: UcmError) -> pb.DoorReply:
     return pb.DoorReply(error=pb.DoorError(error=type(error).__name__, message=message))
 
 
-def _send(connection: socket.socket, reply: pb.DoorReply, fd: int | None = None) -> None:
-    descriptors = [] if fd is None else [fd]
-    socket.send_fds(connection, [reply.SerializeToString()], descriptors)
+def _send(connection: socket.socket, reply: pb.DoorReply, *descriptors: int) -> None:
+    socket.send_fds(connection, [reply.SerializeToString()], list(descriptors))
 
 
 def _try_send(connection: socket.socket, reply: pb.DoorReply) -> None:

@@ -20,6 +20,8 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
+from ucm.storage.extents import SegmentFd
+
 from . import __version__
 from .errors import InvalidArgumentError, PermissionDeniedError, TierUnavailableError
 from .hashing import NamespaceSpec
@@ -39,6 +41,8 @@ class Greeting:
     token: bytes
     max_keys_per_call: int
     max_message_bytes: int
+    max_read_bytes_per_s: int
+    """For who reads segment files itself; 0 is no limit."""
     staging: memoryview
     """The session's staging memory, writable."""
 
@@ -80,7 +84,7 @@ class DoorClient:
         request = pb.DoorRequest(
             hello=pb.Hello(protocol_version=PROTOCOL_VERSION, client=f"ucm-python/{__version__}")
         )
-        reply, fd = self._ask(request, timeout_s=timeout_s)
+        reply, (fd,) = self._ask(request, timeout_s=timeout_s)
         welcome = reply.welcome
         if welcome.protocol_version != PROTOCOL_VERSION or len(welcome.token) != TOKEN_BYTES:
             os.close(fd)
@@ -90,6 +94,7 @@ class DoorClient:
             token=welcome.token,
             max_keys_per_call=welcome.max_keys_per_call,
             max_message_bytes=welcome.max_message_bytes,
+            max_read_bytes_per_s=welcome.max_read_bytes_per_s,
             staging=staging,
         )
 
@@ -103,8 +108,34 @@ class DoorClient:
             TierUnavailableError: it does not answer in time; the connection is of no use then.
         """
         message = pb.OpenNamespace(spec=spec_to_wire(spec), namespace=namespace)
-        reply, fd = self._ask(pb.DoorRequest(open_namespace=message), timeout_s=timeout_s)
+        reply, (fd,) = self._ask(pb.DoorRequest(open_namespace=message), timeout_s=timeout_s)
         return _map(fd, reply.opened.arena_bytes, mmap.PROT_READ)
+
+    def open_segment(self, namespace: NamespaceId, segment: int, *, timeout_s: float) -> SegmentFd:
+        """A descriptor of a segment file of an open namespace, read-only; the caller closes it.
+
+        Raises:
+            UcmError: whatever the daemon refused it with.
+            TierUnavailableError: it does not answer in time; the connection is of no use then.
+        """
+        message = pb.OpenSegment(namespace=namespace, segment=segment)
+        reply, (fd,) = self._ask(pb.DoorRequest(open_segment=message), timeout_s=timeout_s)
+        return SegmentFd(fd, reply.segment.file_id, reply.segment.is_direct)
+
+    def open_progress(self, *, timeout_s: float) -> tuple[memoryview, int]:
+        """The session's progress area, mapped read-only, and its eventfd; the caller closes that.
+
+        Raises:
+            UcmError: whatever the daemon refused it with.
+            TierUnavailableError: it does not answer in time; the connection is of no use then.
+        """
+        request = pb.DoorRequest(open_progress=pb.OpenProgress())
+        reply, (fd, event_fd) = self._ask(request, timeout_s=timeout_s)
+        try:
+            return _map(fd, reply.progress.area_bytes, mmap.PROT_READ), event_fd
+        except TierUnavailableError:
+            os.close(event_fd)
+            raise
 
     def is_open(self) -> bool:
         """Whether the daemon still holds its end; does not wait."""
@@ -131,8 +162,8 @@ class DoorClient:
         """Hang up without waiting. Idempotent."""
         self._socket.close()
 
-    def _ask(self, request: pb.DoorRequest, *, timeout_s: float) -> tuple[pb.DoorReply, int]:
-        """Send one request and return its reply with the one descriptor that came along."""
+    def _ask(self, request: pb.DoorRequest, *, timeout_s: float) -> tuple[pb.DoorReply, list[int]]:
+        """Send one request and return its reply with the descriptors that came along."""
         packet = request.SerializeToString()
         if len(packet) > _MAX_PACKET_BYTES:
             raise InvalidArgumentError(
@@ -162,7 +193,7 @@ class DoorClient:
             self._socket.settimeout(max(deadline_s - time.monotonic(), 0.001))
             try:
                 data, fds, flags, _ = socket.recv_fds(
-                    self._socket, _MAX_PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+                    self._socket, _MAX_PACKET_BYTES, 2, socket.MSG_CMSG_CLOEXEC
                 )
             except ConnectionResetError:
                 # Reported once, ahead of what the other side sent before it hung up.
@@ -170,6 +201,8 @@ class DoorClient:
                 if not attempts:
                     raise
             else:
+                for fd in fds:  # `recv_fds` drops the flag
+                    os.set_inheritable(fd, False)
                 return data, list(fds), flags
 
 
@@ -193,15 +226,24 @@ def _check_listener(connection: socket.socket, path: Path) -> None:
             )
 
 
-def _parse(data: bytes, fds: list[int], asked: str, flags: int) -> tuple[pb.DoorReply, int]:
-    wanted = {"hello": "welcome", "open_namespace": "opened"}[asked]
+_EXPECTED: Final = {
+    "hello": ("welcome", 1),
+    "open_namespace": ("opened", 1),
+    "open_segment": ("segment", 1),
+    "open_progress": ("progress", 2),
+}
+"""The reply to each request, and how many descriptors come with it."""
+
+
+def _parse(data: bytes, fds: list[int], asked: str, flags: int) -> tuple[pb.DoorReply, list[int]]:
+    wanted, num_fds = _EXPECTED[asked]
     try:
         reply = pb.DoorReply.FromString(data)
     except DecodeError:
         reply = pb.DoorReply()
     kind = reply.WhichOneof("reply")
-    if kind == wanted and len(fds) == 1 and not flags & socket.MSG_TRUNC:
-        return reply, fds[0]
+    if kind == wanted and len(fds) == num_fds and not flags & socket.MSG_TRUNC:
+        return reply, fds
     for fd in fds:
         os.close(fd)
     if kind == "error":

@@ -7,6 +7,7 @@ tools, tests and single-process use; a store folder takes one process at a time.
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +29,12 @@ from .config import Config
 from .errors import TierUnavailableError
 from .grants import StoreGrant
 from .hashing import NamespaceSpec
+from .load_plan import LoadPlan
 from .manager import Manager
-from .types import BlockKey, LeaseId, NamespaceId, StoreStatus
+from .plan_grants import PlanMemory, planned_blocks
+from .progress import ProgressSignal, SessionProgress
+from .segment_files import SegmentFiles
+from .types import BlockKey, LeaseId, LoadMode, NamespaceId, SourceKind, StoreStatus
 from .wire import checksums_from_wire
 
 
@@ -48,6 +53,12 @@ class EmbeddedCache:
         self._session = manager.open_session("embedded")
         self._staging = manager.staging(self._session)
         self._arenas: dict[NamespaceId, Arena] = {}
+        self._files = SegmentFiles(
+            lambda namespace, segment: manager.layer_loads.open_segment(
+                self._session, namespace, segment
+            )
+        )
+        self._progress: SessionProgress | None = None
         self._closing = threading.Lock()
         self._closed = False
 
@@ -86,6 +97,37 @@ class EmbeddedCache:
         checksums = checksums_from_wire(grants.checksums, num_blocks=len(views))
         blocks = grants.loaded_blocks(keys, views, checksums)
         return LoadLease(grants.lease_id, blocks, grants.timeout_s)
+
+    def begin_load(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        mode: LoadMode,
+        timeout_s: float,
+    ) -> LoadPlan:
+        """See `CacheApi.begin_load`."""
+        grants = self.manager.begin_load(
+            self._session, namespace, keys, mode=mode, timeout_s=timeout_s
+        )
+        arena = self._arenas[namespace]
+        in_memory = grants.sources.count(SourceKind.MEMORY)
+        memory = PlanMemory(
+            view=lambda offset: _ready_view(arena, offset),
+            checksums=checksums_from_wire(grants.checksums, num_blocks=in_memory),
+            file=lambda place: self._files.get(namespace, place),
+        )
+        blocks = planned_blocks(keys, grants, memory)
+        layout, promoting = arena.layout, grants.sources.count(SourceKind.PROMOTING)
+        progress = self._shared_progress().of(grants.progress, promoting, layout.num_layers)
+        return LoadPlan(grants.lease_id, namespace, mode, blocks, grants.timeout_s, progress)
+
+    def _shared_progress(self) -> SessionProgress:
+        if self._progress is None:
+            area = self.manager.layer_loads.progress_area(self._session)
+            signal = ProgressSignal(os.dup(area.event_fd), lambda: self._closed)
+            self._progress = SessionProgress(area.memory, signal)
+        return self._progress
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""
@@ -138,6 +180,8 @@ class EmbeddedCache:
             if self._closed:
                 return
             self._closed = True
+        self._files.close()
+        self._progress = None
         self.manager.close_session(self._session)
         if self._owns_manager:
             self.manager.close()

@@ -58,6 +58,10 @@ class Lease:
     """Store: the block that the first offer follows."""
     offers: tuple[Offer, ...] = ()
     """Store: every key, in order."""
+    in_place: tuple[int, ...] = ()
+    """Those of `rows` whose copies on NVMe the client reads where they are."""
+    at_end: Callable[[], None] | None = None
+    """What else to undo when it ends."""
     num_bytes: int = 0
     """Arena or staging bytes that it holds in place."""
     ended: bool = False

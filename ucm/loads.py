@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ucm.storage.tier import IoStatus, ReadOutcome, SlotRead
 
@@ -24,7 +24,8 @@ from .grants import LoadGrants
 from .leases import Lease, LeaseKind
 from .manager_state import MAX_WAIT_S, US_PER_S, ManagerState
 from .namespaces import LoadWait, Namespace, Promotion
-from .placement import LoadPlan, Victim, plan_load
+from .placement import PromotionPlan, Victim, plan_load
+from .rechecks import recheck_and_end
 from .transfer import Priority, TransferPool
 from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, SessionId, TierKind
 
@@ -76,7 +77,7 @@ class LoadPath:
             found, now_us = state.begin_locked(session, namespace)
             plan = plan_load(found.index, keys)
             found.index.pin_all(plan.rows, now_us)
-            affordable = self._affordable(session, found, plan.promote)
+            affordable = self.affordable(session, found, plan.promote)
             promoted = self._promote_locked(found, session, affordable, Priority.PREFETCH)
             found.index.unpin_all(plan.rows)
             return promoted
@@ -134,12 +135,12 @@ class LoadPath:
                 wait.done.set()
 
     def _start_locked(
-        self, found: Namespace, lease: Lease, plan: LoadPlan, now_us: int
+        self, found: Namespace, lease: Lease, plan: PromotionPlan, now_us: int
     ) -> LoadWait:
         """Pin the prefix, queue what must be read, and join what is being read."""
         self._state.hold_locked(lease, found, plan.rows, now_us)
         lease.num_bytes = len(plan.rows) * found.layout.block_bytes
-        affordable = self._affordable(lease.session, found, plan.promote)
+        affordable = self.affordable(lease.session, found, plan.promote)
         self._promote_locked(found, lease.session, affordable, Priority.LOAD)
         wait = LoadWait()
         for row in found.index.lacking(plan.rows, TierKind.MEMORY):
@@ -153,7 +154,7 @@ class LoadPath:
             self._waits[wait] = lease.session
         return wait
 
-    def _affordable(
+    def affordable(
         self, session: SessionId, found: Namespace, rows: Sequence[int]
     ) -> Sequence[int]:
         """The leading rows that the session's credit covers; one, if nothing is read for it."""
@@ -163,7 +164,38 @@ class LoadPath:
     def _promote_locked(
         self, found: Namespace, session: SessionId, rows: Sequence[int], priority: Priority
     ) -> int:
-        """Give rows memory slots and queue their reads; those that find no room stay behind."""
+        """As `promote_locked`, in jobs that read whole blocks."""
+        return self.promote_locked(found, session, rows, self.whole_blocks(found, priority))
+
+    def whole_blocks(
+        self, found: Namespace, priority: Priority
+    ) -> tuple[Callable[[list[Promotion]], bool], int]:
+        """How `promote_locked` reads whole blocks."""
+
+        def submit(batch: list[Promotion]) -> bool:
+            return self.submit(lambda: self.read(found, batch), len(batch), priority)
+
+        return submit, BLOCKS_PER_READ
+
+    def promote_locked(
+        self,
+        found: Namespace,
+        session: SessionId,
+        rows: Sequence[int],
+        how: tuple[Callable[[list[Promotion]], bool], int],
+    ) -> int:
+        """Give rows memory slots and queue their reads; those that find no room stay behind.
+
+        Args:
+            found: the namespace.
+            session: who pays for the reads.
+            rows: on NVMe only, nobody reads them yet, pinned by the caller.
+            how: queues the reads of a batch, False when it cannot; and how many blocks one takes.
+
+        Returns:
+            How many leading rows are on their way.
+        """
+        submit, batch_blocks = how
         slots = self._state.namespaces.take_slots_locked(found, len(rows))
         promotions = [
             Promotion(
@@ -172,9 +204,9 @@ class LoadPath:
             for row, slot in zip(rows, slots, strict=False)
         ]
         queued = 0
-        for start in range(0, len(promotions), BLOCKS_PER_READ):
-            batch = promotions[start : start + BLOCKS_PER_READ]
-            if not self._submit(found, batch, priority):
+        for start in range(0, len(promotions), batch_blocks):
+            batch = promotions[start : start + batch_blocks]
+            if not submit(batch):
                 found.memory.free([promotion.target for promotion in promotions[start:]])
                 break
             for promotion in batch:
@@ -184,14 +216,15 @@ class LoadPath:
             queued += len(batch)
         return queued
 
-    def _submit(self, found: Namespace, batch: list[Promotion], priority: Priority) -> bool:
+    def submit(self, job: Callable[[], None], weight: int, priority: Priority) -> bool:
+        """Queue a transfer; False when it finds no place."""
         try:
-            self._pool.submit(priority, lambda: self._read(found, batch), weight=len(batch))
+            self._pool.submit(priority, job, weight=weight)
         except (CapacityError, TierUnavailableError):
             return False
         return True
 
-    def _read(self, found: Namespace, batch: list[Promotion]) -> None:
+    def read(self, found: Namespace, batch: list[Promotion]) -> None:
         """One job of the pool: read blocks into their slots and settle them."""
         nvme = found.nvme
         assert nvme is not None, "only NVMe blocks are promoted"
@@ -210,9 +243,11 @@ class LoadPath:
         metrics.add("ucm_io_bytes_total", num_bytes, tier="nvme", op="read")
         with self._state.lock:
             for promotion, outcome in zip(batch, outcomes, strict=True):
-                self._settle_locked(found, promotion, outcome)
+                self.settle_locked(found, promotion, outcome)
+            publish(batch)
 
-    def _settle_locked(self, found: Namespace, promotion: Promotion, outcome: ReadOutcome) -> None:
+    def settle_locked(self, found: Namespace, promotion: Promotion, outcome: ReadOutcome) -> None:
+        """A promotion's reads are over: place the block, or lose it, and say so."""
         row, index = promotion.row, found.index
         del found.promotions[row]
         self._reading_bytes.give_back(promotion.session, found.layout.block_bytes)
@@ -233,10 +268,19 @@ class LoadPath:
                 found.undeleted.append(Victim(promotion.key, slot))
         index.end_flight(row, PROMOTING)
         for wait in promotion.waits:
+            if failure is None:
+                wait.advance(row, found.layout.num_layers, outcome.checksums)
             wait.settle(row, failure)
 
+    def abandon_locked(self, found: Namespace, promotion: Promotion) -> None:
+        """Nobody waits for a promotion any more, and nothing of it is being read."""
+        del found.promotions[promotion.row]
+        self._reading_bytes.give_back(promotion.session, found.layout.block_bytes)
+        found.memory.free([promotion.target])
+        found.index.end_flight(promotion.row, PROMOTING)
+
     def _statuses_locked(
-        self, found: Namespace, lease: Lease, plan: LoadPlan, wait: LoadWait, num_keys: int
+        self, found: Namespace, lease: Lease, plan: PromotionPlan, wait: LoadWait, num_keys: int
     ) -> list[LoadStatus]:
         """A status for every key; rows behind the first that failed are let go."""
         for row in wait.pending:
@@ -281,12 +325,8 @@ class LoadPath:
                 state.undo_locked(lease)
                 return
             found.num_copying += 1  # the end of the store waits for it
-        for key in suspects:  # the lease is out of the table but still pins them
-            state.recheck(found, key)
-        with state.lock:
-            state.undo_locked(lease)
-            found.num_copying -= 1
-            state.copied.notify_all()
+        # the lease is out of the table but still pins them
+        recheck_and_end(state, self._pool, found, lease, suspects)
 
     def _count(self, grants: LoadGrants) -> None:
         self._count_by_tier("ucm_loaded_blocks_total", grants.tiers)
@@ -298,6 +338,12 @@ class LoadPath:
             count = tiers.count(tier)
             if count:
                 self._state.metrics.add(name, count, tier=tier.value)
+
+
+def publish(promotions: Sequence[Promotion]) -> None:
+    """Tell everybody who waits for one of these, once, how far they are. Needs the lock."""
+    for wait in {wait for promotion in promotions for wait in promotion.waits}:
+        wait.publish()
 
 
 def _granted(

@@ -27,6 +27,7 @@ from .config import Config
 from .errors import CapacityError, TierUnavailableError
 from .grants import LoadGrants, ManagerStatus, StoreGrants, TierStatus
 from .hashing import NamespaceSpec
+from .layer_loads import LayerLoads
 from .leases import LeaseKind
 from .loads import LoadPath
 from .manager_state import MAX_WAIT_S, ManagerState, Session
@@ -34,10 +35,11 @@ from .manager_status import check_namespace, namespace_statuses, tier_status
 from .metrics import Metrics
 from .namespaces import Namespace, NamespaceTable, TierFactory, tiers_of
 from .pins import PinPath
+from .plan_grants import PlanGrants
 from .staging import Staging
 from .stores import StorePath
 from .transfer import TransferPool
-from .types import BlockKey, LeaseId, NamespaceId, SessionId, StoreStatus, TierKind
+from .types import BlockKey, LeaseId, LoadMode, NamespaceId, SessionId, StoreStatus, TierKind
 from .write_behind import WriteBehind
 
 _log = logging.getLogger(__name__)
@@ -88,6 +90,8 @@ class Manager:
             WriteBehind(self._state, config.nvme, self._pool) if self._has_nvme else None
         )
         self._loads = LoadPath(self._state, self._pool)
+        self.layer_loads = LayerLoads(self._state, self._loads)
+        """Layer by layer loads; `begin_load` here is what engines call."""
         self._pins = PinPath(self._state, self._loads)
         self._stores = StorePath(self._state, self._write_behind)
         self._session_numbers = itertools.count(1)
@@ -158,7 +162,8 @@ class Manager:
         found = self._state.namespaces.open(spec, use)
         if self._write_behind is not None:
             self._write_behind.trim(found)
-        return NamespaceHandle(found.id, found.layout)
+        limit = self.config.nvme.max_read_bytes_per_s
+        return NamespaceHandle(found.id, found.layout, limit)
 
     def arena(self, session: SessionId, namespace: NamespaceId) -> Arena:
         """The arena that the offsets of load grants point into; read-only for clients.
@@ -192,6 +197,21 @@ class Manager:
         """See `CacheApi.prepare_load`."""
         grants = self._loads.prepare_load(session, namespace, keys, timeout_s=timeout_s)
         self._note_use(namespace, keys[: len(grants.offsets)])
+        return grants
+
+    def begin_load(
+        self,
+        session: SessionId,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        mode: LoadMode,
+        timeout_s: float,
+    ) -> PlanGrants:
+        """See `CacheApi.begin_load`."""
+        loads = self.layer_loads
+        grants = loads.begin_load(session, namespace, keys, mode=mode, timeout_s=timeout_s)
+        self._note_use(namespace, keys[: len(grants.sources)])
         return grants
 
     def _note_use(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> None:

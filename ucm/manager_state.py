@@ -6,6 +6,7 @@ Everything here is changed with `lock` held, and only decided here: no I/O under
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from .hashing import CheckedKeys, check_keys
 from .leases import Lease, LeaseKind, LeaseTable
 from .metrics import Metrics
 from .namespaces import Namespace, NamespaceTable
+from .progress import ProgressArea
 from .staging import Staging
 from .types import BlockKey, NamespaceId, SessionId, TierKind
 
@@ -32,6 +34,8 @@ class Session:
     id: SessionId
     client: str
     staging: Staging
+    progress: ProgressArea | None = None
+    """Made at its first use."""
     namespaces: set[NamespaceId] = field(default_factory=set)
     num_copying: int = 0
     """Stores that read its staging memory now; it is not closed under them."""
@@ -69,6 +73,18 @@ class ManagerState:
         if found is None:
             raise BlockNotFoundError(f"session {session} has ended; connect again")
         return found
+
+    def progress_locked(self, session: SessionId) -> ProgressArea:
+        """The session's progress area.
+
+        Raises:
+            TierUnavailableError, BlockNotFoundError: see `session_locked`.
+            CapacityError: the kernel has no memory for it.
+        """
+        found = self.session_locked(session)
+        if found.progress is None:
+            found.progress = ProgressArea(self.config.transfer.progress_bytes)
+        return found.progress
 
     def namespace_locked(self, session: SessionId, namespace: NamespaceId) -> Namespace:
         """A namespace that the session has opened.
@@ -131,6 +147,12 @@ class ManagerState:
             for row in lease.rows:
                 if not namespace.pinned[row]:
                     del namespace.pinned[row]
+        if lease.at_end is not None:
+            lease.at_end()
+            lease.at_end = None
+        if lease.in_place:
+            namespace.in_place -= Counter(lease.in_place)
+            lease.in_place = ()
         namespace.index.unpin_all(lease.rows)
         lease.rows.clear()
         namespace.num_leases -= 1
@@ -165,6 +187,8 @@ class ManagerState:
             opened.num_sessions -= 1
         del self.sessions[session]
         found.ended = True
+        if found.progress is not None:
+            found.progress.close()
         return None if found.num_copying else found
 
     def recheck(self, namespace: Namespace, key: BlockKey) -> None:

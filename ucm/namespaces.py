@@ -21,10 +21,12 @@ from typing import Protocol
 from ucm.storage.io_choice import IoChoice, open_file_io
 from ucm.storage.memory import MemoryTier
 from ucm.storage.prefault import STEP_BYTES
+from ucm.storage.throttled_io import ThrottledIo, bucket_of
 from ucm.storage.tier import SlotId, Tier
 
+from .api import SlabChecksums
 from .block_index import BlockIndex
-from .clock import Clock
+from .clock import Clock, SystemClock
 from .config import Config
 from .errors import CapacityError, LayoutMismatchError, TierUnavailableError, UcmError
 from .eviction import Watermarks
@@ -37,6 +39,19 @@ from .shares import memory_shares, nvme_shares
 from .types import BlockKey, LoadStatus, NamespaceId, SessionId, TierKind
 
 _log = logging.getLogger(__name__)
+
+
+class PromotionWait(Protocol):
+    """Who wants to know how promotions go. Called under the manager's lock only."""
+
+    def advance(self, row: int, num_layers: int, checksums: SlabChecksums) -> None:
+        """The leading `num_layers` slabs of a block are in its slot and verified."""
+
+    def settle(self, row: int, failure: LoadStatus | None) -> None:
+        """One promotion ended, well (None) or badly."""
+
+    def publish(self) -> None:
+        """What was said since the last time is complete for now."""
 
 
 class LoadWait:
@@ -55,6 +70,12 @@ class LoadWait:
         if not self.pending:
             self.done.set()
 
+    def advance(self, row: int, num_layers: int, checksums: SlabChecksums) -> None:
+        """See `PromotionWait.advance`: only whole blocks count here."""
+
+    def publish(self) -> None:
+        """See `PromotionWait.publish`."""
+
 
 @dataclass(slots=True, eq=False)
 class Promotion:
@@ -66,7 +87,11 @@ class Promotion:
     target: SlotId
     session: SessionId
     """Who asked first; its credit pays for the read."""
-    waits: list[LoadWait] = field(default_factory=list)
+    waits: list[PromotionWait] = field(default_factory=list)
+    num_layers: int = 0
+    """Leading slabs that are in place and verified."""
+    checksums: SlabChecksums = ()
+    """Of its slabs, once `num_layers` is not 0."""
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +123,8 @@ class Namespace:
     """Those, and the ones made real ahead of their use: they cost memory."""
     pinned: Counter[int] = field(default_factory=Counter)
     """Rows that pin leases keep in memory, with the number of such leases."""
+    in_place: Counter[int] = field(default_factory=Counter)
+    """Rows that clients read in their slots on NVMe now, with the number of such leases."""
     num_sessions: int = 0
     num_leases: int = 0
     num_writing: int = 0
@@ -160,6 +187,8 @@ def tiers_of(config: Config) -> TierFactory:
     from ucm.storage.nvme import NvmeStore  # needs LMDB, which memory alone does not
 
     io, choice = open_file_io(config.nvme)
+    if config.nvme.max_read_bytes_per_s:
+        io = ThrottledIo(io, bucket_of(config.nvme.max_read_bytes_per_s, SystemClock()))
     _log.info("NVMe tier: %s: %s", choice.kind, choice.reason)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(io.close)

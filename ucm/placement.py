@@ -19,7 +19,7 @@ from .types import ROOT_KEY, BlockKey, StoreStatus, TierKind
 
 
 @dataclass(frozen=True, slots=True)
-class LoadPlan:
+class PromotionPlan:
     """A usable prefix, by what each block needs."""
 
     rows: tuple[int, ...]
@@ -28,12 +28,12 @@ class LoadPlan:
     """Rows that only NVMe has and nobody is reading yet: each needs a slot and a read."""
 
 
-def plan_load(index: BlockIndex, keys: Sequence[BlockKey]) -> LoadPlan:
+def plan_load(index: BlockIndex, keys: Sequence[BlockKey]) -> PromotionPlan:
     """Decide how to bring the cached prefix of `keys` to memory; prefetch uses it too."""
     rows = tuple(index.usable_prefix(keys))
     slower = index.lacking(rows, TierKind.MEMORY)
     promote = tuple(row for row in slower if not index.in_flight(row, PROMOTING))
-    return LoadPlan(rows, promote)
+    return PromotionPlan(rows, promote)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from .errors import CapacityError, InvalidArgumentError, PermissionDeniedError, 
 from .grants import ManagerStatus, NamespaceStatus, ShareStatus, TierStatus
 from .hashing import check_key
 from .manager import Manager
+from .plan_wire import mode_from_wire, plan_to_wire
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
 from .types import NamespaceId, SessionId, StoreStatus
@@ -285,6 +286,22 @@ class CacheService(pb_grpc.CacheServicer):
                 offsets=grants.offsets,
                 checksums=grants.checksums,
             )
+
+    def BeginLoad(
+        self, request: pb.BeginLoadRequest, context: grpc.ServicerContext
+    ) -> pb.BeginLoadReply:
+        """Pin blocks where they are."""
+        with self._serving(context) as session:
+            keys = keys_from_wire(request.keys, limit=self._max_keys)
+            mode, timeout_s = mode_from_wire(request.mode), _checked_timeout(request.timeout_s)
+            namespace = NamespaceId(request.namespace)
+            with self._loading():
+                grants = self._manager.begin_load(
+                    session, namespace, keys, mode=mode, timeout_s=timeout_s
+                )
+            if not context.is_active():
+                self._manager.release(session, grants.lease_id)
+            return plan_to_wire(grants)
 
     def CompleteLoad(
         self, request: pb.CompleteLoadRequest, context: grpc.ServicerContext

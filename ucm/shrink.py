@@ -171,8 +171,8 @@ class Shrinking:
         index = found.index
         with self._state.lock:
             rows = [index.find(entry.key) for entry in entries]
-            if any(row == NO_ROW or index.in_flight(row) for row in rows):
-                return False  # a load reads it just now
+            if any(row == NO_ROW or index.in_flight(row) or row in found.in_place for row in rows):
+                return False  # a load, or its client, reads it just now
             for row in rows:
                 index.begin_flight(row, PROMOTING)
         arrived: dict[BlockKey, SlotId] = {}

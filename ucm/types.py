@@ -31,6 +31,26 @@ class TierKind(enum.StrEnum):
     NVME = "nvme"
 
 
+class LoadMode(enum.StrEnum):
+    """How a load that goes layer by layer gets what only NVMe has."""
+
+    MAPPED = "mapped"
+    """The cache promotes it to host memory, where the client reads it."""
+    DIRECT = "direct"
+    """The client reads the files itself; the cache's memory is not touched."""
+
+
+class SourceKind(enum.StrEnum):
+    """Where a client finds the bytes of one block of a load plan."""
+
+    MEMORY = "memory"
+    """In host memory, all of it, now."""
+    PROMOTING = "promoting"
+    """In host memory, layer by layer, as the plan's progress says."""
+    EXTENT = "extent"
+    """In a file that the client reads itself."""
+
+
 class LoadStatus(enum.StrEnum):
     """What became of one key of a load."""
 

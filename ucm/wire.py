@@ -19,7 +19,7 @@ from .errors import LEAVES, CapacityError, InvalidArgumentError, UcmError
 from .hashing import CheckedKeys, NamespaceSpec, check_keys
 from .layout import KvDtype, KvLayout
 from .protos import cache_pb2 as pb
-from .types import BlockKey, LeaseId, LoadStatus, StoreStatus, TierKind
+from .types import BlockKey, LeaseId, LoadStatus, SourceKind, StoreStatus, TierKind
 
 PROTOCOL_VERSION: Final = 2
 """Both ends of the door must name the same one."""
@@ -138,7 +138,7 @@ def keys_from_wire(packed: bytes, *, limit: int) -> CheckedKeys:
     return keys
 
 
-Word = TypeVar("Word", LoadStatus, StoreStatus, TierKind)
+Word = TypeVar("Word", LoadStatus, StoreStatus, TierKind, SourceKind)
 
 
 def words_to_wire(words: Sequence[Word], numbers: Mapping[Word, int]) -> bytes:

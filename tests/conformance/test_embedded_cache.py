@@ -15,6 +15,7 @@ from ucm.embedded import EmbeddedCache
 from ucm.manager import Manager
 from ucm.testing.blocks import TINY_LAYOUT
 from ucm.testing.cache_conformance import MEMORY_BLOCKS, CacheApiTests, CacheHarness
+from ucm.testing.load_plan_conformance import LoadPlanTests
 from ucm.testing.partial_conformance import PartialResultTests
 
 
@@ -26,6 +27,7 @@ class EmbeddedHarness:
 
     def __init__(self, folder: Path) -> None:
         self._clock = SimClock()
+        self._folder = folder
         config = Config(
             service=ServiceConfig(staging_bytes=1 * MIB),
             memory=MemoryConfig(capacity_bytes=MEMORY_BLOCKS * TINY_LAYOUT.block_bytes),
@@ -52,6 +54,9 @@ class EmbeddedHarness:
         self.manager.tick()
         return self.manager.status().leased_bytes
 
+    def store_folder(self) -> Path:
+        return self._folder
+
     def check_integrity(self) -> list[str]:
         return self.manager.check_integrity()
 
@@ -63,7 +68,7 @@ class EmbeddedHarness:
         assert time.monotonic() - start < 10
 
 
-class TestEmbeddedCache(CacheApiTests, PartialResultTests):
+class TestEmbeddedCache(CacheApiTests, PartialResultTests, LoadPlanTests):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> Iterator[CacheHarness]:
         harness = EmbeddedHarness(tmp_path / "store")

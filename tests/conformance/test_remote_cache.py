@@ -16,6 +16,7 @@ from ucm.daemon import Daemon
 from ucm.testing.blocks import TINY_LAYOUT
 from ucm.testing.cache_conformance import MEMORY_BLOCKS, CacheApiTests, CacheHarness
 from ucm.testing.daemon import running_daemon, short_folder, small_config
+from ucm.testing.load_plan_conformance import LoadPlanTests
 from ucm.testing.partial_conformance import PartialResultTests
 
 LEASE_TIMEOUT_S = 30.0
@@ -45,6 +46,11 @@ class RemoteHarness:
         self._daemon.manager.tick()
         return self._daemon.manager.status().leased_bytes
 
+    def store_folder(self) -> Path:
+        folder = self._daemon.config.nvme.path
+        assert folder is not None
+        return folder
+
     def check_integrity(self) -> list[str]:
         self._daemon.manager.flush(timeout_s=10)  # the check is meant for idle times
         return self._daemon.manager.check_integrity()
@@ -67,7 +73,7 @@ def tiny_config(folder: Path) -> Config:
     )
 
 
-class TestRemoteCache(CacheApiTests, PartialResultTests):
+class TestRemoteCache(CacheApiTests, PartialResultTests, LoadPlanTests):
     @pytest.fixture
     def harness(self) -> Iterator[CacheHarness]:
         clock = SimClock()

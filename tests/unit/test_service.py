@@ -163,6 +163,15 @@ def test_bad_requests_are_refused_by_name(cache: RemoteCache) -> None:
         (stub.PrepareLoad, pb.PrepareLoadRequest(namespace=namespace, keys=wrong)),
         (stub.PrepareLoad, pb.PrepareLoadRequest(namespace=namespace, timeout_s=-1)),
         (stub.PrepareLoad, pb.PrepareLoadRequest(namespace=namespace, timeout_s=float("nan"))),
+        (
+            stub.BeginLoad,
+            pb.BeginLoadRequest(namespace=namespace, keys=wrong, mode="LOAD_MODE_MAPPED"),
+        ),
+        (
+            stub.BeginLoad,
+            pb.BeginLoadRequest(namespace=namespace, mode="LOAD_MODE_DIRECT", timeout_s=-1),
+        ),
+        (stub.BeginLoad, pb.BeginLoadRequest(namespace=namespace)),
         (stub.CompleteLoad, pb.CompleteLoadRequest(lease_id=b"short")),
         (stub.PrepareStore, pb.PrepareStoreRequest(namespace=namespace, parent=wrong)),
         (stub.PrepareStore, pb.PrepareStoreRequest(namespace=namespace)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -49,6 +50,9 @@ class CacheHarness(Protocol):
 
     def leased_bytes(self) -> int:
         """Bytes that all leases pin now, as the store reports them."""
+
+    def store_folder(self) -> Path:
+        """Where its files are."""
 
     def check_integrity(self) -> list[str]:
         """Violated invariants of the store."""

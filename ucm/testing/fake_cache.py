@@ -30,10 +30,12 @@ from ucm.checksum import block_checksums
 from ucm.errors import LeaseExpiredError, UcmError
 from ucm.hashing import NamespaceSpec
 from ucm.layout import KvLayout
+from ucm.load_plan import LoadPlan, plan_of_lease
 from ucm.types import (
     ROOT_KEY,
     BlockKey,
     LeaseId,
+    LoadMode,
     LoadStatus,
     NamespaceId,
     StoreStatus,
@@ -117,6 +119,22 @@ class FakeCache:
             return LoadedBlock(key, LoadStatus.MISS)
         view = memoryview(stored.data).toreadonly()
         return LoadedBlock(key, LoadStatus.READY, self.tier, view, stored.checksums)
+
+    def begin_load(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        mode: LoadMode,
+        timeout_s: float,
+    ) -> LoadPlan:
+        """See `CacheApi.begin_load`. Everything is in memory here, in both modes."""
+        self._enter("begin_load")
+        lease = LoadLease(
+            self._lease_id(), tuple(self._loaded(key) for key in keys), LEASE_TIMEOUT_S
+        )
+        self.leases[lease.id] = ()
+        return plan_of_lease(lease, namespace, mode)
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""

@@ -181,6 +181,11 @@ class FakeTier:
         """See `Tier.shrinker`."""
         return
 
+    @property
+    def extents(self) -> None:
+        """See `Tier.extents`."""
+        return
+
     def flip_bit(self, key: BlockKey) -> None:
         """Damage the stored bytes of a block."""
         block = next(block for block in self.blocks.values() if block.key == key)

@@ -1,0 +1,99 @@
+"""In which order a layer by layer reader gets the slabs of a plan: steps, made one at a time.
+
+    LAYERS            | layers 0..g-1 of block 0, of block 1, ... | layers g..2g-1 of block 0, ...
+    BLOCKS_FROM_BACK  | the last block, all layers | the one before it | ...
+
+A step is what one thread does in one go: a request of one block's adjacent layers (they are
+adjacent on disk, too), or the copies of several blocks' slabs out of the arena. Blocks that are
+being promoted are a queue of their own, because they come when they come.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from .layout import KvLayout
+from .types import SourceKind
+
+COPIED_BYTES: Final = 512 << 10
+"""One step's copies: long enough to be worth the hand-over, short enough to share out."""
+
+
+class ReadOrder(enum.StrEnum):
+    """Which slabs come first."""
+
+    LAYERS = "layers"
+    BLOCKS_FROM_BACK = "blocks_from_back"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Slabs `first_layer..stop_layer-1` of blocks `first_block..stop_block-1` of a plan."""
+
+    source: SourceKind
+    first_block: int
+    stop_block: int
+    first_layer: int
+    stop_layer: int
+    num_promoted: int = 0
+    """PROMOTING: slabs that the plan's progress must have done before."""
+
+
+def own_steps(
+    sources: Sequence[SourceKind], layout: KvLayout, order: ReadOrder, request_bytes: int
+) -> Iterator[Step]:
+    """The steps of EXTENT and MEMORY blocks, in order.
+
+    Args:
+        sources: of the plan's READY blocks.
+        layout: of every block.
+        order: what comes first.
+        request_bytes: of one read, at most, but one slab at least.
+    """
+    if order is ReadOrder.BLOCKS_FROM_BACK:
+        for block in reversed(range(len(sources))):
+            if sources[block] is not SourceKind.PROMOTING:
+                yield Step(sources[block], block, block + 1, 0, layout.num_layers)
+        return
+    group = min(max(1, request_bytes // layout.slab_stride_bytes), layout.num_layers)
+    copied = max(1, COPIED_BYTES // (group * layout.slab_stride_bytes))
+    for first in range(0, layout.num_layers, group):
+        stop = min(first + group, layout.num_layers)
+        for source, start, end in _runs(sources):
+            size = {SourceKind.EXTENT: 1, SourceKind.MEMORY: copied}.get(source, 0)
+            for block in range(start, end, size) if size else ():
+                yield Step(source, block, min(block + size, end), first, stop)
+
+
+def promoted_steps(
+    sources: Sequence[SourceKind], layout: KvLayout, order: ReadOrder
+) -> Iterator[Step]:
+    """The steps of PROMOTING blocks, in order; arguments as for `own_steps`."""
+    kind, count = SourceKind.PROMOTING, sources.count(SourceKind.PROMOTING)
+    ranks = list(itertools.accumulate((source is kind for source in sources), initial=0))
+    if order is ReadOrder.BLOCKS_FROM_BACK:
+        for block in reversed(range(len(sources))):
+            if sources[block] is kind:
+                needed = (layout.num_layers - 1) * count + ranks[block + 1]
+                yield Step(kind, block, block + 1, 0, layout.num_layers, needed)
+        return
+    size = max(1, COPIED_BYTES // layout.slab_stride_bytes)
+    for layer in range(layout.num_layers):
+        for source, start, end in _runs(sources):
+            for block in range(start, end, size) if source is kind else ():
+                stop = min(block + size, end)
+                yield Step(kind, block, stop, layer, layer + 1, layer * count + ranks[stop])
+
+
+def _runs(sources: Sequence[SourceKind]) -> list[tuple[SourceKind, int, int]]:
+    """Neighbours of one source: (source, first block, stop block)."""
+    runs, start = [], 0
+    for source, members in itertools.groupby(sources):
+        end = start + sum(1 for _ in members)
+        runs.append((source, start, end))
+        start = end
+    return runs
