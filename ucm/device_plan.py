@@ -17,13 +17,16 @@ import functools
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from ucm.storage.file_io import FileHandle, IoRequest, aligned_buffer
 from ucm.storage.format import HEADER_BYTES, Superblock, decode_header
+from ucm.storage.io_choice import IoKind, Machine, open_file_io
 from ucm.storage.tier import SlotId
 
+from .config import NvmeConfig
 from .device_load import FileBlock, HostBlock, SourceBlock
+from .errors import TierUnavailableError
 from .types import SourceKind
 
 if TYPE_CHECKING:
@@ -37,6 +40,21 @@ if TYPE_CHECKING:
 
 PROGRESS_TURN_S: Final = 0.05
 """How long a wait for promotions goes on before it looks whether somebody stopped it."""
+
+
+def open_device_io(io_threads: int = 8, machine: Machine | None = None) -> DeviceFileIo:
+    """The best way from files to device memory that works here; see `ucm.storage.io_choice`.
+
+    Blocks for as long as its preflight. The caller closes it, after its loaders.
+
+    Raises:
+        TierUnavailableError: there is none, and why.
+    """
+    io, choice = open_file_io(NvmeConfig(io_threads=io_threads), machine)
+    if choice.kind is IoKind.POSIX:
+        io.close()
+        raise TierUnavailableError(f"device memory cannot be read into: {choice.reason}")
+    return cast("DeviceFileIo", io)
 
 
 class DevicePlan:

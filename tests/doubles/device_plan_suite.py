@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +20,16 @@ import pytest
 from ucm.api import NamespaceHandle
 from ucm.config import MIB, Config, MemoryConfig, NvmeConfig, ServiceConfig
 from ucm.device_load import DeviceLoad, DeviceLoader, DevicePool, FileBlock, HostBlock
-from ucm.device_plan import DevicePlan
+from ucm.device_plan import DevicePlan, open_device_io
 from ucm.embedded import EmbeddedCache
+from ucm.errors import TierUnavailableError
 from ucm.kernels.cuda.driver import CudaDriver
 from ucm.load_plan import LoadPlan
 from ucm.manager import Manager
 from ucm.storage.device import DeviceBuffer, DeviceFileIo
 from ucm.storage.format import HEADER_BYTES
 from ucm.storage.gds import GdsFileIo, GdsOptions
+from ucm.storage.io_choice import Machine
 from ucm.storage.pinned_io import PinnedFileIo
 from ucm.testing.blocks import TINY_LAYOUT, content, get, tiny_spec
 from ucm.testing.cache_conformance import MEMORY_BLOCKS
@@ -214,3 +217,16 @@ def test_files_that_may_not_be_opened_are_left_out(
     load = bench.load(plan)
     assert load.wait_layer(1, 10.0) == 2
     finish(bench, plan, load, lease)
+
+
+def test_the_best_way_to_device_memory_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found as the daemon finds it; a machine without one is told why."""
+    monkeypatch.setenv("LD_PRELOAD", str(Path(os.environ["UCM_DOUBLES"]) / "libcuda.so.1"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    io = open_device_io(2, Machine(device_nodes=(tmp_path,)))
+    assert isinstance(io, PinnedFileIo)
+    io.close()
+    with pytest.raises(TierUnavailableError, match="cannot be read into: no GPU"):
+        open_device_io(2, Machine(device_nodes=(tmp_path / "none",)))
