@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ from ucm.kernels.cuda.slab_kernels import PagedSlabs, SlabKernels
 from ucm.kernels.cuda.streams import CudaStreams
 from ucm.kernels.streams import CpuStreams
 from ucm.storage.device import DeviceBuffer, DeviceFileIo, DeviceRequest
+from ucm.storage.throttled_io import bucket_of
 
+from .clock import SystemClock
 from .errors import CapacityError, InvalidArgumentError, TierUnavailableError
 from .layer_pipeline import (
     LayerPipeline,
@@ -112,6 +115,9 @@ class DeviceLoadOptions:
     """Device memory of one load that is under way."""
     max_loads: int = 4
     """Loads under way at once; what comes then is refused."""
+    max_read_bytes_per_s: int = 0
+    """What all loads together read from files, as `NamespaceHandle.max_read_bytes_per_s` says; 0 is
+    no limit."""
 
 
 class DeviceLoader:
@@ -148,6 +154,8 @@ class DeviceLoader:
             )
         self.driver = driver
         self.io = io
+        limit = self.options.max_read_bytes_per_s
+        self.bucket = bucket_of(limit, SystemClock()) if limit else None
         self.kernels = SlabKernels(driver)
         self.registry = HostRegistry(driver)
         self.streams = CudaStreams(driver)
@@ -345,6 +353,7 @@ class _DeviceWork:
         failed = self._copy_from_host(step, rows)
         of_files = [row for row in rows if isinstance(self._blocks[row], FileBlock)]
         requests = [self._request(step, row) for row in of_files]
+        self._wait_for_tokens(len(requests) * self._layout.slab_stride_bytes)
         codes = self._loader.io.read_batch(requests) if requests else []
         return failed + [row for row, code in zip(of_files, codes, strict=True) if code]
 
@@ -370,6 +379,12 @@ class _DeviceWork:
         )
         ids = self._table.rows(step.first_row, step.last_row)
         self._loader.kernels.enqueue_scatter(slabs, ids, stream=handle)
+
+    def _wait_for_tokens(self, num_bytes: int) -> None:
+        bucket = self._loader.bucket
+        delay_s = bucket.take(num_bytes) if bucket is not None and num_bytes else 0.0
+        if delay_s > 0:
+            time.sleep(delay_s)
 
     def _copy_from_host(self, step: Step, rows: Sequence[int]) -> list[int]:
         """Begin to copy; the rows that never will be there."""

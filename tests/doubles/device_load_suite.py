@@ -13,6 +13,7 @@ import mmap
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ucm import device_load
 from ucm.checksum import block_checksums
+from ucm.clock import SimClock
 from ucm.device_load import (
     DeviceLoader,
     DeviceLoadOptions,
@@ -39,6 +42,7 @@ from ucm.layout import KvDtype, KvLayout
 from ucm.storage.device import DeviceBuffer, DeviceFileIo
 from ucm.storage.gds import GdsFileIo, GdsOptions
 from ucm.storage.pinned_io import PinnedFileIo
+from ucm.storage.throttled_io import BURST_S
 from ucm.testing.doubles import Doubles, device_bytes
 from ucm.testing.stream_conformance import StreamTests
 
@@ -309,6 +313,21 @@ def test_reads_that_fail_are_rows_that_fail(tmp_path: Path) -> None:
         assert load.wait_layer(2, 10.0) < 3
         assert load.failures[0].stage is Stage.READ
         assert load.cancel(5.0)
+
+
+def test_reads_of_files_obey_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together, and nothing else does: the clock stands still, so every byte is waited for."""
+    waited_s: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited_s.append)
+    monkeypatch.setattr(device_load, "SystemClock", SimClock)
+    options = DeviceLoadOptions(request_bytes=4096, max_read_bytes_per_s=1 << 20)
+    with bench_of(PADDED, "pinned", tmp_path, options) as bench:
+        load = bench.loader.begin([bench.file_block(), bench.host_block()], [0, 1])
+        assert load.wait_layer(4, 10.0) == 2
+        assert load.cancel(5.0)
+    read, saved_up = PADDED.block_bytes, (1 << 20) * BURST_S
+    assert len(waited_s) == 3, "two layers fit the burst"
+    assert waited_s[-1] == pytest.approx((read - saved_up) / (1 << 20))
 
 
 @pytest.mark.usefixtures("order")

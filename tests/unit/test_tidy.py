@@ -43,6 +43,7 @@ LAYERS = {
     "ucm.config_values": 4,
     "ucm.door_client": 4,
     "ucm.device_load": 4,
+    "ucm.device_plan": 4,
     "ucm.doctor": 4,
     "ucm.sockets": 4,
     "ucm.wire": 4,
