@@ -10,6 +10,10 @@ What it is compared with, in the same rounds, into the same memory, which was to
     memcpy_private_gb_s   as many bytes from private memory in one call; `load_private_ratio`
     memcpy_blocks_gb_s    the same bytes from the arena, one call a block
 
+Each is one call on one thread, for as long as the bytes lie together. A load may use more, and
+says so: `copy_threads`. Beside the times stand the processor seconds that the client used,
+`load_cpu_s_per_gb` and `memcpy_cpu_s_per_gb`; the daemon's for the lease are not in them.
+
 One call for 64 MiB is faster than 64 calls because the C library goes round the cache above a size
 (43 MB where this was written); no client can have that for blocks that it wants in 64 places, nor
 for bytes that it looks at next. It is the ceiling all the same.
@@ -28,7 +32,7 @@ from ucm.config import MIB
 from ucm.copying import BlockCopier
 from ucm.types import ROOT_KEY, BlockKey, LoadStatus, StoreStatus, TierKind
 
-from .storage_measure import MIB_LAYOUT, Plan, Result, gb_s, interleave, medians, rounded
+from .storage_measure import GB, MIB_LAYOUT, Plan, Result, gb_s, interleave, medians, rounded
 from .storage_payload import Audit, BlockBuffer, Payload, bench_chain, bench_spec, require
 
 LEASE_TIMEOUT_S = 20.0
@@ -122,6 +126,8 @@ class DramBench:
                     "lease_ms": middle["lease_ms"],
                     "copy_gb_s": middle["copy"],
                     "complete_ms": middle["complete_ms"],
+                    "load_cpu_s_per_gb": middle["load_cpu"],
+                    "memcpy_cpu_s_per_gb": middle["memcpy_cpu"],
                 }
             ),
             "arena_runs": round(middle["arena_runs"]),
@@ -139,31 +145,35 @@ class DramBench:
         lease = self._cache.prepare_load(self._handle.id, self._keys, timeout_s=LEASE_TIMEOUT_S)
         blocks = [ready_data(block) for block in lease.blocks]
         runs = list(runs_in_arena(blocks))
+        cpu = time.thread_time()
         arena = _copy_rate(into, runs)
+        cpu = time.thread_time() - cpu
         by_block = _copy_rate(into, [np.frombuffer(block, np.uint8) for block in blocks])
         self._cache.complete_load(lease.id)
         return {
             "memcpy_private": private,
             "memcpy_arena": arena,
             "memcpy_blocks": by_block,
+            "memcpy_cpu": cpu / (into.nbytes / GB),
             "arena_runs": len(runs),
         }
 
     def _load(self, copier: BlockCopier) -> Mapping[str, float]:
         self._target.wipe()
-        begin = time.perf_counter()
+        cpu, begin = time.process_time(), time.perf_counter()
         lease = self._cache.prepare_load(self._handle.id, self._keys, timeout_s=LEASE_TIMEOUT_S)
         leased = time.perf_counter()
         right = copier.copy_verified(lease.blocks, self._target.blocks)
-        copied = time.perf_counter()
+        copied, cpu = time.perf_counter(), time.process_time() - cpu
         self._cache.complete_load(lease.id)
         completed = time.perf_counter()
         require(all(right), "a block failed its checksum after the copy")
         self._check(lease.blocks)
-        size_gb = self._target.nbytes / 1e9
+        size_gb = self._target.nbytes / GB
         return {
             "load": size_gb / (copied - begin),
             "copy": size_gb / (copied - leased),
+            "load_cpu": cpu / size_gb,
             "lease_ms": (leased - begin) * 1e3,
             "complete_ms": (completed - copied) * 1e3,
         }

@@ -37,6 +37,7 @@ PAGE_LAYOUT = KvLayout(
 )
 """Blocks of one page: as many as possible in as little room."""
 
+FLUSH_TIMEOUT_S = 60.0
 CHAIN_BLOCKS = 1000
 CHAINS_PER_COMMIT = 50
 PILOT_CHAINS = 20
@@ -52,6 +53,8 @@ def measure_lookup(cache: CacheApi, sizes: tuple[int, ...], plan: Plan) -> Resul
     handle = cache.open_namespace(bench_spec(PAGE_LAYOUT, "lookup"))
     keys = bench_chain(handle.id, PAGE_LAYOUT, max(sizes))
     put_chain(cache, handle, Payload(PAGE_LAYOUT), keys)
+    # Ten thousand writes behind would be measured otherwise.
+    require(cache.flush(timeout_s=FLUSH_TIMEOUT_S), "the store did not flush")
     tasks = [lambda size=size: _lookup(cache, handle, keys[:size]) for size in sizes]
     return {name: _percentiles(values) for name, values in interleave(tasks, plan).items()}
 

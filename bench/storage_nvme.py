@@ -3,8 +3,9 @@
 A round, on one file system: fio's best settings, then our durable store (until `write` returned:
 slots, fdatasync, index) and our load (`read`: every slab verified) of as many bytes, then the same
 end to end through a whole store in this process: put, `flush`, restart, load to the client's own
-memory. Slots are overwritten from the second round on, as fio overwrites its file. Reads bypass
-the page cache on both sides. What was loaded is compared outside the timed part.
+memory. The tier reads into and writes from an `Arena`, as in a daemon. Slots are overwritten from
+the second round on, as fio overwrites its file. Reads bypass the page cache on both sides. What was
+loaded is compared outside the timed part.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import ucm
 from ucm import checksum
 from ucm.api import NamespaceHandle
 from ucm.config import MIB, Config, MemoryConfig, NvmeConfig
 from ucm.layout import KvLayout, round_up
+from ucm.storage.arena import Arena, ArenaKind
 from ucm.storage.format import HEADER_BYTES
 from ucm.storage.nvme import NvmeStore
 from ucm.storage.tier import IoStatus, SlotId, SlotRead, SlotWrite
@@ -42,6 +46,7 @@ from .storage_measure import (
     rounded,
 )
 from .storage_payload import (
+    WIPED,
     Audit,
     BlockBuffer,
     Payload,
@@ -111,7 +116,7 @@ def measure_nvme(
     finally:
         tier.close()
         shutil.rmtree(folder, ignore_errors=True)
-    return _result(samples, num_blocks, layout)
+    return {**_result(samples, num_blocks, layout), "huge_pages_mib": tier.huge_bytes // MIB}
 
 
 def _result(samples: Samples, num_blocks: int, layout: KvLayout) -> Result:
@@ -145,6 +150,32 @@ def _result(samples: Samples, num_blocks: int, layout: KvLayout) -> Result:
     }
 
 
+class ArenaBuffer:
+    """All slots of an arena of its own, prefaulted."""
+
+    def __init__(self, layout: KvLayout, num_blocks: int) -> None:
+        self._arena = Arena(layout, num_blocks, ArenaKind.READ_ONLY)
+        self._arena.prefault(num_blocks)
+        self._arena.wait_prefaulted(TIMEOUT_S)
+        self.blocks = [self._arena.view(n) for n in self._arena.slots.allocate(num_blocks)]
+        self.nbytes = self._arena.size_bytes
+        self.wipe()  # without prefaulting this is the first touch
+
+    @property
+    def huge_bytes(self) -> int:
+        """See `Arena.huge_bytes`."""
+        return self._arena.huge_bytes
+
+    def wipe(self) -> None:
+        """See `BlockBuffer.wipe`."""
+        for block in self.blocks:
+            np.frombuffer(block, np.uint8)[:] = WIPED
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._arena.close()
+
+
 class TierBench:
     """`num_blocks` blocks in one segment of an `NvmeTier`, stored and loaded as one batch."""
 
@@ -159,7 +190,7 @@ class TierBench:
         self._tier = self._store.open_namespace(namespace, layout)
         self.segment_path = next(folder.glob(f"ns/{namespace.hex()}"), folder) / "segments/0000.seg"
         self.keys = bench_chain(namespace, layout, num_blocks)
-        self._source, self._target = (BlockBuffer(layout, num_blocks) for _ in range(2))
+        self._source, self._target = (ArenaBuffer(layout, num_blocks) for _ in range(2))
         for key, block in zip(self.keys, self._source.blocks, strict=True):
             self._payload.fill(key, block)
         self._sums = [checksum.block_checksums(layout, block) for block in self._source.blocks]
@@ -169,6 +200,11 @@ class TierBench:
     def nbytes(self) -> int:
         """Of all blocks."""
         return self._source.nbytes
+
+    @property
+    def huge_bytes(self) -> int:
+        """Of what is read into, what has 2 MiB pages."""
+        return self._target.huge_bytes
 
     def store(self) -> float:
         """Write everything over what was there; GB/s until it is durable."""
@@ -200,6 +236,8 @@ class TierBench:
     def close(self) -> None:
         """End the store."""
         self._store.close()
+        self._source.close()
+        self._target.close()
 
 
 class WholeStore:

@@ -24,6 +24,8 @@ from ucm.storage.file_io import aligned_buffer
 from ucm.types import BlockKey, LoadStatus, NamespaceId
 
 WORD_BYTES = 8
+WIPED = 0xA5
+"""What targets hold before a load."""
 
 
 def bench_spec(layout: KvLayout, name: str = "bench") -> NamespaceSpec:
@@ -93,7 +95,7 @@ class BlockBuffer:
 
     def wipe(self) -> None:
         """Overwrite everything, so that nothing of an earlier load can pass for this one's."""
-        np.frombuffer(self.memory, np.uint8)[:] = 0xA5
+        np.frombuffer(self.memory, np.uint8)[:] = WIPED
 
 
 class Audit:

@@ -17,7 +17,14 @@ from typing import TypeVar
 
 from ucm.api import CacheApi, NamespaceHandle
 from ucm.clock import Clock
-from ucm.errors import CapacityError, LayoutMismatchError, LeaseExpiredError, UcmError
+from ucm.errors import (
+    CapacityError,
+    ConfigError,
+    LayoutMismatchError,
+    LeaseExpiredError,
+    PermissionDeniedError,
+    UcmError,
+)
 from ucm.hashing import NamespaceSpec
 
 from .circuit_breaker import BreakerOptions, CircuitBreaker
@@ -32,6 +39,9 @@ CacheFactory = Callable[[], CacheApi]
 """Makes a new connection, or raises a `UcmError`."""
 
 ANSWERS_OF_A_LIVING_CACHE = (CapacityError, LeaseExpiredError)
+
+MISTAKES = (ConfigError, LayoutMismatchError, PermissionDeniedError)
+"""Connecting failed for a reason that waiting does not mend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +186,21 @@ class Link:
             caller.attempt(connection.cache.close, self._options.call_timeout_s)
 
     def wait_open(self, timeout_s: float) -> bool:
-        """Block until the connection is open and not in doubt, or `timeout_s` passed."""
+        """Block until the connection is open and not in doubt, or `timeout_s` passed.
+
+        Connecting that failed for one of `MISTAKES` is not waited for, though it goes on.
+        """
         with self._changed:
-            return self._changed.wait_for(
-                lambda: self.is_open() and not self._suspect, timeout=timeout_s
+            self._changed.wait_for(
+                lambda: self._is_sound() or self._is_mistaken(), timeout=timeout_s
             )
+            return self._is_sound()
+
+    def _is_sound(self) -> bool:
+        return self.is_open() and not self._suspect
+
+    def _is_mistaken(self) -> bool:
+        return self._connection is None and isinstance(self.last_error, MISTAKES)
 
     def _notify(self) -> None:
         with self._changed:

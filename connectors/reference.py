@@ -3,8 +3,7 @@
 The pool holds slabs in the canonical layout, so a block is copied as it is, one memcpy a slab, and
 its checksum is taken right behind the copy, while the slab is still in the core's cache. A slab (48
 KiB for SmolLM2-135M in fp32) is long enough for memcpy: merging neighbouring slots into one copy
-gains nothing. Loading, where the engine waits, shares its blocks out to the session's copier;
-storing, behind its back, leaves it the other cores.
+gains nothing. Loading goes layer by layer, by the session's readers, straight into the pool.
 
 Envelope: 96 blocks of 30 slabs, 142 MB, copied and verified on one thread of a busy machine: slab
 by slab 50 ms, in merged runs of 8 blocks 53 ms, with torch's copy_ 107 (one run) to 429 ms.
@@ -20,12 +19,13 @@ import torch
 
 from ucm.api import SlabChecksums
 from ucm.checksum import checksum
-from ucm.engine.hook import LoadRequest, StoreRequest
-from ucm.errors import ConfigError, LayoutMismatchError
+from ucm.engine.hook import LoadRequest, LoadStart, LoadState, StepReport, StoreRequest
+from ucm.engine.layer_clock import LayerClock
+from ucm.errors import ConfigError, LayoutMismatchError, TierUnavailableError
 from ucm.hashing import NamespaceSpec
 from ucm.layout import KvDtype, KvLayout
 
-from .session import CacheSession
+from .session import CacheSession, LoadOffer
 
 if TYPE_CHECKING:
     from ucm.engine.config import ModelConfig
@@ -82,12 +82,26 @@ def namespace_spec(
     )
 
 
+class _PoolTarget:
+    """The slabs of some of the pool's blocks; see `SlabTarget`."""
+
+    def __init__(self, pool: ByteArray, block_ids: Sequence[int]) -> None:
+        self._pool = pool
+        self._block_ids = block_ids
+
+    def view(self, layer: int, index: int) -> memoryview:
+        """See `SlabTarget.view`."""
+        slab: memoryview = self._pool[layer, self._block_ids[index]].data
+        return slab
+
+
 class ReferenceConnector:
     """Fills the reference engine's pool from a cache and stores what the engine computes."""
 
     def __init__(self, session: CacheSession) -> None:
         self.session = session
         self._pool: ByteArray | None = None
+        self._loads: dict[str, LoadStart] = {}
 
     def attach(self, kv_pool: torch.Tensor) -> None:
         """See `KvHook.attach`.
@@ -103,21 +117,63 @@ class ReferenceConnector:
         block_tokens = self.session.spec.layout.block_tokens
         return self.session.match(token_ids, num_local_tokens // block_tokens) * block_tokens
 
-    def load(self, request: LoadRequest) -> int:
-        """See `KvHook.load`."""
-        pool = self._pool
-        if pool is None:
-            return 0
-        block_ids = request.block_ids
-
-        def sink(first: int, blocks: Sequence[memoryview]) -> list[SlabChecksums]:
-            pairs = list(zip(block_ids[first : first + len(blocks)], blocks, strict=True))
-            return self.session.copier.each(
-                lambda index: self._copy_in(pool, *pairs[index]), len(pairs)
+    def start_load(self, request: LoadRequest) -> LoadStart:
+        """See `KvHook.start_load`."""
+        pool, first, block_ids = self._pool, request.first_block, tuple(request.block_ids)
+        decision = None
+        if pool is not None:
+            offer = LoadOffer(
+                request_id=request.request_id,
+                token_ids=request.token_ids,
+                blocks=range(first, first + len(block_ids)),
+                target=_PoolTarget(pool, block_ids),
+                hold=lambda places: request.hold([block_ids[place] for place in places]),
             )
+            decision = self.session.start_load(offer)
+        if decision is None:
+            return LoadStart(first_block=first, num_blocks=0)
+        load = LoadStart(first_block=first, num_blocks=decision.num_blocks, order=decision.order)
+        self._loads[request.request_id] = load
+        return load
 
-        blocks = range(request.first_block, request.first_block + len(block_ids))
-        return self.session.load(request.request_id, request.token_ids, blocks, sink)
+    def load_state(self, request_id: str) -> LoadState:
+        """See `KvHook.load_state`."""
+        load, state = self._loads[request_id], self.session.loads.state(request_id)
+        return LoadState(
+            is_done=state.is_done,
+            num_good_blocks=state.num_good,
+            num_layers_ready=state.num_layers_ready,
+            bytes_left=state.bytes_left,
+            stall_s=state.stall_s,
+            first_ready_block=load.first_block + load.num_blocks - state.num_from_back,
+        )
+
+    def wait_layer(self, layer: int, request_ids: Sequence[str], /) -> Sequence[int]:
+        """See `KvHook.wait_layer`."""
+        return [self.session.loads.wait_layer(layer, each) for each in request_ids]
+
+    def claim(self, request_id: str, first_block: int, last_block: int, /) -> int:
+        """See `KvHook.claim`."""
+        start = self._loads[request_id].first_block
+        end = self.session.loads.claim(request_id, first_block - start, last_block - start)
+        return start + end
+
+    def wait_some(self, timeout_s: float) -> None:
+        """See `KvHook.wait_some`."""
+        self.session.loads.wait_some(timeout_s)
+
+    def end_load(self, request_id: str) -> int:
+        """See `KvHook.end_load`."""
+        del self._loads[request_id]
+        return self.session.loads.end(request_id)
+
+    def should_swap_out(self, num_tokens: int, /) -> bool:
+        """See `KvHook.should_swap_out`."""
+        return self.session.should_swap_out(num_tokens)
+
+    def observe_step(self, report: StepReport) -> None:
+        """See `KvHook.observe_step`."""
+        self.session.loads.observe_pass(report)
 
     def store(self, request: StoreRequest) -> None:
         """See `KvHook.store`."""
@@ -128,8 +184,8 @@ class ReferenceConnector:
         block_ids = request.block_ids
 
         def fill(indexes: Sequence[int], slots: Sequence[memoryview]) -> list[SlabChecksums]:
-            sources = [block_ids[index] for index in indexes]
-            return [self._copy_out(pool, *pair) for pair in zip(sources, slots, strict=True)]
+            blocks = [(block_ids[i], slot) for i, slot in zip(indexes, slots, strict=True)]
+            return self._copy_out(pool, blocks, request.layers)
 
         blocks = range(request.first_block, request.first_block + len(block_ids))
         self.session.store(request.request_id, request.token_ids, blocks, fill, request.release)
@@ -138,27 +194,28 @@ class ReferenceConnector:
         """See `KvHook.finish`."""
         self.session.finish(request_id)
 
-    def _copy_in(self, pool: ByteArray, block_id: int, block: memoryview) -> SlabChecksums:
-        """Copy one block to the pool; returns the checksums of what the pool holds then."""
-        layout = self.session.spec.layout
-        slabs = _slabs_of(block, layout)
-        sums: list[int] = []
-        for layer in range(layout.num_layers):
-            target = pool[layer, block_id]
-            target[:] = slabs[layer]
-            sums.append(checksum(target.data))
-        return tuple(sums)
+    def _copy_out(
+        self, pool: ByteArray, blocks: Sequence[tuple[int, memoryview]], layers: LayerClock
+    ) -> list[SlabChecksums]:
+        """Copy blocks out of the pool, layer by layer behind the pass that computes them.
 
-    def _copy_out(self, pool: ByteArray, block_id: int, slot: memoryview) -> SlabChecksums:
-        """Copy one block out of the pool; returns the checksums of what the pool holds."""
+        Returns:
+            For each block the checksums of what the pool holds.
+
+        Raises:
+            TierUnavailableError: the pass failed, or did not end in time.
+        """
         layout = self.session.spec.layout
-        slabs = _slabs_of(slot, layout)
-        sums: list[int] = []
+        targets = [(block_id, _slabs_of(slot, layout)) for block_id, slot in blocks]
+        sums: list[list[int]] = [[] for _ in blocks]
         for layer in range(layout.num_layers):
-            source = pool[layer, block_id]
-            slabs[layer] = source
-            sums.append(checksum(source.data))
-        return tuple(sums)
+            if not layers.wait(layer, self.session.options.deadline_s):
+                raise TierUnavailableError(f"layer {layer} of a pass was not computed: dropped")
+            for (block_id, slabs), of_block in zip(targets, sums, strict=True):
+                source = pool[layer, block_id]
+                slabs[layer] = source
+                of_block.append(checksum(source.data))
+        return [tuple(of_block) for of_block in sums]
 
 
 def pool_bytes(kv_pool: torch.Tensor, layout: KvLayout) -> ByteArray:

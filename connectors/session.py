@@ -1,8 +1,9 @@
 """An engine's session with the cache, whatever the engine: the part all connectors share.
 
-    step path     match -> load        bounded by the deadline, both together; a failure is a miss
+    step path     match                waits for one call, bounded by the deadline
+                  start_load ... end   see `LoadDesk`: waits only for layers, bounded likewise
     behind it     store                queued or dropped, never waited for
-    background    connect, reconnect, copy out, complete leases
+    background    connect, reconnect, copy out; loads: plans, reads, leases to complete
 
 Invariants: no method but `connect` raises because of the cache. A block is reported as loaded only
 when the checksum of every slab, computed over the *destination* after the copy, equals the one
@@ -10,9 +11,8 @@ that was made when the block was stored: what is wrong is counted, reported to t
 recomputed. After one call that ran into its deadline, or `failures_to_open` failures in a row, the
 cache is not asked again until the background thread has reconnected.
 
-Envelope: 3,000 tokens of SmolLM2-135M in fp32 are 93 blocks, 138 MB: 14 ms of copy at 10 GB/s and
-as much of checksum, on one core, shared out by the session's copier; a call costs about 0.5 ms. Two
-calls a request, none a block.
+Envelope: a call costs about 0.5 ms. Two calls a request, of which the engine waits for one; none a
+block, none a layer.
 """
 
 from __future__ import annotations
@@ -21,36 +21,30 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ucm.api import LoadedBlock, LoadLease, LookupResult, SlabChecksums
+from ucm.api import LookupResult
 from ucm.clock import Clock, SystemClock
-from ucm.copying import BlockCopier
+from ucm.cost_model import CostModel
 from ucm.errors import TierUnavailableError, UcmError
-from ucm.types import ROOT_KEY, BlockKey, LoadStatus
+from ucm.load_decision import Decide, Decision, LoadShape, decide
+from ucm.types import ROOT_KEY, BlockKey, TierKind
 
-from .background import COPY_ERRORS, Background, BackgroundLimits, BlockFill, StoreJob
+from .background import Background, BackgroundLimits, BlockFill, StoreJob
 from .circuit_breaker import BreakerOptions, BreakerState
 from .deadline import DeadlineCaller
 from .key_chain import ChainCache
 from .link import CacheFactory, Connection, Link, LinkOptions
+from .load_desk import DeskOptions, LoadDesk
+from .load_job import LoadTask
 from .session_stats import SessionStats, StatsCounter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ucm.hashing import NamespaceSpec
+    from ucm.slab_mover import SlabTarget
 
 log = logging.getLogger(__name__)
-
-BlockSink = Callable[[int, Sequence[memoryview]], list[SlabChecksums]]
-"""`sink(first, blocks)` copies blocks to the places `first, first + 1, ...` of the load and returns
-the checksums of what those places hold afterwards."""
-
-CACHE_SHARE_OF_DEADLINE = 0.75
-"""The cache is asked to answer a load within this share, so that what arrived by then is used."""
 
 MAX_REMEMBERED_MATCHES = 256
 
@@ -70,16 +64,41 @@ class SessionOptions:
     """Blocks of one store call, at most: their staging memory is held until it completes."""
     store_batch_bytes: int = 64 << 20
     """Bytes of one store call, at most, but at least one block: a quarter of the staging memory."""
-    load_batch_blocks: int = 32
-    """Blocks copied between two looks at the clock: 10 to 50 ms of copying. At its end the copier's
-    threads wait for each other."""
+    max_read_ahead_layers: int = 8
+    """Layers that a load may be ahead of the computation."""
+    decide: Decide = decide
+    """Whether to load, compute, or do both; see `ucm.load_decision`."""
     breaker: BreakerOptions = field(default_factory=BreakerOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOffer:
+    """Places of one request that could be loaded."""
+
+    request_id: str
+    """The engine's name for the request."""
+    token_ids: Sequence[int]
+    """All prompt tokens."""
+    blocks: range
+    """Indexes in the request's chain."""
+    target: SlabTarget
+    """Their places, by their index in `blocks`."""
+    hold: Callable[[Sequence[int]], Callable[[], None]]
+    """Keeps places, by their index in `blocks`, out of use until what it returns is called."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """What `match` found, for the load that follows."""
+
+    spent_s: float
+    tiers: tuple[TierKind, ...]
 
 
 class CacheSession:
     """One engine's use of one namespace. Step-path methods belong to one thread.
 
-    `copier` has the threads that a connector's sink shares its copying out to.
+    `loads` has the loads under way, what they taught (`loads.model`) and the last decisions.
     """
 
     def __init__(
@@ -88,6 +107,7 @@ class CacheSession:
         spec: NamespaceSpec,
         options: SessionOptions | None = None,
         clock: Clock | None = None,
+        model: CostModel | None = None,
     ) -> None:
         """Start to connect, in the background; see `connect` to wait for it.
 
@@ -96,13 +116,13 @@ class CacheSession:
             spec: identity of the KV.
             options: limits; the defaults when None.
             clock: for the circuit breaker; the system's when None.
+            model: what computing and loading cost; a new one, to be taught, when None.
         """
         self.spec = spec
         self.options = options or SessionOptions()
-        self.copier = BlockCopier(spec.layout)
         self._chains = ChainCache(spec.fingerprint(), spec.layout.block_tokens)
         self._counter = StatsCounter()
-        self._match_spent_s: OrderedDict[BlockKey, float] = OrderedDict()
+        self._matches: OrderedDict[BlockKey, _Match] = OrderedDict()
         self._caller = DeadlineCaller("ucm-session-calls")
         self._link = Link(
             LinkOptions(
@@ -124,6 +144,17 @@ class CacheSession:
                 batch_blocks=_batch_blocks(self.options, spec.layout.block_bytes),
                 block_bytes=spec.layout.num_layers * spec.layout.slab_bytes,
             ),
+        )
+        self.loads = LoadDesk(
+            self._link,
+            self._counter,
+            spec.layout,
+            DeskOptions(
+                deadline_s=self.options.deadline_s,
+                max_read_ahead_layers=self.options.max_read_ahead_layers,
+                decide=self.options.decide,
+            ),
+            model or CostModel(),
         )
         self._background.start()
 
@@ -176,42 +207,52 @@ class CacheSession:
         found = self._link.attempt(
             self._caller, lambda link: _lookup(link, keys), self.options.deadline_s
         )
-        num_found = found.value.num_blocks if found.value is not None else 0
+        tiers = found.value.tiers[: len(keys)] if found.value is not None else ()
         self._counter.add(lookups=1)
-        self._remember_match(keys[0], time.monotonic() - started_s)
-        return num_local_blocks + min(num_found, len(keys))
+        self._remember_match(keys[0], _Match(time.monotonic() - started_s, tiers))
+        return num_local_blocks + len(tiers)
 
-    def load(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        blocks: range,
-        sink: BlockSink,
-    ) -> int:
-        """Copy cached blocks to where the engine wants them, and verify them there.
+    def start_load(self, offer: LoadOffer) -> Decision | None:
+        """Decide what to load of what `match` found, and begin; returns at once.
 
-        Blocks for at most what the deadline has left after the request's `match`.
-
-        Args:
-            request_id: the engine's name for the request.
-            token_ids: all prompt tokens.
-            blocks: indexes in the request's chain.
-            sink: copies; called on the calling thread, has finished when it returns.
+        Then `loads.state`, `loads.wait_layer` and `loads.claim`, by the request's id, with blocks
+        counted from the decision's first; and `loads.end`, once.
 
         Returns:
-            Number of leading blocks that are complete and verified. The places behind may have
-            been written to and hold nothing of value.
+            What is being loaded; None when nothing is.
         """
-        keys = self._chains.request_keys(request_id, token_ids)[blocks.start : blocks.stop]
-        if not keys or not self._link.takes_calls():
-            return 0
-        spent_s = self._match_spent_s.pop(keys[0], 0.0)
-        with self._timed(spent_s):
-            stop_s = time.monotonic() + self.options.deadline_s - spent_s
-            lease = self._prepare_load(keys, stop_s)
-            if lease is None:
-                return 0
-            return self._copy_verified(lease, sink, stop_s)
+        keys = self._chains.request_keys(offer.request_id, offer.token_ids)
+        keys = keys[offer.blocks.start : offer.blocks.stop]
+        match = self._matches.pop(keys[0], None) if keys else None
+        if match is None or not self._link.takes_calls():
+            return None
+        layout = self.spec.layout
+        decision = self.loads.choose(
+            LoadShape(
+                num_tokens=len(offer.token_ids),
+                num_local_tokens=offer.blocks.start * layout.block_tokens,
+                tiers=match.tiers[: len(keys)],
+                block_tokens=layout.block_tokens,
+                block_bytes=layout.num_layers * layout.slab_bytes,
+                num_layers=layout.num_layers,
+                can_direct=True,
+            )
+        )
+        if not decision.num_blocks:
+            return None
+        self.loads.start(
+            LoadTask(
+                request_id=offer.request_id,
+                keys=tuple(keys[: decision.num_blocks]),
+                tiers=match.tiers,
+                target=offer.target,
+                hold=offer.hold,
+                decision=decision,
+                patience_s=max(0.0, self.options.deadline_s - match.spent_s),
+                spent_s=match.spent_s,
+            )
+        )
+        return decision
 
     def store(
         self,
@@ -259,91 +300,22 @@ class CacheSession:
 
     def close(self) -> None:
         """End the session; what waits to be stored is dropped. Idempotent."""
+        self.loads.close()
         self._background.close(timeout_s=2 * self.options.deadline_s)
         self._caller.close()
-        self.copier.close()
 
-    def _remember_match(self, first_key: BlockKey, spent_s: float) -> None:
-        self._match_spent_s[first_key] = spent_s
-        self._counter.add_stall(spent_s, spent_s)
-        while len(self._match_spent_s) > MAX_REMEMBERED_MATCHES:
-            self._match_spent_s.popitem(last=False)
+    def _remember_match(self, first_key: BlockKey, match: _Match) -> None:
+        self._matches[first_key] = match
+        self._counter.add_stall(match.spent_s, match.spent_s)
+        while len(self._matches) > MAX_REMEMBERED_MATCHES:
+            self._matches.popitem(last=False)
 
-    @contextmanager
-    def _timed(self, spent_before_s: float) -> Iterator[None]:
-        started_s = time.monotonic()
-        try:
-            yield
-        finally:
-            stall_s = time.monotonic() - started_s
-            self._counter.add_stall(stall_s, spent_before_s + stall_s)
-
-    def _prepare_load(self, keys: Sequence[BlockKey], stop_s: float) -> LoadLease | None:
-        left_s = stop_s - time.monotonic()
-        if left_s <= 0:
-            return None
-        timeout_s = left_s * CACHE_SHARE_OF_DEADLINE
-        prepared = self._link.attempt(
-            self._caller,
-            lambda link: link.cache.prepare_load(link.namespace.id, keys, timeout_s=timeout_s),
-            left_s,
-            on_late=lambda link, lease: link.cache.release(lease.id),
-        )
-        return prepared.value
-
-    def _copy_verified(self, lease: LoadLease, sink: BlockSink, stop_s: float) -> int:
-        """Copy the leading ready blocks batch by batch, until one is wrong or time is up."""
-        ready = lease.blocks[: lease.num_ready]
-        num_good, size = 0, self.options.load_batch_blocks
-        corrupt: list[BlockKey] = []
-        try:
-            for first in range(0, len(ready), size):
-                batch = ready[first : first + size]
-                if time.monotonic() >= stop_s:
-                    break
-                good = self._copy_batch(first, batch, sink)
-                num_good += good
-                if good < len(batch):
-                    corrupt.append(batch[good].key)
-                    break
-        except COPY_ERRORS as error:
-            log.warning("copying blocks out of the cache failed: %s", error)
-            self._counter.add(failures=1)
-        self._background.send(lambda link: link.cache.complete_load(lease.id, corrupt))
-        self._count_load(lease, num_good)
-        return num_good
-
-    def _copy_batch(self, first: int, batch: Sequence[LoadedBlock], sink: BlockSink) -> int:
-        """Returns how many leading blocks of the batch arrived intact."""
-        views = [block.data for block in batch if block.data is not None]
-        found = sink(first, views)
-        for index, (block, checksums) in enumerate(zip(batch, found, strict=True)):
-            if checksums != block.checksums:
-                self._count_wrong(block.checksums, checksums)
-                return index
-        return len(batch)
-
-    def _count_wrong(self, expected: SlabChecksums, found: SlabChecksums) -> None:
-        num_wrong = sum(a != b for a, b in zip(expected, found, strict=False))
-        num_wrong += abs(len(expected) - len(found))
-        self._counter.add(
-            corrupt_blocks=1,
-            wrong_slabs=num_wrong,
-            wrong_bytes=num_wrong * self.spec.layout.slab_bytes,
-        )
-        log.error("a block failed its checksum after the copy; it is recomputed")
-
-    def _count_load(self, lease: LoadLease, num_good: int) -> None:
+    def should_swap_out(self, num_tokens: int) -> bool:
+        """Whether storing `num_tokens` and loading them later beats computing them again."""
         layout = self.spec.layout
-        for block in lease.blocks[:num_good]:
-            if block.tier is not None:
-                self._counter.add_hit(block.tier, layout.block_tokens)
-        self._counter.add(
-            loaded_blocks=num_good,
-            loaded_bytes=num_good * layout.num_layers * layout.slab_bytes,
-            missed_blocks=len(lease.blocks) - num_good,
-            corrupt_blocks=sum(b.status is LoadStatus.CORRUPT for b in lease.blocks),
-        )
+        num_bytes = num_tokens // layout.block_tokens * layout.num_layers * layout.slab_bytes
+        model, tier = self.loads.model, TierKind.MEMORY
+        return self._link.takes_calls() and model.should_reload(0, num_tokens, tier, num_bytes)
 
 
 def _lookup(link: Connection, keys: Sequence[BlockKey]) -> LookupResult:

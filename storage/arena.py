@@ -10,26 +10,28 @@ make the daemon die by SIGBUS. The file is sparse, so an arena costs only what w
 or `prefault`ed; a sealed one cannot give pages back. It has no name, so nothing is left behind by
 a crash.
 
-Slots are page-aligned and 4 KiB multiples: O_DIRECT reads go straight into `view(slot)`.
+Slots are page-aligned and 4 KiB multiples: O_DIRECT reads go straight into `view(slot)`. What is
+prefaulted gets 2 MiB pages where the kernel makes them (`prefault.py`), here and at every client.
 """
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import fcntl
-import mmap
 import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ucm.errors import CapacityError, ConfigError, InvalidArgumentError, TierUnavailableError
+from ucm.mapping import map_shared
 
 from .prefault import Prefaulter
 from .slots import SlotTable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from ucm.layout import KvLayout
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 F_SEAL_FUTURE_WRITE = 0x0010
 """From linux/fcntl.h (Linux 5.1); Python names it from 3.13 on."""
+
+MAX_WAIT_S = 1.0
+"""How long somebody who fills slots waits for prefaulting: nothing depends on it."""
 
 _FIXED_SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -58,7 +63,7 @@ class ArenaKind(enum.Enum):
 class Arena:
     """`num_slots` slots of one block each in one sealed memfd.
 
-    `slots` says which are in use; `checksums` [num_slots, num_layers] uint64 holds each slot's
+    `slots` says which are in use; `checksums` [num_slots, num_layers] <u8 holds each slot's
     slab checksums, in this process only. Allocation and views are thread-safe.
     """
 
@@ -79,10 +84,9 @@ class Arena:
         self.num_slots = num_slots
         self.slot_bytes = layout.block_bytes
         self.slots = SlotTable(num_slots)
-        self.checksums: NDArray[np.uint64] = np.zeros((num_slots, layout.num_layers), np.uint64)
-        self._fd, self._map = _create_memfd(self.size_bytes, kind)
-        self._prefaulter = Prefaulter(self._map)
-        self._view = memoryview(self._map)
+        self.checksums: NDArray[np.uint64] = np.zeros((num_slots, layout.num_layers), "<u8")
+        self._fd, self._view = _create_memfd(self.size_bytes, kind)
+        self._prefaulter = Prefaulter(self._view)
 
     def __repr__(self) -> str:
         return f"Arena({self.kind.value}, {self.num_slots} x {self.slot_bytes} B, {self.slots!r})"
@@ -127,10 +131,23 @@ class Arena:
         """
         self._prefaulter.request(num_slots * self.slot_bytes)
 
+    def wait_real(self, slots: Sequence[SlotId]) -> None:
+        """Wait until slots that are about to be filled are real memory, if they are to be made so.
+
+        Blocks while the prefaulting passes them: 0.4 s/GB, at most `MAX_WAIT_S`.
+        """
+        if slots:
+            self._prefaulter.wait_for((max(slots) + 1) * self.slot_bytes, MAX_WAIT_S)
+
     @property
     def prefaulted_bytes(self) -> int:
         """How much of it, from its start, was made real ahead of its use."""
         return self._prefaulter.done_bytes
+
+    @property
+    def huge_bytes(self) -> int:
+        """How much of that was given 2 MiB pages."""
+        return self._prefaulter.huge_bytes
 
     def wait_prefaulted(self, timeout_s: float) -> None:
         """Wait until what was asked of `prefault` is done or given up."""
@@ -143,16 +160,14 @@ class Arena:
         self._prefaulter.close()
         os.close(self._fd)
         self._fd = -1
-        with contextlib.suppress(BufferError):  # a view is still held: its end ends the mapping
-            self._view.release()
-            self._map.close()
+        self._view.release()  # the end of the last view ends the mapping
 
 
-def _create_memfd(size_bytes: int, kind: ArenaKind) -> tuple[int, mmap.mmap]:
+def _create_memfd(size_bytes: int, kind: ArenaKind) -> tuple[int, memoryview]:
     fd = os.memfd_create(f"ucm-{kind.value}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size_bytes)
-        mapping = mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        mapping = map_shared(fd, size_bytes, writable=True)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, kind.seals)
     except OSError as error:
         os.close(fd)

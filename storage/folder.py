@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 
+_OWN_NAMES = frozenset({"lock", "ns", "quarantine", "lost+found"})
+
 
 def current_uid() -> int:
     """The user this process acts as."""
@@ -54,6 +56,8 @@ def current_uid() -> int:
 
 def check_folder(path: Path) -> None:
     """Create the data folder if it is not there; refuse one that others control.
+
+    A folder that holds other things, and no store yet, is named in a warning: a mistyped path.
 
     Raises:
         ConfigError: a link, no folder, another owner, or writable by everyone.
@@ -77,6 +81,20 @@ def check_folder(path: Path) -> None:
         raise ConfigError(
             f"nvme.path {path} can be written by every user: run `chmod o-w` on it first"
         )
+    _warn_of_strangers(path)
+
+
+def _warn_of_strangers(path: Path) -> None:
+    with contextlib.suppress(OSError):  # what cannot be listed is refused when it is used
+        names = set(os.listdir(path))
+        foreign = sorted(names - _OWN_NAMES)
+        if foreign and "ns" not in names:
+            log.warning(
+                "nvme.path %s holds %d other things (%s, ...); a new store is made beside them",
+                path,
+                len(foreign),
+                foreign[0],
+            )
 
 
 def lock_folder(path: Path) -> int:

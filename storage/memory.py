@@ -23,6 +23,8 @@ from .arena import Arena, ArenaKind
 from .slots import SlotState
 from .tier import IoStatus, ReadOutcome, TierUsage
 
+CHECKSUM_BYTES = 8
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -44,6 +46,7 @@ class MemoryTier:
         """
         self._layout = layout
         self._arena = Arena(layout, num_slots, ArenaKind.READ_ONLY)
+        self._checksum_bytes = self._arena.checksums.view(np.uint8).reshape(-1).data
         self._keys = np.zeros((num_slots, KEY_BYTES), np.uint8)
         self._lossy = np.zeros(num_slots, np.bool_)
 
@@ -69,6 +72,10 @@ class MemoryTier:
         """See `Arena.prefault`."""
         self._arena.prefault(num_slots)
 
+    def wait_real(self, slots: Sequence[SlotId]) -> None:
+        """See `Arena.wait_real`."""
+        self._arena.wait_real(slots)
+
     def view(self, slot: SlotId) -> memoryview:
         """The slot's bytes, writable, `layout.block_bytes` long; no copy.
 
@@ -82,7 +89,9 @@ class MemoryTier:
 
     def packed_checksums(self, slots: Sequence[SlotId]) -> bytes:
         """The checksums of the blocks in `slots`, as little-endian 64-bit words back to back."""
-        return self._arena.checksums[slots].astype("<u8", copy=False).tobytes() if slots else b""
+        # Slice by slice: numpy's code would have to come from memory for every load.
+        size, words = self._layout.num_layers * CHECKSUM_BYTES, self._checksum_bytes
+        return b"".join([words[slot * size : (slot + 1) * size] for slot in slots])
 
     def generation(self, slot: SlotId) -> int:
         """How often the slot was handed out; a reader that outlives its lease sees it change."""
@@ -105,7 +114,8 @@ class MemoryTier:
         self._arena.slots.change(slots, SlotState.ALLOCATED, SlotState.FREE)
 
     def write(self, items: Sequence[SlotWrite]) -> list[IoStatus]:
-        """See `Tier.write`. Copies on the calling thread; volatile."""
+        """See `Tier.write`. Copies on the calling thread; volatile. See `Arena.wait_real`."""
+        self._arena.wait_real([item.slot for item in items])
         return [self._write_one(item) for item in items]
 
     def adopt(

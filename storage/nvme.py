@@ -36,7 +36,7 @@ from ucm.errors import (
 from ucm.types import BlockKey, NamespaceId, TierKind
 
 from .budget import IdleSegments, SegmentBudget
-from .codecs import codec_named
+from .codecs import codec_named, codec_of
 from .encoded_io import slot_io_for
 from .extents import ExtentTable
 from .file_io import PosixFileIo
@@ -204,6 +204,7 @@ class NvmeTier:
             slot_bytes=self._superblock.slot_bytes,
             disk_is_full=self._segments.disk_is_full,
             held_bytes=self.file_bytes,
+            codec=codec_of(self._superblock.codec).name,
         )
 
     @property

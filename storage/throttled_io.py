@@ -52,13 +52,21 @@ class TokenBucket:
         self._then_us = clock.now_us()
 
     def take(self, num_bytes: int) -> float:
-        """Take so many bytes; how many seconds to wait before they may be moved."""
+        """Take so many bytes; how many seconds to wait before they may be moved.
+
+        Less than 0 gives back what was taken and not moved.
+        """
         with self._lock:
             now_us = self._clock.now_us()
             earned = (now_us - self._then_us) * self.bytes_per_s / US_PER_S
             self._tokens = min(self.burst_bytes, self._tokens + earned) - num_bytes
             self._then_us = now_us
             return max(0.0, -self._tokens / self.bytes_per_s)
+
+
+def limit_of(bytes_per_s: int, clock: Clock) -> TokenBucket | None:
+    """As `bucket_of`; None for 0, which is no limit."""
+    return bucket_of(bytes_per_s, clock) if bytes_per_s else None
 
 
 def bucket_of(bytes_per_s: int, clock: Clock) -> TokenBucket:

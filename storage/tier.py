@@ -107,6 +107,8 @@ class TierUsage:
     """The disk refused room that the capacity allows; `free_slots` counts without it."""
     held_bytes: int = 0
     """Disk space of its files."""
+    codec: str = "raw"
+    """Of what is written to it."""
 
     @property
     def total_slots(self) -> int:

@@ -13,12 +13,12 @@ from typing import Any, Final, Self
 import grpc
 
 from .errors import PermissionDeniedError, TierUnavailableError, UcmError
-from .grants import ManagerStatus, NamespaceStatus, ShareStatus, TierStatus
+from .grants import ManagerStatus
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
 from .sockets import admin_path, check_path_length, grpc_target
-from .types import NamespaceId, TierKind
-from .wire import TIER_FROM_WIRE, error_from_metadata
+from .status_wire import status_from_wire
+from .wire import error_from_metadata
 
 _GRACE_S: Final = 1.0
 
@@ -72,7 +72,7 @@ class AdminClient:
             uptime_s=reply.uptime_s,
             socket_path=reply.socket_path,
             store_path=reply.store_path,
-            store=_status_from_wire(reply),
+            store=status_from_wire(reply),
         )
 
     def flush(self, *, timeout_s: float) -> bool:
@@ -112,63 +112,3 @@ class AdminClient:
         return TierUnavailableError(
             f"no daemon answers at {self._path} ({error.code().name}); start one with `ucm serve`"
         )
-
-
-def _status_from_wire(reply: pb.StatusReply) -> ManagerStatus:
-    return ManagerStatus(
-        state=reply.state,
-        num_sessions=reply.num_sessions,
-        num_leases=reply.num_leases,
-        leased_bytes=reply.leased_bytes,
-        write_queue_blocks=reply.write_queue_blocks,
-        write_queue_bytes=reply.write_queue_bytes,
-        tiers=tuple(_tier_from_wire(tier) for tier in reply.tiers),
-        namespaces=tuple(_namespace_from_wire(item) for item in reply.namespaces),
-        problems=tuple(reply.problems),
-        rejected_admissions=reply.rejected_admissions,
-    )
-
-
-def _kind_from_wire(tier: pb.Tier) -> TierKind:
-    kind = TIER_FROM_WIRE.get(tier)
-    if kind is None:
-        raise TierUnavailableError("the daemon has a tier that this release does not know")
-    return kind
-
-
-def _tier_from_wire(tier: pb.TierStatus) -> TierStatus:
-    return TierStatus(
-        kind=_kind_from_wire(tier.tier),
-        used_bytes=tier.used_bytes,
-        capacity_bytes=tier.capacity_bytes,
-        num_blocks=tier.num_blocks,
-        quarantined_slots=tier.quarantined_slots,
-        writable=tier.writable,
-        reason=tier.reason,
-        io=tier.io,
-        io_reason=tier.io_reason,
-    )
-
-
-def _namespace_from_wire(namespace: pb.NamespaceStatus) -> NamespaceStatus:
-    return NamespaceStatus(
-        id=NamespaceId(namespace.namespace),
-        num_blocks=namespace.num_blocks,
-        memory_blocks=namespace.memory_blocks,
-        nvme_blocks=namespace.nvme_blocks,
-        block_bytes=namespace.block_bytes,
-        num_sessions=namespace.num_sessions,
-        problem=namespace.problem,
-        tenant=namespace.tenant,
-        shares=tuple(_share_from_wire(share) for share in namespace.shares),
-        pinned_bytes=namespace.pinned_bytes,
-    )
-
-
-def _share_from_wire(share: pb.TierShare) -> ShareStatus:
-    return ShareStatus(
-        kind=_kind_from_wire(share.tier),
-        held_bytes=share.held_bytes,
-        quota_bytes=share.quota_bytes,
-        reserved_bytes=share.reserved_bytes,
-    )

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from .hashing import NamespaceSpec
 from .layout import KvLayout
@@ -41,7 +41,8 @@ class NamespaceHandle:
     id: NamespaceId
     layout: KvLayout
     max_read_bytes_per_s: int = 0
-    """What a client that reads extents itself may read in a second; 0 is no limit."""
+    """What a client that reads extents itself may read in a second; 0 is no limit. Its plans carry
+    the limit, and `ucm.layer_reader` keeps to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,8 @@ class LookupResult:
         return len(self.tiers)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedBlock:
-    """One key of a load lease."""
+class LoadedBlock(NamedTuple):
+    """One key of a load lease. A tuple, because there are many and a lease is waited for."""
 
     key: BlockKey
     status: LoadStatus

@@ -47,6 +47,12 @@ def depths_of(parents: Any) -> Any:
     return depths
 
 
+def run_starts_of(parents: Any) -> Any:
+    """For each row the first of the neighbouring rows up to it that each follow the one before."""
+    rows = np.arange(len(parents), dtype=np.intc)
+    return np.maximum.accumulate(np.where(parents == rows - 1, 0, rows))
+
+
 def column(values: array[int] | array[float], dtype: type[np.generic] = np.int32) -> Any:
     """A column for numpy, without a copy. While it is held, the column cannot grow."""
     return np.frombuffer(values, dtype)
@@ -86,6 +92,7 @@ class Columns:
     child_rows: array[int]
     pins: array[int]
     depths: array[int]
+    run_starts: array[int]
     flags: bytearray
 
     def is_resident(self, row: int) -> bool:
@@ -120,6 +127,9 @@ def _row_problems(columns: Columns, key: BlockKey, row: int) -> list[str]:
         problems.append(f"row {row}: its parent row {parent} is gone")
     if columns.depths[row] != (0 if parent == NO_ROW else columns.depths[parent] + 1):
         problems.append(f"row {row}: its depth {columns.depths[row]} does not follow its parent's")
+    linked = parent != NO_ROW and parent == row - 1
+    if columns.run_starts[row] != (columns.run_starts[parent] if linked else row):
+        problems.append(f"row {row}: its run does not start at {columns.run_starts[row]}")
     held = columns.pins[row] or columns.flags[row] & IN_FLIGHT or columns.child_rows[row]
     if not columns.is_resident(row) and not held:
         problems.append(f"row {row}: no copy, no lease, no child: it should be gone")

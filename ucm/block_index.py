@@ -13,7 +13,7 @@ Invariants, checked by `check_integrity`:
   copy only when it has no child rows. A quarantined copy (`lose`) may go at any time; its
   descendants are then unusable until somebody stores the block again, which revives the row.
 
-Envelope: a lookup is about 0.3 us a key, most of it the dictionary; a block in both tiers costs
+Envelope: 20 us to look up a chain of 1,000 that was stored in one go; a block in both tiers costs
 under 300 bytes of host memory (dictionary 50, key 88, row number 32, columns 50, eviction heaps
 for leaves only; 1 M measured).
 Pure: never locks, logs, sleeps or reads a clock; one thread at a time (the manager's lock).
@@ -44,16 +44,14 @@ from .block_columns import (
     depths_of,
     find_problems,
     follow,
+    run_starts_of,
     walk_up,
 )
 from .eviction import EvictionPolicy, LruPolicy
 from .hashing import CheckedKeys, check_keys
+from .row_uses import absent_in, add_pins, note_uses, remove_pins
 from .tier_view import TierView
 from .types import KEY_BYTES, ROOT_KEY, BlockKey, TierKind
-
-HIT_HALF_LIFE_US = 600 * 1_000_000
-"""A use counts half after ten minutes: four fifths of the reuse in public chat traces comes sooner
-(Wang et al., "KVCache cache in the wild", arXiv 2506.02634)."""
 
 
 class BlockIndex:
@@ -79,6 +77,8 @@ class BlockIndex:
         self._last_use_us = array("q")
         self._hits = array("f")
         self._depths = array("i")
+        self._run_starts = array("i")
+        """First of the neighbouring rows up to a row that each follow the one before."""
         self._flags = bytearray()
         self._free_rows = array("i")
         self._num_copies = [0, 0]
@@ -142,7 +142,7 @@ class BlockIndex:
         return self._last_use_us[row]
 
     def hits(self, row: int) -> float:
-        """Uses, each halved with every `HIT_HALF_LIFE_US` that passed until the last one."""
+        """Uses, each halved with every half-life that passed until the last one."""
         return self._hits[row]
 
     def depth(self, row: int) -> int:
@@ -172,50 +172,52 @@ class BlockIndex:
 
         `keys` may start in the middle of a chain; its ancestors are then checked too.
         """
-        return cast("list[int]", self._prefix_rows(keys).tolist())
+        return list(self.prefix(keys)[0])
 
-    def prefix_tiers(self, keys: Sequence[BlockKey]) -> tuple[TierKind, ...]:
-        """`fastest` of each row of `usable_prefix(keys)`."""
-        return self._tiers(self._prefix_rows(keys))
+    def prefix(self, keys: Sequence[BlockKey]) -> tuple[Sequence[int], tuple[TierKind, ...]]:
+        """`usable_prefix`, and `fastest` of each row.
 
-    def _prefix_rows(self, keys: Sequence[BlockKey]) -> Any:
-        """The rows of the usable prefix. O(prefix), but only O(log) of it look-ups of keys."""
+        O(prefix), but only O(log) of it look-ups of keys.
+        """
         rows = self._linked_rows(check_keys(keys))
-        if not len(rows) or not self.usable(self._parents[rows[0]]):
-            return rows[:0]
-        resident = column(self._slots[0])[rows] >= 0
-        resident |= column(self._slots[1])[rows] >= 0
-        return rows if resident.all() else rows[: resident.argmin()]
+        if not rows or not self.usable(self._parents[rows[0]]):
+            return (), ()
+        where: Any = slice(rows[0], rows[-1] + 1)
+        if not isinstance(rows, range):
+            where = np.array(rows, np.int32)
+        elif not absent_in(self._slots[0], rows):  # the usual case
+            return rows, (TierKind.MEMORY,) * len(rows)
+        slower = column(self._slots[0])[where] < 0
+        absent = slower & (column(self._slots[1])[where] < 0)
+        count = int(absent.argmax()) if absent.any() else len(rows)
+        return rows[:count], tuple(map(FASTEST_FIRST.__getitem__, slower[:count].tolist()))
 
-    def _linked_rows(self, keys: CheckedKeys) -> Any:
+    def _linked_rows(self, keys: CheckedKeys) -> Sequence[int]:
         """Rows, ghosts included, of the longest prefix of `keys` in which each follows the last.
 
-        Where a row is, its ancestors' rows are: so bisection finds the last key that has one. The
+        Where a row is, its ancestors' rows are: bisection finds the last key that has one. The
         others are likely the rows before it, as a chain is stored in one go, else they are walked
         up to. Keys that form no chain are gone through one by one.
         """
         low, high = -1, len(keys)
+        middle = high - 1  # all are there, as a rule
         while high - low > 1:
-            middle = (low + high) // 2
             low, high = (middle, high) if keys[middle] in self._rows else (low, middle)
-        last = self._rows[keys[low]] if low >= 0 else NO_ROW
-        rows = np.arange(last - low, last + 1 if low >= 0 else last - low, dtype=np.int32)
-        if len(rows) and (rows[0] < 0 or (column(self._parents)[rows[1:]] != rows[:-1]).any()):
-            rows = np.array(walk_up(self._parents, last, low + 1), np.int32)
-        stored = np.frombuffer(self._packed_keys, f"V{KEY_BYTES}")[rows]
-        if stored.tobytes() == keys[: low + 1].packed:
+            middle = (low + high) // 2
+        if low < 0:
+            return ()
+        last = self._rows[keys[low]]
+        first, end = last - low, last + 1
+        rows: Sequence[int] = range(first, end)
+        if self._run_starts[last] <= first:
+            stored: bytes | bytearray = self._packed_keys[first * KEY_BYTES : end * KEY_BYTES]
+        else:
+            rows = walk_up(self._parents, last, low + 1)
+            numbers = np.array(rows, np.int32)
+            stored = np.frombuffer(self._packed_keys, f"V{KEY_BYTES}")[numbers].tobytes()
+        if stored == keys[: low + 1].packed:
             return rows
-        return np.array(follow(self._rows, self._parents, keys), np.int32)
-
-    def tiers(self, rows: Sequence[int]) -> tuple[TierKind, ...]:
-        """`fastest` of each row."""
-        return self._tiers(np.array(rows, np.int32)) if rows else ()
-
-    def _tiers(self, rows: Any) -> tuple[TierKind, ...]:
-        slower = column(self._slots[0])[rows] < 0
-        if not slower.any():
-            return (TierKind.MEMORY,) * len(slower)
-        return tuple(map(FASTEST_FIRST.__getitem__, slower.tolist()))
+        return follow(self._rows, self._parents, keys)
 
     def lacking(self, rows: Sequence[int], tier: TierKind) -> list[int]:
         """Those of `rows` that have no copy in `tier`, in order."""
@@ -224,8 +226,7 @@ class BlockIndex:
 
     def slots(self, rows: Sequence[int], tier: TierKind) -> list[SlotId]:
         """`slot` of each row."""
-        column = self._slots[POSITION[tier]]
-        return [SlotId(column[row]) for row in rows]
+        return cast("list[SlotId]", list(map(self._slots[POSITION[tier]].__getitem__, rows)))
 
     def may_leave(self, row: int, tier: TierKind) -> bool:
         """Whether eviction may take the row's copy out of `tier` now."""
@@ -257,6 +258,8 @@ class BlockIndex:
         else:
             row = self._append_row(key, parent)
         self._depths[row] = 0 if parent == NO_ROW else self._depths[parent] + 1
+        linked = parent != NO_ROW and parent == row - 1
+        self._run_starts[row] = self._run_starts[parent] if linked else row
         self._rows[key] = row
         if parent != NO_ROW:
             self._child_rows[parent] += 1
@@ -270,6 +273,7 @@ class BlockIndex:
             slots.append(NO_SLOT)
         for counters in (*self._children, self._child_rows, self._pins, self._depths):
             counters.append(0)
+        self._run_starts.append(0)
         self._last_use_us.append(0)
         self._hits.append(0.0)
         self._flags.append(0)
@@ -329,33 +333,14 @@ class BlockIndex:
 
     def pin_all(self, rows: Sequence[int], now_us: int) -> None:
         """`pin` and `touch` rows that differ from each other."""
-        if rows:
-            numbers = np.array(rows, np.int32)
-            column(self._pins)[numbers] += 1
-            last_use_us = column(self._last_use_us, np.int64)
-            hits = column(self._hits, np.float32)
-            decay = 0.5 ** ((now_us - last_use_us[numbers]) / HIT_HALF_LIFE_US)
-            hits[numbers] = 1.0 + hits[numbers] * decay
-            last_use_us[numbers] = now_us
-            for policy, slots in zip(self._policies, self._slots, strict=True):
-                policy.touched_all(numbers[column(slots)[numbers] >= 0])
+        add_pins(self._pins, rows)
+        note_uses(self._last_use_us, self._hits, rows, now_us)
+        for policy, slots in zip(self._policies, self._slots, strict=True):
+            policy.touched_all([row for row in rows if slots[row] >= 0])
 
     def unpin_all(self, rows: Sequence[int]) -> None:
         """`unpin` rows that differ from each other."""
-        if not rows:
-            return
-        numbers = np.array(rows, np.int32)
-        pins = column(self._pins)
-        assert (pins[numbers] > 0).all(), rows
-        pins[numbers] -= 1
-        # Only leaves, which may now be evicted, and ghosts need a look at each.
-        inner = np.zeros(len(numbers), bool)
-        leaf = np.zeros(len(numbers), bool)
-        for slots, children in zip(self._slots, self._children, strict=True):
-            has = column(slots)[numbers] >= 0
-            inner |= has
-            leaf |= has & (column(children)[numbers] == 0)
-        for row in numbers[(pins[numbers] == 0) & (leaf | ~inner)].tolist():
+        for row in remove_pins(self._pins, rows, self._slots, self._children):
             if self._keys[row] is not None:  # not dropped along with a child of its
                 self._settle(row)
 
@@ -389,9 +374,7 @@ class BlockIndex:
 
     def touch(self, row: int, now_us: int) -> None:
         """Record a use (a store, a load or a prefetch). The clock never goes back."""
-        elapsed_us = now_us - self._last_use_us[row]
-        self._hits[row] = 1.0 + self._hits[row] * 0.5 ** (elapsed_us / HIT_HALF_LIFE_US)
-        self._last_use_us[row] = now_us
+        note_uses(self._last_use_us, self._hits, (row,), now_us)
         in_memory, in_nvme = self._slots
         if in_memory[row] >= 0:
             self._policies[0].touched(row)
@@ -440,6 +423,7 @@ class BlockIndex:
         self._last_use_us.frombytes(bytes(8 * count))
         self._hits.frombytes(zeros)
         self._depths.frombytes(depths_of(table.parents).tobytes())
+        self._run_starts.frombytes(run_starts_of(table.parents).tobytes())
         self._flags.extend(bytes(count))
         self._num_copies[position] = count
         self._policies[position].filled(count, self._views[position])
@@ -495,6 +479,7 @@ class BlockIndex:
             child_rows=self._child_rows,
             pins=self._pins,
             depths=self._depths,
+            run_starts=self._run_starts,
             flags=self._flags,
         )
         return find_problems(columns, self._num_copies, self._num_unqueued)

@@ -225,7 +225,8 @@ class RemoteCache:
         open_namespace = self._namespaces.get(namespace)
         if open_namespace is None:
             raise BlockNotFoundError("this namespace is not open in this session")
-        handle = NamespaceHandle(namespace, open_namespace.layout)
+        limit = self._max_read_bytes_per_s
+        handle = NamespaceHandle(namespace, open_namespace.layout, limit)
         return self._plans.plan(handle, keys, mode, reply, open_namespace.arena)
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:

@@ -61,11 +61,14 @@ class MemoryConfig:
     """The host-memory tier."""
 
     capacity_bytes: int = 4 * GIB
-    """Sum over all namespaces' arenas. Sparse until used, but for `prefault_bytes`."""
+    """Sum over all namespaces' arenas. Sparse until used, but for `prefault_bytes`. A namespace
+    keeps what it has used as long as it is open, whatever it has evicted: an arena is sealed and
+    gives no pages back. When another needs memory, namespaces that nobody uses are closed."""
     prefault_bytes: int = 256 * MIB
-    """How far ahead of use each namespace's memory is made real, in the background, so that stores
-    and loads do not wait for the kernel to find pages (5 us each); at most an eighth of the
-    capacity, and a quarter of this before the first use. Counts as used. 0 switches it off."""
+    """How far ahead of use each namespace's memory is made real, in the background and in pages of
+    2 MiB where the kernel makes them, so that stores and loads do not wait for it to find pages
+    (5 us each) and read with less processor time; at most an eighth of the capacity, and a quarter
+    of this before the first use. Counts as used. 0 switches it off."""
     high_watermark: float = 0.95
     """Eviction starts above this share of the capacity..."""
     low_watermark: float = 0.90

@@ -27,6 +27,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from . import __version__
+from .call_guard import ADMIN_POLICIES, ENGINE_POLICIES, Policy, PolicyInterceptor
 from .clock import Clock, SystemClock
 from .config import Config
 from .door import Door, SessionTokens
@@ -36,14 +37,7 @@ from .metrics import Metrics
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
 from .sd_notify import Notifier
-from .service import (
-    ADMIN_POLICIES,
-    ENGINE_POLICIES,
-    AdminService,
-    CacheService,
-    Policy,
-    PolicyInterceptor,
-)
+from .service import AdminService, CacheService
 from .sockets import ADMIN_MODE, SOCKET_MODE, SocketFolder, admin_path, door_path, grpc_target
 
 _log = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 import select
 import socket
@@ -25,6 +24,7 @@ from ucm.storage.extents import SegmentFd
 from . import __version__
 from .errors import InvalidArgumentError, PermissionDeniedError, TierUnavailableError
 from .hashing import NamespaceSpec
+from .mapping import map_shared
 from .protos import cache_pb2 as pb
 from .types import NamespaceId
 from .wire import PROTOCOL_VERSION, TOKEN_BYTES, error_from_wire, spec_to_wire
@@ -89,7 +89,7 @@ class DoorClient:
         if welcome.protocol_version != PROTOCOL_VERSION or len(welcome.token) != TOKEN_BYTES:
             os.close(fd)
             raise TierUnavailableError(f"what answers at {self._path} is not a daemon of ours")
-        staging = _map(fd, welcome.staging_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        staging = _map(fd, welcome.staging_bytes, writable=True)
         return Greeting(
             token=welcome.token,
             max_keys_per_call=welcome.max_keys_per_call,
@@ -109,7 +109,7 @@ class DoorClient:
         """
         message = pb.OpenNamespace(spec=spec_to_wire(spec), namespace=namespace)
         reply, (fd,) = self._ask(pb.DoorRequest(open_namespace=message), timeout_s=timeout_s)
-        return _map(fd, reply.opened.arena_bytes, mmap.PROT_READ)
+        return _map(fd, reply.opened.arena_bytes, writable=False)
 
     def open_segment(self, namespace: NamespaceId, segment: int, *, timeout_s: float) -> SegmentFd:
         """A descriptor of a segment file of an open namespace, read-only; the caller closes it.
@@ -132,7 +132,7 @@ class DoorClient:
         request = pb.DoorRequest(open_progress=pb.OpenProgress())
         reply, (fd, event_fd) = self._ask(request, timeout_s=timeout_s)
         try:
-            return _map(fd, reply.progress.area_bytes, mmap.PROT_READ), event_fd
+            return _map(fd, reply.progress.area_bytes, writable=False), event_fd
         except TierUnavailableError:
             os.close(event_fd)
             raise
@@ -251,7 +251,7 @@ def _parse(data: bytes, fds: list[int], asked: str, flags: int) -> tuple[pb.Door
     raise TierUnavailableError("the daemon closed the door" if not data else "a garbled answer")
 
 
-def _map(fd: int, size_bytes: int, prot: int) -> memoryview:
+def _map(fd: int, size_bytes: int, *, writable: bool) -> memoryview:
     """Map `fd`, then close it: the mapping outlives it."""
     try:
         if size_bytes < 1 or os.fstat(fd).st_size < size_bytes:
@@ -259,7 +259,7 @@ def _map(fd: int, size_bytes: int, prot: int) -> memoryview:
             raise TierUnavailableError(
                 f"the daemon passed memory of {os.fstat(fd).st_size} bytes and says {size_bytes}"
             )
-        return memoryview(mmap.mmap(fd, size_bytes, mmap.MAP_SHARED, prot))
+        return map_shared(fd, size_bytes, writable=writable)
     except (OSError, OverflowError) as error:
         raise TierUnavailableError(
             f"cannot map {size_bytes} bytes of the daemon's memory: {error}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ucm.storage.arena import Arena
+from ucm.storage.throttled_io import limit_of
 from ucm.storage.tier import SlotId
 
 from .api import (
@@ -25,6 +26,7 @@ from .api import (
     StoreLease,
     StoreSlot,
 )
+from .clock import SystemClock
 from .config import Config
 from .errors import TierUnavailableError
 from .grants import StoreGrant
@@ -58,6 +60,7 @@ class EmbeddedCache:
                 self._session, namespace, segment
             )
         )
+        self._read_limit = limit_of(manager.config.nvme.max_read_bytes_per_s, SystemClock())
         self._progress: SessionProgress | None = None
         self._closing = threading.Lock()
         self._closed = False
@@ -120,7 +123,8 @@ class EmbeddedCache:
         blocks = planned_blocks(keys, grants, memory)
         layout, promoting = arena.layout, grants.sources.count(SourceKind.PROMOTING)
         progress = self._shared_progress().of(grants.progress, promoting, layout.num_layers)
-        return LoadPlan(grants.lease_id, namespace, mode, blocks, grants.timeout_s, progress)
+        plan = LoadPlan(grants.lease_id, namespace, mode, blocks, grants.timeout_s, progress)
+        return dataclasses.replace(plan, read_limit=self._read_limit)
 
     def _shared_progress(self) -> SessionProgress:
         if self._progress is None:

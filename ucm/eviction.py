@@ -16,12 +16,10 @@ import heapq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from .types import BlockKey
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Sequence
 
 ROW_BITS = 32
 ROW_MASK = (1 << ROW_BITS) - 1
@@ -75,7 +73,7 @@ class EvictionPolicy(Protocol):
     def touched(self, row: int) -> None:
         """A row of the tier was used; `last_use_us` and `hits` know of it already."""
 
-    def touched_all(self, rows: NDArray[np.int32]) -> None:
+    def touched_all(self, rows: Sequence[int]) -> None:
         """As `touched` for rows that differ from each other."""
 
     def removed(self, row: int, view: RowView) -> None:
@@ -151,7 +149,7 @@ class LruPolicy:
     def touched(self, row: int) -> None:
         """Nothing to note: the index keeps the time of use."""
 
-    def touched_all(self, rows: NDArray[np.int32]) -> None:
+    def touched_all(self, rows: Sequence[int]) -> None:
         """As `touched`."""
 
     def removed(self, row: int, view: RowView) -> None:

@@ -30,13 +30,11 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .errors import ConfigError
 from .eviction import CandidateHeap, RowView
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Sequence
 
 _MAX_USES = 4.0
 
@@ -117,9 +115,11 @@ class TreeGdsfPolicy:
         """See `EvictionPolicy.touched`."""
         self._clock_at_use[row] = self._clock
 
-    def touched_all(self, rows: NDArray[np.int32]) -> None:
+    def touched_all(self, rows: Sequence[int]) -> None:
         """See `EvictionPolicy.touched_all`."""
-        np.frombuffer(self._clock_at_use)[rows] = self._clock
+        clock_at_use, clock = self._clock_at_use, self._clock
+        for row in rows:
+            clock_at_use[row] = clock
 
     def removed(self, row: int, view: RowView) -> None:
         """Nothing to note: the entry is dropped when it comes up."""

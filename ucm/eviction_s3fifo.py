@@ -18,13 +18,11 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .eviction import CandidateHeap, RowView
 from .ghost import GhostSet
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Sequence
 
 _SMALL, _MAIN = 0, 1
 _SMALL_SHARE = 0.1
@@ -79,10 +77,10 @@ class S3FifoPolicy:
         """See `EvictionPolicy.touched`."""
         self._uses[row] = min(_MAX_USES, self._uses[row] + 1)
 
-    def touched_all(self, rows: NDArray[np.int32]) -> None:
+    def touched_all(self, rows: Sequence[int]) -> None:
         """See `EvictionPolicy.touched_all`."""
-        uses = np.frombuffer(self._uses, np.uint8)
-        uses[rows] = np.minimum(_MAX_USES, uses[rows] + 1)
+        for row in rows:
+            self.touched(row)
 
     def removed(self, row: int, view: RowView) -> None:
         """See `EvictionPolicy.removed`."""

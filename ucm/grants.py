@@ -113,6 +113,9 @@ class NamespaceStatus:
     """One for each tier."""
     pinned_bytes: int = 0
     """Kept in memory by pin leases."""
+    model_id: str = ""
+    codec: str = ""
+    """Of what is written to NVMe; empty without that tier."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,8 @@ class LayerLoads:
             self._relieve(session, namespace, keys)
         with state.lock:
             found, now_us = state.begin_locked(session, namespace)
-            rows = plan_load(found.index, keys).rows
+            plan = plan_load(found.index, keys)
+            rows = plan.rows
             deadline_us = now_us + int(life_s * US_PER_S)
             lease = state.grant_locked(session, found, LeaseKind.LOAD, deadline_us)
             state.hold_locked(lease, found, rows, now_us)

@@ -16,7 +16,7 @@ Invariants
       whatever the disk does, and nothing below is written after it.
     * Nothing raises for a block. Threads are at most `MAX_THREADS` in the process, so that hung
       reads cannot pile up: a reader that gets none says so (`error`) and every block is missing.
-    * A plan whose time is up is not begun on any more.
+    * A plan whose time is up is not begun on any more. Its limit on reads is kept to.
 
 Envelope: a step's hand-over costs some 15 us; threads of a reader start in 0.1 ms each.
 """
@@ -30,12 +30,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from . import tracing
 from .errors import InvalidArgumentError
 from .layout import MAX_LAYERS
-from .load_steps import ReadOrder, Step, own_steps, promoted_steps
+from .load_steps import Step, own_steps, promoted_steps
 from .slab_ledger import SlabLedger
 from .slab_mover import Outcome, Scratch, SlabMover, SlabTarget
-from .types import BlockKey, SourceKind
+from .tracing import Track
+from .types import BlockKey, LoadOrder, SourceKind
 
 if TYPE_CHECKING:
     from ucm.storage.file_io import FileIo
@@ -68,7 +70,7 @@ class ReaderOptions:
     ones cost less processor time."""
     num_threads: int = 4
     """Reads at once, 1 to `MAX_THREADS`."""
-    order: ReadOrder = ReadOrder.LAYERS
+    order: LoadOrder = LoadOrder.LAYERS
 
     def __post_init__(self) -> None:
         if not 1 <= self.read_ahead_layers <= MAX_LAYERS:
@@ -125,7 +127,7 @@ class LayerReader:
         blocks = plan.blocks[: plan.num_ready]
         sources = [block.source or SourceKind.MEMORY for block in blocks]
         order = self.options.order
-        self._from_back = order is ReadOrder.BLOCKS_FROM_BACK
+        self._from_back = order is LoadOrder.BLOCKS_FROM_BACK
         self._layout = layout
         self._deadline_s = time.monotonic() + plan.timeout_s
         self._ledger = SlabLedger(len(blocks), layout.num_layers, from_back=self._from_back)
@@ -150,6 +152,11 @@ class LayerReader:
         self._is_started = False
         self._is_cancelled = False
         self._error = ""
+        self._num_busy = 0
+        """Threads that read, copy or wait for promotions."""
+        self._busy_since_s = 0.0
+        self._busy_s = 0.0
+        self._num_steps = 0
         self._on_progress: Callable[[], None] | None = None
 
     # ------------------------------------------------------------ for the engine's side
@@ -221,6 +228,17 @@ class LayerReader:
         """What kept the reader from working at all; empty when nothing did."""
         return self._error
 
+    def moved_bytes(self) -> int:
+        """Bytes of slabs that came into the target and were right."""
+        with self._work:
+            return self._ledger.num_arrived() * self._layout.slab_bytes
+
+    def effort(self) -> tuple[int, float]:
+        """Steps begun, and seconds during which at least one was under way."""
+        with self._work:
+            now_s = time.monotonic() if self._num_busy else self._busy_since_s
+            return self._num_steps, self._busy_s + now_s - self._busy_since_s
+
     @property
     def num_threads_alive(self) -> int:
         """Threads that have not ended; one that hangs in a read has not."""
@@ -288,6 +306,20 @@ class LayerReader:
             if self._num_isolating:
                 self._settled.notify_all()
 
+    def wait_turn(self, block: int, num_bytes: int) -> bool:
+        """See `WriteGate.wait_turn`. Nothing is being written meanwhile: `cancel` need not wait."""
+        limit = self.plan.read_limit
+        delay_s = limit.take(num_bytes) if limit is not None else 0.0
+        if limit is None or delay_s <= 0:
+            return True
+        with self._work:
+            is_useless = self._work.wait_for(
+                lambda: self._is_cancelled or not self._ledger.is_wanted(block), delay_s
+            )
+        if is_useless:
+            limit.take(-num_bytes)
+        return not is_useless
+
     def wait_checksums(self, block: int) -> SlabChecksums | None:
         """See `WriteGate.wait_checksums`."""
         sums = self._mover.checksums.get(block)
@@ -309,7 +341,9 @@ class LayerReader:
         scratch = Scratch()
         try:
             while (step := self._next_step()) is not None:
+                begun_us = tracing.now_us()
                 outcomes = self._mover.move(step, scratch, in_scratch=self._from_back)
+                self._trace(step, begun_us)
                 self._settle(step, outcomes)
         except Exception as error:  # noqa: BLE001  the thread's outermost loop
             _log.exception("a load failed in an unforeseen way")
@@ -318,6 +352,16 @@ class LayerReader:
             self._call_back()
         finally:
             self._leave()
+
+    def _trace(self, step: Step, begun_us: int) -> None:
+        """Tell who looks; from the back, blocks are read whole and belong to no layer."""
+        trace = tracing.active()
+        if trace is None:
+            return
+        count = step.stop_layer - step.first_layer
+        layers = (-1, 0) if self._from_back else (step.first_layer, count)
+        blocks = (step.first_block, step.stop_block - step.first_block)
+        trace.add(Track.LOAD, begun_us, tracing.now_us(), layers=layers, blocks=blocks)
 
     def _leave(self) -> None:
         _threads.release()
@@ -333,6 +377,8 @@ class LayerReader:
             while not self._is_over_locked():
                 step = self._pick_locked()
                 if step is not None:
+                    self._num_steps += 1
+                    self._begin_busy_locked()
                     return step
                 awaited = self._promoted.head
                 if awaited is not None and not self._is_watched and self._in_reach(awaited):
@@ -340,6 +386,18 @@ class LayerReader:
                 else:
                     self._work.wait(max(0.0, self._deadline_s - time.monotonic()))
             return None
+
+    def _begin_busy_locked(self) -> None:
+        if not self._num_busy:
+            self._busy_since_s = time.monotonic()
+        self._num_busy += 1
+
+    def _end_busy_locked(self) -> None:
+        self._num_busy -= 1
+        if not self._num_busy:
+            now_s = time.monotonic()
+            self._busy_s += now_s - self._busy_since_s
+            self._busy_since_s = now_s
 
     def _is_over_locked(self) -> bool:
         self._promoted.skip(self._ledger)
@@ -368,17 +426,20 @@ class LayerReader:
         """Wait for promotions, outside the lock, one thread at a time."""
         progress = self.plan.progress
         self._is_watched = True
+        self._begin_busy_locked()
         self._work.release()
         try:
             if progress is not None:
                 progress.wait(step.num_promoted, PROGRESS_TURN_S)
         finally:
             self._work.acquire()
+            self._end_busy_locked()
             self._is_watched = False
             self._work.notify_all()
 
     def _settle(self, step: Step, outcomes: list[Outcome]) -> None:
         with self._work:
+            self._end_busy_locked()
             if self._is_cancelled:  # the target may be used for something else: this is history
                 return
             ledger = self._ledger

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Protocol
 from .types import BlockKey, LeaseId, LoadMode, LoadStatus, NamespaceId, SourceKind, TierKind
 
 if TYPE_CHECKING:
+    from ucm.storage.throttled_io import TokenBucket
+
     from .api import LoadedBlock, LoadLease, SlabChecksums
 
 
@@ -128,6 +130,8 @@ class LoadPlan:
     """The cache may take the bytes back this long after `begin_load` was answered."""
     progress: LoadProgress | None = None
     """None when no block is PROMOTING."""
+    read_limit: TokenBucket | None = None
+    """Every read of an extent takes its bytes here first; None when there is no limit."""
 
     @property
     def num_ready(self) -> int:

@@ -10,24 +10,16 @@ being promoted are a queue of their own, because they come when they come.
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from .layout import KvLayout
-from .types import SourceKind
+from .types import LoadOrder, SourceKind
 
 COPIED_BYTES: Final = 512 << 10
 """One step's copies: long enough to be worth the hand-over, short enough to share out."""
-
-
-class ReadOrder(enum.StrEnum):
-    """Which slabs come first."""
-
-    LAYERS = "layers"
-    BLOCKS_FROM_BACK = "blocks_from_back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +36,7 @@ class Step:
 
 
 def own_steps(
-    sources: Sequence[SourceKind], layout: KvLayout, order: ReadOrder, request_bytes: int
+    sources: Sequence[SourceKind], layout: KvLayout, order: LoadOrder, request_bytes: int
 ) -> Iterator[Step]:
     """The steps of EXTENT and MEMORY blocks, in order.
 
@@ -54,7 +46,7 @@ def own_steps(
         order: what comes first.
         request_bytes: of one read, at most, but one slab at least.
     """
-    if order is ReadOrder.BLOCKS_FROM_BACK:
+    if order is LoadOrder.BLOCKS_FROM_BACK:
         for block in reversed(range(len(sources))):
             if sources[block] is not SourceKind.PROMOTING:
                 yield Step(sources[block], block, block + 1, 0, layout.num_layers)
@@ -70,12 +62,12 @@ def own_steps(
 
 
 def promoted_steps(
-    sources: Sequence[SourceKind], layout: KvLayout, order: ReadOrder
+    sources: Sequence[SourceKind], layout: KvLayout, order: LoadOrder
 ) -> Iterator[Step]:
     """The steps of PROMOTING blocks, in order; arguments as for `own_steps`."""
     kind, count = SourceKind.PROMOTING, sources.count(SourceKind.PROMOTING)
     ranks = list(itertools.accumulate((source is kind for source in sources), initial=0))
-    if order is ReadOrder.BLOCKS_FROM_BACK:
+    if order is LoadOrder.BLOCKS_FROM_BACK:
         for block in reversed(range(len(sources))):
             if sources[block] is kind:
                 needed = (layout.num_layers - 1) * count + ranks[block + 1]

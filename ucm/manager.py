@@ -96,6 +96,8 @@ class Manager:
         self._stores = StorePath(self._state, self._write_behind)
         self._session_numbers = itertools.count(1)
         self._interrupted = False
+        self._closed_durable = False
+        """What `close` found; False until it is through."""
         self.metrics.set("ucm_build_info", 1, version=__version__)
 
     # -------------------------------------------------------------- sessions
@@ -343,19 +345,20 @@ class Manager:
         return self.flush(timeout_s=timeout_s)
 
     def close(self, *, timeout_s: float | None = None) -> bool:
-        """Drain, end every session, close the tiers. Idempotent.
+        """Drain, end every session, close the tiers. Only the first call does anything.
 
         Args:
             timeout_s: how long the drain may take; `service.drain_timeout_s` when None.
 
         Returns:
-            Whether all that was accepted is durable.
+            Whether all that was accepted is durable. Later calls say what the first one found,
+            and False while it is not through.
         """
         state = self._state
         timeout_s = self.config.service.drain_timeout_s if timeout_s is None else timeout_s
         with state.lock:
             if state.closed:
-                return True
+                return self._closed_durable
             state.draining = True
             state.closed = True
             sessions = list(state.sessions)
@@ -374,6 +377,7 @@ class Manager:
             _log.warning("transfers still run: the tiers stay open until the process ends")
             return False
         state.namespaces.close()
+        self._closed_durable = durable
         return durable
 
     # ---------------------------------------------------------------- status

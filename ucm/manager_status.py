@@ -27,6 +27,8 @@ def _namespace_status(table: NamespaceTable, found: Namespace) -> NamespaceStatu
         tenant=found.tenant,
         shares=_shares(table, found),
         pinned_bytes=len(found.pinned) * found.layout.block_bytes,
+        model_id=found.model_id,
+        codec=found.nvme.usage().codec if found.nvme is not None else "",
     )
 
 

@@ -104,6 +104,7 @@ class Namespace:
     memory: MemoryTier
     nvme: Tier | None
     tenant: str = ""
+    model_id: str = ""
     memory_shortage: str = ""
     """Why it gets less memory than its part, for an operator; empty when it has what it asks."""
     nvme_shortage: str = ""
@@ -276,7 +277,13 @@ class NamespaceTable:
             )
         memory = self._tiers.memory(layout, num_slots)
         opened = Namespace(
-            namespace, layout, BlockIndex(self._policies(layout)), memory, None, tenant
+            namespace,
+            layout,
+            BlockIndex(self._policies(layout)),
+            memory,
+            None,
+            tenant,
+            spec.model_id,
         )
         opened.last_use_us = self._clock.now_us()
         if self._tiers.nvme is None:

@@ -24,16 +24,24 @@ class PromotionPlan:
 
     rows: tuple[int, ...]
     """The longest usable prefix, in order."""
+    tiers: tuple[TierKind, ...]
+    """Fastest tier of each."""
     promote: tuple[int, ...]
     """Rows that only NVMe has and nobody is reading yet: each needs a slot and a read."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether nothing has to be read."""
+        return self.tiers.count(TierKind.MEMORY) == len(self.tiers)
 
 
 def plan_load(index: BlockIndex, keys: Sequence[BlockKey]) -> PromotionPlan:
     """Decide how to bring the cached prefix of `keys` to memory; prefetch uses it too."""
-    rows = tuple(index.usable_prefix(keys))
-    slower = index.lacking(rows, TierKind.MEMORY)
+    found, tiers = index.prefix(keys)
+    rows = tuple(found)
+    slower = [row for row, tier in zip(rows, tiers, strict=True) if tier is not TierKind.MEMORY]
     promote = tuple(row for row in slower if not index.in_flight(row, PROMOTING))
-    return PromotionPlan(rows, promote)
+    return PromotionPlan(rows, tiers, promote)
 
 
 @dataclass(frozen=True, slots=True)

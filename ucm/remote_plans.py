@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from ucm.storage.extents import SegmentFd
+from ucm.storage.throttled_io import TokenBucket, limit_of
 
 from .api import NamespaceHandle
+from .clock import SystemClock
 from .door_client import DoorClient
 from .errors import InvalidArgumentError, TierUnavailableError
 from .load_plan import LoadPlan
@@ -31,6 +34,7 @@ class RemotePlans:
         self._at_door = at_door
         self._files = SegmentFiles(self._open_segment)
         self._progress: SessionProgress | None = None
+        self._read_limit: TokenBucket | None = None
 
     def plan(
         self,
@@ -61,7 +65,14 @@ class RemotePlans:
             progress = shared.of(grants.progress, promoting, layout.num_layers) if shared else None
         except (InvalidArgumentError, ValueError) as error:
             raise TierUnavailableError(f"the daemon's load plan is garbled: {error}") from error
-        return LoadPlan(grants.lease_id, handle.id, mode, blocks, grants.timeout_s, progress)
+        plan = LoadPlan(grants.lease_id, handle.id, mode, blocks, grants.timeout_s, progress)
+        return replace(plan, read_limit=self._limit(handle.max_read_bytes_per_s))
+
+    def _limit(self, bytes_per_s: int) -> TokenBucket | None:
+        """The session's one bucket; the daemon says what it lets through."""
+        if self._read_limit is None:
+            self._read_limit = limit_of(bytes_per_s, SystemClock())
+        return self._read_limit
 
     def close(self) -> None:
         """Keep nothing but what plans still use. Idempotent."""

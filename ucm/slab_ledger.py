@@ -93,6 +93,10 @@ class SlabLedger:
         """Layers 0, 1, ... of which no slab is still to come."""
         return bisect.bisect_left(self._num_lacking, 1)  # it grows with the layer
 
+    def num_arrived(self) -> int:
+        """Slabs that are in place, wanted or not."""
+        return int(self._arrived.sum())
+
     def num_missing(self) -> int:
         """Slabs that are still to come."""
         wanted = self._arrived[self.floor : self.limit]

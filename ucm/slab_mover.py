@@ -53,6 +53,9 @@ class WriteGate(Protocol):
     def end_write(self, block: int) -> None:
         """The write is over."""
 
+    def wait_turn(self, block: int, num_bytes: int) -> bool:
+        """Wait until the plan's limit lets so many bytes be read; False when nobody wants them."""
+
     def wait_checksums(self, block: int) -> SlabChecksums | None:
         """Of an EXTENT block, from its header; None when that failed or nobody wants it."""
 
@@ -133,12 +136,13 @@ class SlabMover:
     def _read(self, step: Step, scratch: Scratch, *, in_scratch: bool) -> Outcome:
         """Read one block's layers, with the header in front when they begin with layer 0."""
         index, layers = step.first_block, range(step.first_layer, step.stop_layer)
+        stride = self._layout.slab_stride_bytes
+        if not self._gate.wait_turn(index, len(layers) * stride):
+            return Outcome(index, is_good=False, is_dropped=True)
         if not in_scratch:
             views = [self._target.view(layer, index) for layer in layers]
-            stride = self._layout.slab_stride_bytes
             if all(view.nbytes == stride and is_aligned(view) for view in views):
                 return self._read_direct(step, views, scratch)
-        stride = self._layout.slab_stride_bytes
         data = scratch.payload(len(layers) * stride)
         error = self._transfer(step, [data], scratch)
         if error is not None:

@@ -8,14 +8,13 @@ arena and verifies the copy.
 from __future__ import annotations
 
 import bisect
-import contextlib
-import mmap
 
 from ucm.storage.arena import Arena, ArenaKind
 from ucm.storage.prefault import STEP_BYTES
 
 from .errors import InvalidArgumentError, TierUnavailableError
 from .layout import ALIGNMENT_BYTES, KvDtype, KvLayout, round_up
+from .mapping import map_shared
 
 _PAGE = KvLayout(num_layers=1, num_kv_heads=1, head_dim=512, block_tokens=1, dtype=KvDtype.FLOAT32)
 """A "block" of exactly one page: 2 x 512 x 4 bytes."""
@@ -82,8 +81,7 @@ class Staging:
         """
         self.arena = Arena(_PAGE, capacity_bytes // ALIGNMENT_BYTES, ArenaKind.STAGING)
         self.runs = RunAllocator(self.arena.size_bytes)
-        self._map = mmap.mmap(self.arena.fd, self.arena.size_bytes)
-        self._view = memoryview(self._map)
+        self._view = map_shared(self.arena.fd, self.arena.size_bytes, writable=True)
 
     def prefault(self, num_bytes: int) -> None:
         """Make the first `num_bytes` real memory, in the background; the lowest are reused most."""
@@ -114,7 +112,5 @@ class Staging:
 
     def close(self) -> None:
         """Give the memory back. Idempotent. Views that are still held keep it alive."""
-        with contextlib.suppress(BufferError):  # a view is still held: its end ends the mapping
-            self._view.release()
-            self._map.close()
+        self._view.release()  # the end of the last view ends the mapping
         self.arena.close()

@@ -51,6 +51,15 @@ class SourceKind(enum.StrEnum):
     """In a file that the client reads itself."""
 
 
+class LoadOrder(enum.StrEnum):
+    """Which slabs of a load arrive first."""
+
+    LAYERS = "layers"
+    """All blocks of layer 0, then of layer 1: computation follows layer by layer."""
+    BLOCKS_FROM_BACK = "blocks_from_back"
+    """The last block whole, then the one before: computation comes towards it from the front."""
+
+
 class LoadStatus(enum.StrEnum):
     """What became of one key of a load."""
 

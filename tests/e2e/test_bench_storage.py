@@ -71,6 +71,8 @@ def test_figures_stand_beside_their_ceilings(result: dict[str, Any]) -> None:
     assert dram["memcpy_blocks_gb_s"] > 0
     assert 1 <= dram["arena_runs"] <= dram["blocks"]
     assert dram["copy_gb_s"] > dram["load_gb_s"], "the lease takes time"
+    assert min(dram["load_cpu_s_per_gb"], dram["memcpy_cpu_s_per_gb"]) > 0
+    assert dram["copy_threads"] >= 1
     assert result["nvme"].keys() == {"64KiB", "256KiB"}
     for row in result["nvme"].values():
         for op, side in (("load", "read"), ("store", "write")):
@@ -82,6 +84,7 @@ def test_figures_stand_beside_their_ceilings(result: dict[str, Any]) -> None:
             assert row[f"{op}_ratio"] == pytest.approx(expected, rel=0.05)
             assert row[f"end_to_end_{op}_gb_s"] > 0
         assert row["cpu_s_per_gb"] > 0
+        assert 0 <= row["huge_pages_mib"] <= row["blocks"] * row["block_bytes"] // MIB
 
 
 def test_names_clients_and_peers_are_there(result: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from ucm.testing.lanes import IS_DEEP, LANE
 pytestmark = pytest.mark.timeout(3600 if IS_DEEP else 120)
 
 LATE_POOL_THREADS = 4
-LEASED = ("load_leased", "load_being_read", "store_prepared", "many_leases")
+LEASED = ("load_leased", "load_being_read", "layer_loads_begun", "store_prepared", "many_leases")
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:

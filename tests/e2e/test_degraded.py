@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-import torch
 
 import ucm
 from ucm.api import CacheApi
@@ -26,7 +25,8 @@ from ucm.connectors.reference import ReferenceConnector, kv_dtype, namespace_spe
 from ucm.connectors.session import CacheSession, SessionOptions
 from ucm.embedded import EmbeddedCache
 from ucm.engine.engine import Engine, EngineOptions
-from ucm.engine.hook import LoadRequest, StoreRequest
+from ucm.engine.hook import LoadRequest, LoadStart, StoreRequest
+from ucm.engine.hook_proxy import HookProxy
 from ucm.engine.loading import LoadedModel, load_model
 from ucm.engine.sampling import SamplingParams
 from ucm.storage.tier import SlotId
@@ -43,7 +43,7 @@ BLOCK_TOKENS = 32
 NUM_PROMPT_TOKENS = 300
 NUM_PROMPT_BLOCKS = NUM_PROMPT_TOKENS // BLOCK_TOKENS
 PARAMS = SamplingParams(max_tokens=40, ignore_eos=True)
-POINTS = ("before", "match", "load", "store", "decode")
+POINTS = ("before", "match", "load", "layer 0", "layer 1", "end", "store", "decode")
 
 
 def prompt_of(seed: int, vocab_size: int) -> list[int]:
@@ -56,11 +56,11 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_model(write_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
 
 
-class StrikingHook:
+class StrikingHook(HookProxy):
     """The connector, with something happening just before one of its calls, once."""
 
     def __init__(self, inner: ReferenceConnector) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.strikes: dict[str, Callable[[], None]] = {}
         self.waited_s = 0.0
 
@@ -76,16 +76,21 @@ class StrikingHook:
         yield
         self.waited_s += time.monotonic() - started_s
 
-    def attach(self, kv_pool: torch.Tensor) -> None:
-        self.inner.attach(kv_pool)
-
     def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:
         with self._call("match"):
             return self.inner.match(token_ids, num_local_tokens)
 
-    def load(self, request: LoadRequest) -> int:
+    def start_load(self, request: LoadRequest) -> LoadStart:
         with self._call("load"):
-            return self.inner.load(request)
+            return self.inner.start_load(request)
+
+    def wait_layer(self, layer: int, request_ids: Sequence[str], /) -> Sequence[int]:
+        with self._call(f"layer {layer}"):
+            return self.inner.wait_layer(layer, request_ids)
+
+    def end_load(self, request_id: str) -> int:
+        with self._call("end"):
+            return self.inner.end_load(request_id)
 
     def store(self, request: StoreRequest) -> None:
         with self._call("store"):
@@ -152,7 +157,7 @@ def bench(loaded: LoadedModel, daemon: SpawnedDaemon) -> Iterator[Bench]:
 
 def strike_at(bench: Bench, point: str, strike: Callable[[], None]) -> tuple[int, ...]:
     """Generate with `strike` at `point`; a known prompt for loads, a new one for stores."""
-    seed = 1 if point in ("before", "match", "load") else 2
+    seed = 1 if point in ("before", "match", "load", "layer 0", "layer 1", "end") else 2
     expected, _ = bench.answer(seed, is_cached=False)
     bench.hook.waited_s = 0.0
     at_token = None

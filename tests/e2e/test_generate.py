@@ -70,3 +70,20 @@ def test_text_streams_to_standard_output_and_figures_to_standard_error(model: Pa
     ]
     assert runs[0].stdout == runs[1].stdout != "\n"
     assert "prompt tokens" in runs[0].stderr
+
+
+def test_the_decision_is_explained(model: Path, tmp_path: Path) -> None:
+    store = str(tmp_path / "store")
+    run_generate(model, "--cache", store)
+    decision = run_generate(model, "--cache", store)["decision"]
+    assert decision["kind"] in decision["alternatives_s"]
+    assert decision["predicted_ttft_s"] > 0
+    command = [sys.executable, "-m", "ucm.cli", "generate", "--model", str(model)]
+    command += ["--prompt", PROMPT, "--max-tokens", "2", "--explain"]
+    told = subprocess.run(
+        [*command, "--cache", store], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert f"* {decision['kind']}" in told.stderr
+    assert "estimates: priors for computing" in told.stderr
+    alone = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "nothing to decide" in alone.stderr

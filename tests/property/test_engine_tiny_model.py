@@ -11,13 +11,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ucm.clock import SimClock
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.loading import LoadedModel, load_model
 from ucm.engine.model import ForwardItem, LlamaModel
 from ucm.engine.sampling import Draw, SamplingParams, sample
 from ucm.engine.scheduler import SchedulerOptions
 from ucm.testing.fake_hook import DictHook
+from ucm.testing.fake_loading_hook import FakeLoadingHook, LoadScript, script_source
 from ucm.testing.models import write_tiny_model
+from ucm.types import LoadOrder
 
 MAX_TOKENS = 12
 
@@ -101,6 +104,58 @@ def test_tokens_do_not_depend_on_how_they_were_batched(
         assert engine.check_integrity() == []
     engine.pool.drain()
     assert engine.pool.blocks.num_available == options.num_blocks
+
+
+loads = st.builds(
+    LoadScript,
+    order=st.sampled_from(LoadOrder),
+    slab_us=st.lists(st.sampled_from([0, 100, 5_000]), min_size=1, max_size=5).map(tuple),
+    bad_slab=st.none() | st.integers(0, 20),
+    hung_slab=st.none() | st.integers(0, 20),
+    dropped_blocks=st.integers(0, 2),
+    write_us=st.sampled_from([0, 10_000]),
+)
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    data=st.data(),
+    chunk=st.integers(3, 40),
+    max_stall_us=st.sampled_from([0, 10**9]),
+)
+@pytest.mark.timeout(120)
+def test_tokens_do_not_depend_on_how_their_kv_was_loaded(
+    model: LlamaModel,
+    expected: list[list[list[int]]],
+    data: st.DataObject,
+    chunk: int,
+    max_stall_us: int,
+) -> None:
+    """Layer by layer, from the back, in part, damaged or hanging: real attention reads it."""
+    options = EngineOptions(
+        num_blocks=40,
+        block_tokens=4,
+        scheduler=SchedulerOptions(
+            max_sequences=6,
+            max_step_tokens=64,
+            prefill_chunk_tokens=chunk,
+            max_load_stall_s=max_stall_us / 1e6,
+        ),
+    )
+    warm = DictHook()
+    Engine(model, None, options, warm).generate_all(PROMPTS, PARAMS)
+    clock = SimClock()
+    scripts = data.draw(st.lists(loads, min_size=3, max_size=3))
+    hook = FakeLoadingHook(clock, script_source(scripts))
+    hook.blocks = dict(warm.blocks)
+    engine = Engine(model, None, options, hook, clock)
+    for i, result in enumerate(engine.generate_all(PROMPTS, PARAMS)):
+        assert [list(output.token_ids) for output in result.outputs] == expected[i]
+    assert engine.check_integrity() == []
+    assert hook.faults == []
+    assert hook.num_started > 0
 
 
 def test_logits_of_the_tiny_model_are_far_apart(model: LlamaModel) -> None:

@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ucm.layer_reader import LayerReader, ReaderOptions
-from ucm.load_steps import ReadOrder
 from ucm.slab_ledger import SlabLedger
 from ucm.storage.format import HEADER_BYTES
 from ucm.testing.extent_files import PAGE_LAYOUT, ExtentFile, FakeProgress, GatedIo, wait_for
 from ucm.testing.slab_pool import SlabPool
-from ucm.types import SourceKind
+from ucm.types import LoadOrder, SourceKind
 
 LAYERS = PAGE_LAYOUT.num_layers
 WAIT_S = 10.0
@@ -130,7 +129,7 @@ def test_nothing_is_written_below_what_was_given_up(
     num_blocks: int, steps: list[int], num_threads: int, seed: int
 ) -> None:
     """Reads and give-ups in any order; the blocks at the end that are reported are whole."""
-    options = ReaderOptions(order=ReadOrder.BLOCKS_FROM_BACK, num_threads=num_threads)
+    options = ReaderOptions(order=LoadOrder.BLOCKS_FROM_BACK, num_threads=num_threads)
     with load([SourceKind.EXTENT] * num_blocks, {}, options, seed) as found:
         found.reader.start()
         floor = 0
@@ -167,14 +166,14 @@ def is_overwritten(pool: SlabPool, stop: int) -> bool:
 
 
 @given(
-    order=st.sampled_from(ReadOrder),
+    order=st.sampled_from(LoadOrder),
     passes=st.integers(0, 3),
     num_threads=st.integers(1, 3),
     seed=st.integers(0, 1 << 16),
 )
 @settings(max_examples=40, deadline=None)
 def test_nothing_is_written_after_cancel_said_so(
-    order: ReadOrder, passes: int, num_threads: int, seed: int
+    order: LoadOrder, passes: int, num_threads: int, seed: int
 ) -> None:
     """True means the memory is the caller's; False means that a read into it still hangs."""
     options = ReaderOptions(
@@ -186,9 +185,9 @@ def test_nothing_is_written_after_cancel_said_so(
             assert found.io.wait_arrived()
             found.io.let_one_pass()
         # from the back only copies are waited for, and they end
-        patience_s = 0.0 if order is ReadOrder.LAYERS else WAIT_S
+        patience_s = 0.0 if order is LoadOrder.LAYERS else WAIT_S
         if not found.reader.cancel(patience_s):
-            assert order is ReadOrder.LAYERS
+            assert order is LoadOrder.LAYERS
             found.io.open_gate()
             assert found.reader.cancel(WAIT_S)
         overwrite(found.pool, 4)

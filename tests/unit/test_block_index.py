@@ -190,7 +190,7 @@ def test_many_rows_at_once_are_as_one_by_one() -> None:
         parent = row
     rows = index.usable_prefix(keys)
     assert rows == [index.find(key) for key in keys]
-    assert index.prefix_tiers(keys) == index.tiers(rows) == (MEMORY,) * 1500 + (NVME,) * 1500
+    assert index.prefix(keys)[1] == (MEMORY,) * 1500 + (NVME,) * 1500
     assert index.usable_prefix([*keys[:1024], keys[1030]]) == rows[:1024]
     assert index.usable_prefix(keys[2000:]) == rows[2000:]
     index.pin_all(rows, now_us=7)

@@ -195,6 +195,8 @@ def test_status_of_a_daemon(ucm: Runner, folder: Path) -> None:
         assert found["tiers"][1]["io"] in {"posix", "pinned", "kvikio-compat", "gds"}
         assert found["tiers"][1]["io_reason"]
         assert found["namespaces"][0]["id"] == handle.id.hex()
+        assert found["namespaces"][0]["model_id"] == tiny_spec().model_id
+        assert found["namespaces"][0]["codec"] == "raw"
         text = ucm("status", "--socket", path).out
         assert "serving" in text
         assert "memory" in text

@@ -91,7 +91,7 @@ def run_audited(cache: FakeCache, hooks: list[AuditHook]) -> AuditHook:
     hook.begin(is_enabled=True)
     with Engine(model, None, EngineOptions(num_blocks=64, block_tokens=4), hook) as engine:
         engine.generate_all([list(range(41))], SamplingParams(max_tokens=2))
-        hook._inner.session.flush(5.0)
+        hook.connector.session.flush(5.0)
     return hook
 
 
@@ -102,7 +102,7 @@ def test_the_audit_compares_loaded_blocks_with_computed_ones(cache: FakeCache) -
     audit = run_audited(cache, hooks).audit
     assert (audit.checked_blocks, audit.wrong_blocks) == (10, 0)
     assert max(audit.stall_s_by_request.values()) > 0.0
-    hooks[0]._inner.session.close()
+    hooks[0].connector.session.close()
 
 
 def test_the_audit_finds_a_block_under_anothers_name(cache: FakeCache) -> None:
@@ -112,9 +112,9 @@ def test_the_audit_finds_a_block_under_anothers_name(cache: FakeCache) -> None:
     first, second = list(cache.blocks)[3:5]
     cache.blocks[first], cache.blocks[second] = cache.blocks[second], cache.blocks[first]
     hook = run_audited(cache, hooks)
-    assert hook._inner.session.stats().wrong_bytes == 0
+    assert hook.connector.session.stats().wrong_bytes == 0
     assert (hook.audit.checked_blocks, hook.audit.wrong_blocks) == (10, 2)
-    hook._inner.session.close()
+    hook.connector.session.close()
 
 
 def test_a_switched_off_audit_hook_is_no_cache(cache: FakeCache) -> None:
@@ -124,6 +124,7 @@ def test_a_switched_off_audit_hook_is_no_cache(cache: FakeCache) -> None:
     released: list[bool] = []
     assert hook.match(list(range(41)), 0) == 0
     from ucm.engine.hook import StoreRequest
+    from ucm.engine.layer_clock import LayerClock
 
     hook.store(
         StoreRequest(
@@ -132,10 +133,11 @@ def test_a_switched_off_audit_hook_is_no_cache(cache: FakeCache) -> None:
             first_block=0,
             block_ids=[0],
             release=lambda: released.append(True),
+            layers=LayerClock.finished(2),
         )
     )
     assert released == [True]
-    hook._inner.session.close()
+    hook.connector.session.close()
 
 
 # Figures

@@ -156,16 +156,22 @@ def test_a_kernel_without_seals_matters(tmp_path: Path, monkeypatch: pytest.Monk
     )
 
 
-def test_huge_pages_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_pages_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "HUGE_PAGES", tmp_path)
     config = config_of(tmp_path)
-    assert check_of(diagnosis(config), "huge pages").status is CheckStatus.NOTE
-    for text, status in (
-        ("always [within_size] advise never", CheckStatus.OK),
-        ("always within_size advise [never]", CheckStatus.NOTE),
-    ):
-        (tmp_path / "shmem_enabled").write_text(text)
-        assert check_of(diagnosis(config), "huge pages").status is status
+
+    def found_when(code: int) -> Check:
+        monkeypatch.setattr(doctor, "huge_page_errno", lambda: code)
+        return check_of(diagnosis(config), "huge pages")
+
+    assert found_when(0).status is CheckStatus.OK
+    old_kernel = found_when(errno.EINVAL)
+    assert old_kernel.status is CheckStatus.NOTE
+    assert os.strerror(errno.EINVAL) in old_kernel.found
+    assert "6.1" in old_kernel.advice
+    assert "memory" in found_when(errno.ENOMEM).advice
+    (tmp_path / "shmem_enabled").write_text("always within_size advise never [deny] force")
+    assert found_when(errno.EINVAL).advice == f"echo never > {tmp_path / 'shmem_enabled'}"
 
 
 def test_missing_packages_and_old_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

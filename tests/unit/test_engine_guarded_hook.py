@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
 from ucm.engine.guarded_hook import GuardedHook
-from ucm.engine.hook import LoadRequest, StoreRequest
+from ucm.engine.hook import LoadRequest, LoadStart, LoadState, StepReport, StoreRequest
+from ucm.engine.layer_clock import LayerClock
 from ucm.errors import TierUnavailableError
+
+
+def no_hold(_block_ids: Sequence[int]) -> Callable[[], None]:
+    raise AssertionError("nothing is written here")
 
 
 class BrokenHook:
@@ -25,8 +30,36 @@ class BrokenHook:
         """See `KvHook.match`."""
         raise self._error
 
-    def load(self, request: LoadRequest) -> int:
-        """See `KvHook.load`."""
+    def start_load(self, request: LoadRequest) -> LoadStart:
+        """See `KvHook.start_load`."""
+        raise self._error
+
+    def load_state(self, request_id: str) -> LoadState:
+        """See `KvHook.load_state`."""
+        raise self._error
+
+    def wait_layer(self, layer: int, request_ids: Sequence[str]) -> Sequence[int]:
+        """See `KvHook.wait_layer`."""
+        raise self._error
+
+    def claim(self, request_id: str, first_block: int, last_block: int) -> int:
+        """See `KvHook.claim`."""
+        raise self._error
+
+    def wait_some(self, timeout_s: float) -> None:
+        """See `KvHook.wait_some`."""
+        raise self._error
+
+    def end_load(self, request_id: str) -> int:
+        """See `KvHook.end_load`."""
+        raise self._error
+
+    def should_swap_out(self, num_tokens: int) -> bool:
+        """See `KvHook.should_swap_out`."""
+        raise self._error
+
+    def observe_step(self, report: StepReport) -> None:
+        """See `KvHook.observe_step`."""
         raise self._error
 
     def store(self, request: StoreRequest) -> None:
@@ -54,17 +87,29 @@ def test_every_kind_of_failure_is_a_miss(error: Exception) -> None:
     guard = GuardedHook(BrokenHook(error), torch.zeros(1), block_tokens=4)
     released: list[int] = []
     tokens = list(range(8))
-    load = LoadRequest(request_id="r", token_ids=tokens, first_block=0, block_ids=(0, 1))
+    load = LoadRequest(
+        request_id="r", token_ids=tokens, first_block=0, block_ids=(0, 1), hold=no_hold
+    )
     store = StoreRequest(
         request_id="r",
         token_ids=tokens,
         first_block=0,
         block_ids=(0, 1),
         release=lambda: released.append(1),
+        layers=LayerClock.finished(1),
     )
     assert guard.match_blocks(tokens, 0, 2) == 0
-    assert guard.load(load) == 0
+    assert guard.start_load(load).num_blocks == 0
+    assert guard.load_state("r") == LoadState(is_done=True)
+    assert list(guard.wait_layer(0, ["r", "s"])) == [0, 0]
+    assert guard.claim("r", 1, 2) == 1
+    guard.wait_some(1.0)
     guard.store(store)
-    guard.finish("r")
     assert released == [1]
-    assert guard.stats.errors == 4
+    assert guard.should_swap_out(8) is False
+    guard.observe_step(StepReport(seconds=1.0, stall_s=0.0, parts=(), num_decodes=1))
+    guard.finish("r")
+    assert guard.end_load("r") is None
+    assert guard.stats.errors == 11
+    assert guard.match_blocks(tokens, 0, 2) == 0
+    assert guard.stats.errors == 11, "who cannot end a load is not asked for another"

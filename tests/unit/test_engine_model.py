@@ -140,16 +140,36 @@ def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
     assert float(F.cosine_similarity(logits, expected, dim=0)) > 0.995
 
 
-def test_each_layer_is_waited_for_in_order(tiny: LlamaModel) -> None:
-    pool = make_pool(tiny.config)
+def test_a_layers_attention_reads_what_arrives_while_it_is_waited_for(tiny: LlamaModel) -> None:
+    whole, pool = make_pool(tiny.config), make_pool(tiny.config)
+    item = ForwardItem(TOKENS[64:100], 64, [3, 1, 0, 8])
+    tiny.forward([ForwardItem(TOKENS[:64], 0, [3, 1])], whole)
+    pool[:, [3, 1]] = torch.nan
     waited: list[int] = []
 
     def wait(layer: int) -> None:
-        assert not pool[layer].any(), "the layer's KV was touched before it was waited for"
+        pool[layer, [3, 1]] = whole[layer, [3, 1]]
+        written = pool[:, [0, 8]].abs().amax(dim=(1, 2, 3, 4, 5)) > 0
+        assert written[:layer].all(), "earlier layers are final: they may be copied out"
+        assert not written[layer + 1 :].any()
         waited.append(layer)
 
-    tiny.forward([ForwardItem(TOKENS[:5], 0, [0])], pool, wait_layer=wait)
+    logits = tiny.forward([item], pool, wait_layer=wait)
     assert waited == [0, 1, 2]
+    assert torch.equal(logits, tiny.forward([item], whole))
+
+
+def test_a_pass_that_was_ended_between_layers_can_be_repeated(tiny: LlamaModel) -> None:
+    item = ForwardItem(TOKENS[:40], 0, [3, 1])
+    pool = make_pool(tiny.config)
+
+    def wait(layer: int) -> None:
+        if layer == 1:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        tiny.forward([item], pool, wait_layer=wait)
+    assert torch.equal(tiny.forward([item], pool), tiny.forward([item], make_pool(tiny.config)))
 
 
 def test_logits_may_be_written_to(tiny: LlamaModel) -> None:

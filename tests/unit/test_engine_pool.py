@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from itertools import pairwise
 
@@ -229,3 +230,27 @@ def test_reset_empties_the_prefix_cache() -> None:
     release()
     pool.drain()
     assert pool.blocks.num_available == 2
+
+
+def test_memory_starts_at_a_page() -> None:
+    for num_blocks in (1, 3, 64):
+        assert KvPool(LAYOUT, num_blocks).tensor.data_ptr() % mmap.PAGESIZE == 0
+
+
+def test_a_held_block_is_nobodys_until_released_and_comes_back_zeroed() -> None:
+    pool = KvPool(LAYOUT, 3)
+    owned = pool.blocks.allocate(2)
+    release = pool.hold(owned[:1])
+    pool.blocks.release(owned)
+    assert pool.is_held(owned[0])
+    assert not pool.is_held(owned[1])
+    assert pool.blocks.num_available == 2
+    pool.tensor[:, owned[0]] = torch.nan  # the write that could not be stopped
+    release()
+    release()
+    assert pool.is_held(owned[0]), "until the engine's thread looks"
+    pool.drain()
+    assert pool.blocks.num_available == 3
+    assert not pool.is_held(owned[0])
+    assert not pool.tensor.any()
+    assert pool.check_integrity([]) == []

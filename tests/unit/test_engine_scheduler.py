@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions, StepPlan, plan_step
 from ucm.engine.sequence import TokenSequence
 from ucm.errors import ConfigError
+from ucm.types import BlockKey
 
 OPTIONS = SchedulerOptions(max_sequences=4, max_step_tokens=16, prefill_chunk_tokens=8)
 
@@ -159,14 +162,95 @@ def test_the_budget_is_shared_by_chunks() -> None:
     assert works(plan_step(running, [], pool, OPTIONS)) == [("r0", 8), ("r1", 8)]
 
 
+# Loads
+
+
+@dataclass
+class Ahead:
+    """A load that is nearly there."""
+
+    sequence: TokenSequence
+    num_uncomputed: int
+
+
+@dataclass
+class Loads:
+    """Loads by hand."""
+
+    num_free: int | None = 4
+    loading: tuple[TokenSequence, ...] = ()
+    near: tuple[Ahead, ...] = ()
+    keys: frozenset[BlockKey] = frozenset()
+
+    def is_loading(self, sequence: TokenSequence, /) -> bool:
+        return sequence in self.loading
+
+    def is_awaited(self, key: BlockKey, /) -> bool:
+        return key in self.keys
+
+    def joinable(self) -> tuple[Ahead, ...]:
+        return self.near
+
+
+def test_a_loading_sequence_computes_nothing_until_it_joins() -> None:
+    pool = BlockAllocator(32)
+    slow, near = run(new_sequence(0, 14), pool, 4), run(new_sequence(1, 14), pool, 4)
+    decode = run(new_sequence(2, 6), pool, 5)
+    loads = Loads(loading=(slow, near), near=(Ahead(near, 2),))
+    plan = plan_step([slow, near, decode], [new_sequence(3, 20)], pool, OPTIONS, loads)
+    assert works(plan) == [("r2", 1)]
+    assert [(work.sequence.request_id, work.num_tokens) for work in plan.join] == [("r1", 2)]
+    assert admissions(plan) == [("r3", 8)]
+
+
+def test_a_preempted_sequence_does_not_join() -> None:
+    pool = BlockAllocator(8)
+    old = run(new_sequence(0, 5), pool, 4)
+    near = run(new_sequence(1, 25), pool, 4)
+    pool.allocate(pool.num_available)
+    plan = plan_step([old, near], [], pool, OPTIONS, Loads(loading=(near,), near=(Ahead(near, 3),)))
+    assert (plan.preempt, plan.join, works(plan)) == ((near,), (), [("r0", 1)])
+    assert plan.num_new_blocks == 1
+
+
+def test_with_a_hook_requests_start_to_load_before_there_is_room_to_compute() -> None:
+    pool = BlockAllocator(64)
+    running = [run(new_sequence(i, 30), pool, 0) for i in range(2)]
+    waiting = [new_sequence(5, 20), new_sequence(6, 20)]
+    assert plan_step(running, waiting, pool, OPTIONS).admit == ()
+    assert admissions(plan_step(running, waiting, pool, OPTIONS, Loads(1))) == [("r5", 0)]
+    assert plan_step(running, waiting, pool, OPTIONS, Loads(0)).admit == ()
+
+
+def test_who_needs_a_block_that_is_being_loaded_waits_and_others_pass() -> None:
+    pool = BlockAllocator(64)
+    twin, other = new_sequence(0, 20), new_sequence(1, 7)
+    loads = Loads(keys=frozenset({twin.chain[0].key}))
+    assert admissions(plan_step([], [twin, other], pool, OPTIONS, loads)) == [("r1", 7)]
+    behind = Loads(keys=frozenset({twin.chain[1].key}))
+    assert len(plan_step([], [twin, other], pool, OPTIONS, behind).admit) == 2
+
+
+def test_a_chunk_ends_before_what_was_loaded_ahead() -> None:
+    pool = BlockAllocator(64)
+    hybrid = run(new_sequence(0, 30), pool, 4)
+    hybrid.loaded_ahead = (2, 6)
+    assert works(plan_step([hybrid], [], pool, OPTIONS)) == [("r0", 4)]
+    hybrid.advance(4)
+    assert (hybrid.num_computed, hybrid.num_hook_tokens, hybrid.num_computable) == (24, 16, 6)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"max_sequences": 0}, "max_sequences is 0"),
         ({"prefill_chunk_tokens": 0}, "prefill_chunk_tokens is 0"),
+        ({"max_loading": 0}, "max_loading is 0"),
+        ({"max_load_stall_s": -1.0}, "max_load_stall_s is -1"),
+        ({"max_load_s": float("nan")}, "max_load_s is nan"),
         ({"max_sequences": 8, "max_step_tokens": 4}, "must be at least max_sequences"),
     ],
 )
-def test_impossible_options_are_refused(settings: dict[str, int], message: str) -> None:
+def test_impossible_options_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SchedulerOptions(**settings)

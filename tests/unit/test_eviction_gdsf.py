@@ -8,11 +8,12 @@ import tracemalloc
 import pytest
 
 from ucm.block_columns import NO_ROW
-from ucm.block_index import HIT_HALF_LIFE_US, BlockIndex
+from ucm.block_index import BlockIndex
 from ucm.errors import ConfigError
 from ucm.eviction import LruPolicy
 from ucm.eviction_gdsf import CostModel, TreeGdsfPolicy
 from ucm.placement import evict
+from ucm.row_uses import HIT_HALF_LIFE_US
 from ucm.storage.tier import SlotId
 from ucm.types import BlockKey, TierKind
 

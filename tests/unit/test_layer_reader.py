@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ucm.clock import SimClock
 from ucm.errors import InvalidArgumentError
 from ucm.layer_reader import LayerReader, ReaderOptions
 from ucm.layout import KvLayout
-from ucm.load_steps import ReadOrder
 from ucm.reader_io import open_reader_io
 from ucm.storage.file_io import FileIo
 from ucm.storage.format import HEADER_BYTES
+from ucm.storage.throttled_io import TokenBucket
 from ucm.testing.blocks import TINY_LAYOUT
 from ucm.testing.extent_files import (
     PAGE_LAYOUT,
@@ -26,11 +29,11 @@ from ucm.testing.extent_files import (
     wait_for,
 )
 from ucm.testing.slab_pool import SlabPool, slabs_of
-from ucm.types import SourceKind
+from ucm.types import LoadOrder, SourceKind
 
 LAST = PAGE_LAYOUT.num_layers - 1
 NUM_BLOCKS = 5
-BACK = ReaderOptions(order=ReadOrder.BLOCKS_FROM_BACK, num_threads=2)
+BACK = ReaderOptions(order=LoadOrder.BLOCKS_FROM_BACK, num_threads=2)
 ONE_LAYER = ReaderOptions(request_bytes=1, num_threads=2, read_ahead_layers=1)
 WAIT_S = 10.0
 
@@ -66,10 +69,10 @@ def check_blocks(file: ExtentFile, pool: SlabPool, numbers: range) -> None:
 
 
 @pytest.mark.parametrize("shift", [0, 64])
-@pytest.mark.parametrize("order", ReadOrder)
+@pytest.mark.parametrize("order", LoadOrder)
 @pytest.mark.parametrize("request_bytes", [1, 2 * 4096, 1 << 20])
 def test_every_source_arrives(
-    tmp_path: Path, io: FileIo, layout: KvLayout, order: ReadOrder, request_bytes: int, shift: int
+    tmp_path: Path, io: FileIo, layout: KvLayout, order: LoadOrder, request_bytes: int, shift: int
 ) -> None:
     file = ExtentFile(tmp_path / "0000.seg", layout, 6)
     kinds = [SourceKind.MEMORY] * 2 + [SourceKind.EXTENT, SourceKind.PROMOTING] * 2
@@ -287,6 +290,31 @@ def test_progress_is_told_to_whoever_asked(file: ExtentFile, io: FileIo) -> None
     reader.start(calls.release)
     assert reader.wait_layer(LAST, WAIT_S) == NUM_BLOCKS
     assert calls.acquire(timeout=WAIT_S)
+
+
+def test_the_plans_limit_is_kept_to(file: ExtentFile, io: FileIo) -> None:
+    """Over all readers of it; a reader that is cancelled does not wait, and gives back its turn."""
+    clock = SimClock()
+    limit = TokenBucket(1e6, PAGE_LAYOUT.block_bytes, clock)
+    plan = dataclasses.replace(file.plan(), read_limit=limit)
+    pool = SlabPool(PAGE_LAYOUT, NUM_BLOCKS)
+    options = ReaderOptions(num_threads=1, request_bytes=1 << 20, read_ahead_layers=4)
+    slow = LayerReader(plan, PAGE_LAYOUT, pool, io, options)
+    limit.take(10**9)
+    slow.start()
+    assert slow.wait_layer(0, 0.05) == 0
+    start = time.monotonic()
+    assert slow.cancel(WAIT_S)
+    assert time.monotonic() - start < WAIT_S / 2
+    assert pool.is_untouched(0, 0)
+    assert wait_for(lambda: not slow.num_threads_alive)
+    limit.take(-(10**9))
+    assert limit.take(0) == 0.0
+    quick = LayerReader(plan, PAGE_LAYOUT, pool, io, options)
+    quick.start()
+    assert quick.wait_layer(LAST, WAIT_S) == NUM_BLOCKS
+    owed = limit.take(0)  # the clock stood still: it knows what was read beyond the burst
+    assert owed == pytest.approx((NUM_BLOCKS - 1) * PAGE_LAYOUT.block_bytes / 1e6)
 
 
 def test_readers_share_a_limit_of_threads(

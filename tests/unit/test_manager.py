@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from ucm.embedded import EmbeddedCache
+from ucm.storage.arena import Arena
 from ucm.storage.tier import IoStatus, SlotId
 from ucm.testing.blocks import (
     TINY_LAYOUT,
@@ -83,6 +84,23 @@ class TestPromotion:
         assert store.cache.lookup(store.handle.id, keys).tiers == (TierKind.MEMORY,) * 6
         assert store.metric("ucm_loaded_blocks_total", tier="nvme") == 6
         assert store.metric("ucm_loaded_blocks_total", tier="memory") == 6
+
+    def test_slots_are_real_memory_before_they_are_filled(
+        self, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        awaited: list[list[bytes]] = []
+
+        def spy(arena: Arena, slots: list[SlotId]) -> None:
+            awaited.append([bytes(arena.view(slot)[:8]) for slot in slots])
+
+        monkeypatch.setattr(Arena, "wait_real", spy)
+        keys = flushed_chain(store, 3)
+        expected = [content(key)[:8] for key in keys]
+        assert len(awaited) == 1, "a store waits once"
+        assert not set(awaited.pop()) & set(expected), "and before it copies"
+        store.drop_from_memory()
+        assert get(store.cache, store.handle, keys) == [content(key) for key in keys]
+        assert sum(map(len, awaited)) == 3
 
     def test_concurrent_loads_of_one_block_share_a_read(self, store: FakeStore) -> None:
         keys = chain_on_disk(store, 4)

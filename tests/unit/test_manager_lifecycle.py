@@ -289,6 +289,17 @@ class TestStatusAndEnd:
             store.cache.lookup(store.handle.id, keys)
         assert store.manager.status().state == "closed"
 
+    def test_a_close_that_ran_out_of_time_never_claims_to_have_flushed(self) -> None:
+        before = set(threading.enumerate())
+        store = FakeStore()
+        store.disk.faults.writes_may_go.clear()
+        put(store.cache, store.handle, chain(store.handle.id, 3))
+        assert not store.manager.close(timeout_s=0)
+        assert not store.manager.close()
+        store.disk.faults.writes_may_go.set()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)
+
     def test_close_waits_for_what_is_being_verified(self) -> None:
         store = FakeStore()
         keys = flushed_chain(store, 1)

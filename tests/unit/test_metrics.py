@@ -47,3 +47,15 @@ def test_an_unknown_name_is_an_error() -> None:
 
 def test_what_was_never_touched_is_zero() -> None:
     assert Metrics().value("ucm_hit_blocks_total", tier="nvme") == 0
+
+
+def test_the_first_corrupt_block_is_a_step_from_zero() -> None:
+    """`rate()` of a series that is not there yet is nothing, so it must be there before."""
+    text = generate_latest(Metrics().registry).decode()
+    assert 'ucm_corrupt_blocks_total{tier="nvme"} 0.0' in text
+    assert 'ucm_load_failures_total{reason="corrupt"} 0.0' in text
+    assert 'ucm_dropped_writes_total{reason="no_space"} 0.0' in text
+    assert 'status="wanted"' not in text
+    for spec in METRICS:
+        if spec.kind == "counter":
+            assert f"\n{spec.name}" in text, f"{spec.name} begins without a series"

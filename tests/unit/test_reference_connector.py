@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -11,15 +11,16 @@ import torch
 from ucm.connectors.circuit_breaker import BreakerOptions
 from ucm.connectors.reference import ReferenceConnector, kv_dtype, namespace_spec, pool_bytes
 from ucm.connectors.session import CacheSession, SessionOptions
-from ucm.copying import BlockCopier
 from ucm.engine.config import ModelConfig, RopeScaling
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.hook import LoadRequest, StoreRequest
+from ucm.engine.layer_clock import LayerClock
 from ucm.engine.pool import TORCH_DTYPES
 from ucm.engine.sampling import SamplingParams
 from ucm.errors import ConfigError, LayoutMismatchError, TierUnavailableError
 from ucm.hashing import NamespaceSpec
 from ucm.layout import KvDtype, KvLayout
+from ucm.load_decision import LoadKind, forced
 from ucm.testing.fake_cache import FakeCache
 from ucm.testing.fake_model import FakeModel, reference_tokens
 
@@ -40,6 +41,7 @@ BLOCK_TOKENS = 4
 NUM_POOL_BLOCKS = 16
 TOKENS = list(range(10, 34))
 NEVER = BreakerOptions(backoff_s=3600.0)
+ALL = forced(LoadKind.LOAD_ALL)
 
 
 def spec_of(dtype: KvDtype) -> NamespaceSpec:
@@ -60,7 +62,7 @@ def cache() -> Iterator[FakeCache]:
 
 
 def connector_to(cache: FakeCache, dtype: KvDtype = KvDtype.FLOAT32) -> ReferenceConnector:
-    options = SessionOptions(deadline_s=0.3, breaker=NEVER)
+    options = SessionOptions(decide=ALL, deadline_s=0.3, breaker=NEVER)
     session = CacheSession(lambda: cache, spec_of(dtype), options)
     session.connect(5.0)
     return ReferenceConnector(session)
@@ -75,6 +77,7 @@ def store(connector: ReferenceConnector, block_ids: list[int]) -> list[str]:
             first_block=0,
             block_ids=block_ids,
             release=lambda: released.append("once"),
+            layers=LayerClock.finished(CONFIG.num_layers),
         )
     )
     assert connector.session.flush(5.0)
@@ -82,9 +85,27 @@ def store(connector: ReferenceConnector, block_ids: list[int]) -> list[str]:
 
 
 def load(connector: ReferenceConnector, first_block: int, block_ids: list[int]) -> int:
-    return connector.load(
-        LoadRequest(request_id="l", token_ids=TOKENS, first_block=first_block, block_ids=block_ids)
+    """Load as the engine does; -1 when nothing is."""
+    connector.match(TOKENS, first_block * BLOCK_TOKENS)
+    start = connector.start_load(
+        LoadRequest(
+            request_id="l",
+            token_ids=TOKENS,
+            first_block=first_block,
+            block_ids=block_ids,
+            hold=no_hold,
+        )
     )
+    if not start.num_blocks:
+        return 0
+    for layer in range(CONFIG.num_layers):
+        (num_good,) = connector.wait_layer(layer, ["l"])
+    assert connector.end_load("l") == num_good
+    return num_good
+
+
+def no_hold(_block_ids: Sequence[int]) -> Callable[[], None]:
+    raise AssertionError("no read hangs here")
 
 
 @pytest.mark.parametrize("dtype", list(KvDtype))
@@ -116,25 +137,6 @@ def test_a_damaged_block_is_not_reported_as_loaded(cache: FakeCache) -> None:
     assert load(connector, 0, [10, 11, 12]) == 1
     stats = connector.session.stats()
     assert (stats.wrong_slabs, stats.corrupt_blocks) == (1, 1)
-    connector.session.close()
-
-
-def test_several_threads_load_what_one_would(
-    cache: FakeCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ucm.copying.BYTES_PER_THREAD", 1)  # blocks of a test are small
-    connector = connector_to(cache)
-    connector.session.copier = BlockCopier(connector.session.spec.layout, 4)
-    pool = random_pool(KvDtype.FLOAT32, 1)
-    connector.attach(pool)
-    store(connector, [0, 1, 2, 3, 4])
-    for _ in range(20):
-        pool[:, 10:15] = 0
-        assert load(connector, 0, [14, 13, 12, 11, 10]) == 5
-        assert torch.equal(pool[:, [14, 13, 12, 11, 10]], pool[:, :5])
-    cache.damage(list(cache.blocks)[3], layer=0)
-    assert load(connector, 0, [10, 11, 12, 13, 14]) == 3
-    assert connector.session.stats().corrupt_blocks == 1
     connector.session.close()
 
 
@@ -209,7 +211,9 @@ def engine_session(cache: FakeCache) -> CacheSession:
         dtype=KvDtype.FLOAT32,
     )
     spec = NamespaceSpec(layout=layout, model_id="fake", weights_digest="0")
-    session = CacheSession(lambda: cache, spec, SessionOptions(deadline_s=0.3, breaker=NEVER))
+    session = CacheSession(
+        lambda: cache, spec, SessionOptions(decide=ALL, deadline_s=0.3, breaker=NEVER)
+    )
     session.connect(5.0)
     return session
 
@@ -259,7 +263,7 @@ def _hang(cache: FakeCache) -> None:
     ("trouble", "most_hits"),
     [
         (_fail("lookup"), 0),
-        (_fail("prepare_load"), 0),
+        (_fail("begin_load"), 0),
         (_fail("complete_load"), NUM_FULL_BLOCKS),
         (_fail("prepare_store"), NUM_FULL_BLOCKS),
         (_fail("complete_store"), NUM_FULL_BLOCKS),
@@ -269,7 +273,7 @@ def _hang(cache: FakeCache) -> None:
         (_hang, 0),
     ],
     ids=[
-        *("lookup", "prepare_load", "complete_load", "prepare_store", "complete_store"),
+        *("lookup", "begin_load", "complete_load", "prepare_store", "complete_store"),
         *("every call", "a flipped bit", "a block gone", "a hang"),
     ],
 )

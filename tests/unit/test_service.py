@@ -13,7 +13,7 @@ from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from ucm import errors, service
+from ucm import call_guard, errors
 from ucm.client import RemoteCache, connect
 from ucm.daemon import Daemon
 from ucm.protos import cache_pb2 as pb
@@ -97,17 +97,17 @@ def reflected_methods(channel: grpc.Channel) -> set[str]:
 def test_every_method_that_is_reflected_has_a_policy(
     channel: grpc.Channel, admin_channel: grpc.Channel, which: str
 ) -> None:
-    policies = service.ENGINE_POLICIES if which == "engine" else service.ADMIN_POLICIES
+    policies = call_guard.ENGINE_POLICIES if which == "engine" else call_guard.ADMIN_POLICIES
     methods = reflected_methods(channel if which == "engine" else admin_channel)
     own = {method for method in methods if "ucm.v1" in method}
-    assert own == set(service.CACHE_METHODS) | set(service.ADMIN_METHODS)
-    hidden = service.ADMIN_METHODS if which == "engine" else service.CACHE_METHODS
+    assert own == set(call_guard.CACHE_METHODS) | set(call_guard.ADMIN_METHODS)
+    hidden = call_guard.ADMIN_METHODS if which == "engine" else call_guard.CACHE_METHODS
     assert methods - set(hidden) <= set(policies)
     # Old releases of the health service do not have `List`.
     assert set(policies) - methods <= {"/grpc.health.v1.Health/List"}
 
 
-@pytest.mark.parametrize("method", service.CACHE_METHODS)
+@pytest.mark.parametrize("method", call_guard.CACHE_METHODS)
 @pytest.mark.parametrize("token", [None, "", "not hexadecimal", "00" * 32])
 def test_no_cache_method_answers_without_a_live_token(
     channel: grpc.Channel, method: str, token: str | None
@@ -119,14 +119,14 @@ def test_no_cache_method_answers_without_a_live_token(
 
 
 @pytest.mark.parametrize(
-    "method", [*service.ADMIN_METHODS, "/ucm.v1.Cache/Purge", "/x", "/ucm.v1.Other/Lookup"]
+    "method", [*call_guard.ADMIN_METHODS, "/ucm.v1.Cache/Purge", "/x", "/ucm.v1.Other/Lookup"]
 )
 def test_the_engines_socket_denies_everything_else(channel: grpc.Channel, method: str) -> None:
     code, name, _ = failure(lambda: channel.unary_unary(method, None, None)(b"", timeout=5))
     assert (code, name) == (grpc.StatusCode.PERMISSION_DENIED, "PermissionDeniedError")
 
 
-@pytest.mark.parametrize("method", service.CACHE_METHODS)
+@pytest.mark.parametrize("method", call_guard.CACHE_METHODS)
 def test_the_operators_socket_has_no_cache(admin_channel: grpc.Channel, method: str) -> None:
     code, _, _ = failure(lambda: admin_channel.unary_unary(method, None, None)(b"", timeout=5))
     assert code is grpc.StatusCode.PERMISSION_DENIED
@@ -196,7 +196,7 @@ def test_an_unknown_namespace_is_not_found(cache: RemoteCache) -> None:
 def test_garbage_and_oversize_messages_leave_the_server_well(
     cache: RemoteCache, channel: grpc.Channel
 ) -> None:
-    for method in service.CACHE_METHODS:
+    for method in call_guard.CACHE_METHODS:
         call = channel.unary_unary(method, None, None)
         code, _, _ = failure(lambda: call(b"\xff" * 16, metadata=cache._metadata, timeout=5))  # noqa: B023
         assert code is grpc.StatusCode.INTERNAL  # grpc's own answer to what does not parse
@@ -215,7 +215,7 @@ def test_kv_bytes_never_travel_in_a_message(
 ) -> None:
     """A store and a load of 64 blocks: every message together is a tenth of the bytes moved."""
     sizes: list[int] = []
-    for name in service.CACHE_METHODS:
+    for name in call_guard.CACHE_METHODS:
         method = name.rpartition("/")[2]
         original = getattr(cache._stub, method)
 
@@ -249,9 +249,9 @@ def test_open_reflection_streams_do_not_starve_engines(
         leave.wait(10.0)
 
     num_threads = daemon.config.service.rpc_threads
-    assert num_threads > service.MAX_REFLECTION_STREAMS
+    assert num_threads > call_guard.MAX_REFLECTION_STREAMS
     open_streams = []
-    for _ in range(service.MAX_REFLECTION_STREAMS):
+    for _ in range(call_guard.MAX_REFLECTION_STREAMS):
         stream = stub.ServerReflectionInfo(ask_and_stay(), timeout=10)
         assert next(iter(stream)).HasField("list_services_response")
         open_streams.append(stream)

@@ -14,23 +14,25 @@ from ucm.api import CacheApi, SlabChecksums
 from ucm.checksum import block_checksums
 from ucm.clock import SimClock
 from ucm.connectors.circuit_breaker import BreakerOptions, BreakerState
-from ucm.connectors.session import CacheSession, SessionOptions
+from ucm.connectors.session import CacheSession, LoadOffer, SessionOptions
 from ucm.errors import CapacityError, ConfigError, LayoutMismatchError, TierUnavailableError
 from ucm.hashing import NamespaceSpec, chain_keys
 from ucm.layout import KvDtype, KvLayout
+from ucm.load_decision import LoadKind, forced
 from ucm.testing.fake_cache import FakeCache
-from ucm.types import LeaseId, TierKind
+from ucm.types import TierKind
 
 LAYOUT = KvLayout(num_layers=3, num_kv_heads=1, head_dim=8, block_tokens=4, dtype=KvDtype.FLOAT32)
 SPEC = NamespaceSpec(layout=LAYOUT, model_id="m", weights_digest="d")
 TOKENS = list(range(100, 126))  # 6 full blocks and 2 tokens
 NUM_BLOCKS = 6
 KEYS = chain_keys(SPEC.fingerprint(), TOKENS, LAYOUT.block_tokens)
+ALL = forced(LoadKind.LOAD_ALL)
 OPTIONS = SessionOptions(
     deadline_s=0.3,
     max_queued_blocks=8,
     store_batch_blocks=2,
-    load_batch_blocks=2,
+    decide=ALL,
     breaker=BreakerOptions(failures_to_open=3, backoff_s=0.01, max_backoff_s=0.02),
 )
 NEVER = BreakerOptions(failures_to_open=3, backoff_s=3600.0)
@@ -42,7 +44,10 @@ class Pool:
     def __init__(self, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         size = (NUM_BLOCKS, LAYOUT.block_bytes)
-        self.blocks = rng.integers(0, 256, size=size, dtype=np.uint8)
+        random = rng.integers(0, 256, size=size, dtype=np.uint8)
+        self.blocks = np.zeros_like(random)  # what is between slabs is nobody's
+        for layer in range(LAYOUT.num_layers):
+            self.blocks[:, LAYOUT.slab_slice(layer)] = random[:, LAYOUT.slab_slice(layer)]
         self.released = 0
 
     def fill(self, indexes: Sequence[int], slots: Sequence[memoryview]) -> list[SlabChecksums]:
@@ -50,11 +55,10 @@ class Pool:
             np.frombuffer(slot, np.uint8)[:] = self.blocks[index]
         return [block_checksums(LAYOUT, self.blocks[index].data) for index in indexes]
 
-    def sink(self, first: int, blocks: Sequence[memoryview]) -> list[SlabChecksums]:
-        targets = range(first, first + len(blocks))
-        for index, block in zip(targets, blocks, strict=True):
-            self.blocks[index] = np.frombuffer(block, np.uint8)
-        return [block_checksums(LAYOUT, self.blocks[index].data) for index in targets]
+    def view(self, layer: int, index: int) -> memoryview:
+        """See `SlabTarget.view`; blocks behind each other, as they are stored."""
+        block: memoryview = self.blocks[index].data
+        return block[LAYOUT.slab_slice(layer)]
 
     def release(self) -> None:
         self.released += 1
@@ -80,10 +84,24 @@ def store_all(session: CacheSession, pool: Pool) -> None:
     assert session.flush(5.0)
 
 
-def load_all(session: CacheSession, pool: Pool) -> int:
-    """Load as an engine does: what matches, if anything does."""
-    num_matched = session.match(TOKENS, 0)
-    return session.load("load", TOKENS, range(num_matched), pool.sink)
+def load_all(session: CacheSession, pool: Pool, first: int = 0) -> int:
+    """Load as an engine does: what matches, if anything does, layer by layer."""
+    num_matched = session.match(TOKENS, first)
+    return load(session, pool, range(first, num_matched))
+
+
+def load(session: CacheSession, pool: Pool, blocks: range) -> int:
+    offer = LoadOffer(request_id="load", token_ids=TOKENS, blocks=blocks, target=pool, hold=no_hold)
+    if session.start_load(offer) is None:
+        return 0
+    for layer in range(LAYOUT.num_layers):
+        num_good = session.loads.wait_layer(layer, "load")
+    assert session.loads.end("load") == num_good
+    return num_good
+
+
+def no_hold(_places: Sequence[int]) -> Callable[[], None]:
+    raise AssertionError("no read hangs here")
 
 
 def test_what_was_stored_comes_back(cache: FakeCache) -> None:
@@ -117,8 +135,8 @@ def test_a_local_prefix_is_not_asked_for(cache: FakeCache) -> None:
         assert session.match(TOKENS, 4) == NUM_BLOCKS
         assert session.match(TOKENS, NUM_BLOCKS) == NUM_BLOCKS
         target = Pool(3)
-        assert session.load("r", TOKENS, range(2, 5), target.sink) == 3
-        assert np.array_equal(target.blocks[:3], Pool().blocks[2:5])
+        assert load_all(session, target, first=2) == NUM_BLOCKS - 2
+        assert np.array_equal(target.blocks[: NUM_BLOCKS - 2], Pool().blocks[2:])
 
 
 def test_a_flipped_bit_is_found_after_the_copy_counted_and_reported(cache: FakeCache) -> None:
@@ -154,7 +172,7 @@ def test_stores_behind_a_present_prefix_only_send_the_rest(cache: FakeCache) -> 
 def test_a_store_that_does_not_fit_the_queue_is_dropped_and_released(cache: FakeCache) -> None:
     pool = Pool()
     with open_session(
-        lambda: cache, SessionOptions(deadline_s=5.0, max_queued_blocks=8)
+        lambda: cache, SessionOptions(decide=ALL, deadline_s=5.0, max_queued_blocks=8)
     ) as session:
         cache.hang.clear()
         for _ in range(4):
@@ -212,20 +230,23 @@ def test_a_fill_that_fails_gives_the_lease_and_the_blocks_back(cache: FakeCache)
     assert len(cache.blocks) == NUM_BLOCKS
 
 
-def test_a_sink_that_fails_is_a_miss(cache: FakeCache) -> None:
-    def broken(first: int, blocks: Sequence[memoryview]) -> list[SlabChecksums]:
+def test_places_that_cannot_be_written_are_a_miss(
+    cache: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Pool, layer: int, index: int) -> memoryview:
         raise ValueError("no such place")
 
     with open_session(lambda: cache) as session:
         store_all(session, Pool())
-        assert session.load("r", TOKENS, range(NUM_BLOCKS), broken) == 0
+        monkeypatch.setattr(Pool, "view", broken)
+        assert load_all(session, Pool(1)) == 0
         assert session.flush(5.0)
-        assert not cache.leases
+    assert not cache.leases
 
 
-@pytest.mark.parametrize("call", ["lookup", "prepare_load"])
+@pytest.mark.parametrize("call", ["lookup", "begin_load"])
 def test_an_error_is_a_miss(cache: FakeCache, call: str) -> None:
-    options = SessionOptions(deadline_s=0.3, breaker=NEVER)
+    options = SessionOptions(decide=ALL, deadline_s=0.3, breaker=NEVER)
     with open_session(lambda: cache, options) as session:
         store_all(session, Pool())
         cache.fail[call] = TierUnavailableError("gone")
@@ -245,7 +266,7 @@ def test_an_error_while_storing_drops_and_releases(cache: FakeCache, call: str) 
 
 
 def test_a_cache_that_hangs_costs_one_deadline_and_then_nothing(cache: FakeCache) -> None:
-    options = SessionOptions(deadline_s=0.2, breaker=NEVER)
+    options = SessionOptions(decide=ALL, deadline_s=0.2, breaker=NEVER)
     with open_session(lambda: cache, options) as session:
         store_all(session, Pool())
         cache.hang.clear()
@@ -274,13 +295,13 @@ def test_match_and_load_share_one_deadline(cache: FakeCache) -> None:
 
     slow = SlowLookup()
     with open_session(
-        lambda: slow, SessionOptions(deadline_s=deadline_s, breaker=NEVER)
+        lambda: slow, SessionOptions(decide=ALL, deadline_s=deadline_s, breaker=NEVER)
     ) as session:
         store_all(session, Pool())
         started_s = time.monotonic()
         assert session.match(TOKENS, 0) == NUM_BLOCKS
         slow.hang.clear()
-        assert session.load("r", TOKENS, range(NUM_BLOCKS), Pool(1).sink) == 0
+        assert load(session, Pool(1), range(NUM_BLOCKS)) == 0
         assert time.monotonic() - started_s < deadline_s + 0.15
         slow.hang.set()
         stall_s = session.stats().stall_s_max
@@ -288,21 +309,25 @@ def test_match_and_load_share_one_deadline(cache: FakeCache) -> None:
 
 
 def test_a_late_load_lease_is_given_back(cache: FakeCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = SessionOptions(deadline_s=0.1, breaker=NEVER)
+    options = SessionOptions(decide=ALL, deadline_s=0.1, breaker=NEVER)
     with open_session(lambda: cache, options) as session:
         store_all(session, Pool())
+        assert session.match(TOKENS, 0) == NUM_BLOCKS
         cache.hang.clear()
-        assert session.load("r", TOKENS, range(NUM_BLOCKS), Pool(1).sink) == 0
-        released = threading.Event()
-        give_back = cache.release
+        assert load(session, Pool(1), range(NUM_BLOCKS)) == 0
+        given_back = threading.Event()
+        for name in ("release", "complete_load"):  # which one depends on who is late
+            method = getattr(cache, name)
 
-        def release(lease_id: LeaseId) -> None:
-            give_back(lease_id)
-            released.set()
+            def give_back(
+                *arguments: object, call: Callable[..., None] = method, **named: object
+            ) -> None:
+                call(*arguments, **named)
+                given_back.set()
 
-        monkeypatch.setattr(cache, "release", release)
+            monkeypatch.setattr(cache, name, give_back)
         cache.hang.set()
-        assert released.wait(5.0)
+        assert given_back.wait(5.0)
         assert not cache.leases
 
 
@@ -329,7 +354,7 @@ def test_reconnects_in_the_background_after_failures() -> None:
 def test_one_failed_call_is_checked_and_the_connection_kept(cache: FakeCache) -> None:
     with open_session(lambda: cache) as session:
         store_all(session, Pool())
-        cache.fail["prepare_load"] = TierUnavailableError("once")
+        cache.fail["begin_load"] = TierUnavailableError("once")
         assert load_all(session, Pool(1)) == 0
         cache.fail.clear()
         assert session.ensure_connected(5.0)
@@ -339,9 +364,10 @@ def test_one_failed_call_is_checked_and_the_connection_kept(cache: FakeCache) ->
 
 def test_an_answer_such_as_busy_does_not_open_the_breaker(cache: FakeCache) -> None:
     with open_session(lambda: cache) as session:
-        cache.fail["prepare_load"] = CapacityError("too many leases")
+        cache.fail["begin_load"] = CapacityError("too many leases")
+        store_all(session, Pool())
         for _ in range(10):
-            assert session.load("r", TOKENS, range(NUM_BLOCKS), Pool().sink) == 0
+            assert load_all(session, Pool(1)) == 0
         assert session.breaker_state is BreakerState.CLOSED
 
 
@@ -354,6 +380,17 @@ def test_connect_says_why_there_is_no_cache() -> None:
             session.connect(0.2)
         assert session.match(TOKENS, 0) == 0
         assert load_all(session, Pool()) == 0
+
+
+def test_a_mistake_is_said_at_once_and_not_waited_for() -> None:
+    def factory() -> CacheApi:
+        raise ConfigError("the data folder is in use by process 7")
+
+    with CacheSession(factory, SPEC, OPTIONS) as session:
+        started_s = time.monotonic()
+        with pytest.raises(ConfigError, match="process 7"):
+            session.connect(60.0)
+        assert time.monotonic() - started_s < 5.0
 
 
 def test_another_layout_is_refused() -> None:

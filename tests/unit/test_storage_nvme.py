@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import struct
 import subprocess
@@ -272,6 +273,24 @@ def test_a_world_writable_folder_is_refused(path: Path) -> None:
     path.chmod(0o777)
     with pytest.raises(ConfigError, match="chmod"):
         NvmeStore(nvme_config(path, 8))
+
+
+def test_a_folder_of_something_else_is_named_in_a_warning_once(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.mkdir(mode=0o700)
+    (path / "lost+found").mkdir()
+    NvmeStore(nvme_config(path, 8)).close()
+    assert not caplog.records
+    shutil.rmtree(path / "ns")
+    (path / "thesis.tex").write_text("dear reader")
+    store, _ = open_tier(path)
+    store.close()
+    assert "thesis.tex" in caplog.text
+    caplog.clear()
+    NvmeStore(nvme_config(path, 8)).close()
+    assert not caplog.records
+    assert (path / "thesis.tex").read_text() == "dear reader"
 
 
 def test_a_link_or_a_file_is_no_data_folder(path: Path) -> None:

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm.clock import SimClock
-from ucm.reader_io import open_reader_io
+from ucm.clock import SimClock, SystemClock
 from ucm.storage.file_io import IoRequest, PosixFileIo, aligned_buffer
-from ucm.storage.throttled_io import ThrottledIo, TokenBucket, bucket_of
+from ucm.storage.throttled_io import ThrottledIo, TokenBucket, bucket_of, limit_of
 
 RATE = 1_000_000
 
@@ -28,6 +27,8 @@ def test_a_burst_is_free_and_a_debt_is_paid() -> None:
     assert bucket.take(0) == 0.0
     clock.advance_us(10_000_000)
     assert bucket.take(2000) == pytest.approx(0.001)
+    assert bucket.take(-1000) == 0.0
+    assert limit_of(0, clock) is None
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(0, 1), (1, 0), (-1, 1), (float("nan"), 1)])
@@ -89,7 +90,7 @@ def test_a_batch_is_cut_into_bursts(tmp_path: Path) -> None:
 def test_a_real_limit_takes_its_time(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
-    io = open_reader_io(max_read_bytes_per_s=10 << 20)
+    io = ThrottledIo(PosixFileIo(io_threads=1), bucket_of(10 << 20, SystemClock()))
     file = io.open(path, create=False, writable=False)
     start = time.monotonic()
     assert io.read_batch([IoRequest(file, 0, (aligned_buffer(1 << 20),))]) == [0]

@@ -13,7 +13,9 @@ from ucm import model_hub
 from ucm.config_values import parse_size
 from ucm.errors import ConfigError
 
+from .bench_overlap import OverlapOptions, run_overlap
 from .console import ExitCode, print_json
+from .option_class import takes_options
 from .options import JsonOption
 
 command = typer.Typer(help="Measure.", no_args_is_help=True, add_completion=False)
@@ -162,3 +164,10 @@ def codecs(
         print_json(result)
     else:
         Console(highlight=False).print(codec_bench_table(result))
+
+
+@command.command()
+@takes_options(OverlapOptions)
+def overlap(options: OverlapOptions) -> None:
+    """Time to the first token: loading, computing, and both at once, by the disk's bandwidth."""
+    run_overlap(options)

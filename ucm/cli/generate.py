@@ -65,6 +65,10 @@ class GenerateOptions:
     deadline_s: Annotated[
         float, typer.Option(min=0.05, help="What the request may lose to a cache that is away.")
     ] = 2.0
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Say what was loaded, what computed, and on what grounds."),
+    ] = False
     as_json: JsonOption = False
 
 
@@ -148,6 +152,8 @@ def _generate(
         if session is not None:
             session.flush(FLUSH_TIMEOUT_S)
         _report(result, session, as_json=options.as_json)
+        if options.explain and not options.as_json:
+            print(_explanation(session), file=sys.stderr)
 
 
 def _encode(loaded: LoadedModel, prompt: str, *, is_chat: bool) -> list[int]:
@@ -210,6 +216,7 @@ def _report(result: RequestResult, session: CacheSession | None, *, as_json: boo
             "finish_reason": output.finish_reason.value,
             **dataclasses.asdict(timings),
             "cache": dataclasses.asdict(stats) if stats is not None else None,
+            "decision": _decision(session),
         }
         print_json(summary)
         return
@@ -220,3 +227,30 @@ def _report(result: RequestResult, session: CacheSession | None, *, as_json: boo
     if timings.tpot_s:
         line += f", then {1 / timings.tpot_s:.1f} tokens/s"
     print(line, file=sys.stderr)
+
+
+def _decision(session: CacheSession | None) -> dict[str, object] | None:
+    """What was decided about the cache's blocks; None when it had none."""
+    if session is None or not session.loads.decisions:
+        return None
+    decision = session.loads.decisions[-1]
+    return {
+        "kind": decision.kind.value,
+        "num_blocks": decision.num_blocks,
+        "mode": decision.mode.value,
+        "order": decision.order.value,
+        "read_ahead_layers": decision.read_ahead_layers,
+        "predicted_ttft_s": decision.predicted_ttft_s,
+        "alternatives_s": decision.alternatives,
+        "estimates": decision.estimates.source,
+    }
+
+
+def _explanation(session: CacheSession | None) -> str:
+    """The last decision in words, with what the model has learnt since."""
+    if session is None:
+        return "no cache, nothing to decide: everything is computed (--cache names one)"
+    if not session.loads.decisions:
+        return f"the cache had nothing of this prompt\n{session.loads.model.snapshot()}"
+    decided = session.loads.decisions[-1].explain()
+    return f"{decided}\nafterwards:\n{session.loads.model.snapshot()}"

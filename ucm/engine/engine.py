@@ -229,7 +229,9 @@ class Engine:
     def check_integrity(self) -> list[str]:
         """Every violated invariant of pool and sequences, in words; empty when sound."""
         runner = self._runner
-        faults = runner.pool.check_integrity([item.block_ids for item in runner.running])
+        faults = runner.pool.check_integrity(
+            [*(item.block_ids for item in runner.running), *runner.loads.owned]
+        )
         faults += [f"waiting {item.id} holds blocks" for item in runner.waiting if item.block_ids]
         return faults
 

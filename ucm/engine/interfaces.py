@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -46,12 +46,21 @@ class DecoderModel(Protocol):
     def dtype(self) -> torch.dtype:
         """Of the KV that it writes."""
 
-    def forward(self, items: Sequence[ForwardItem], kv_pool: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        items: Sequence[ForwardItem],
+        kv_pool: torch.Tensor,
+        *,
+        wait_layer: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
         """Compute the items' tokens, write their KV, return the logits of each item's last token.
 
         Args:
             items: one chunk of each sequence of the batch.
             kv_pool: [num_layers, num_blocks, 2, num_kv_heads, block_tokens, head_dim].
+            wait_layer: called with each layer's number, in order, before its attention reads the
+                pool and when all earlier layers' KV is written; may block. What it raises ends the
+                pass and is passed on; the pass can then be repeated.
 
         Returns:
             [len(items), vocab_size] fp32.

@@ -65,6 +65,7 @@ class _Step:
     """(block id, offset in it) of each token: tensors, or two numbers if there is one token."""
     parts: tuple[tuple[slice, PagedSequence, AttentionFn], ...]
     """For each item its rows, its KV and who computes it."""
+    wait_layer: Callable[[int], None] | None
 
 
 class LlamaModel:
@@ -110,7 +111,9 @@ class LlamaModel:
             kv_pool: [num_layers, num_blocks, 2, num_kv_heads, block_tokens, head_dim],
                 contiguous, in the model's dtype. The blocks at the items' new positions are
                 written, the others of `block_ids` read.
-            wait_layer: called with each layer's number before its KV is touched; may block.
+            wait_layer: called with each layer's number, in order, before its attention reads the
+                pool and when all earlier layers' KV is written; may block. What it raises ends the
+                pass and is passed on; the pass can then be repeated.
             attention: name of the attention implementation, for tests.
 
         Returns:
@@ -121,25 +124,27 @@ class LlamaModel:
         """
         self._check_pool(kv_pool)
         with torch.inference_mode():
-            step = self._plan(items, kv_pool, attention)
+            step = self._plan(items, kv_pool, attention, wait_layer)
             tokens = [token for item in items for token in item.token_ids]
             x_TC = self._embedding[torch.tensor(tokens, dtype=torch.int64)]
             for index, layer in enumerate(self._layers):
-                if wait_layer is not None:
-                    wait_layer(index)
-                x_TC = self._run_layer(layer, x_TC, kv_pool[index], step)
+                x_TC = self._run_layer(layer, x_TC, kv_pool[index], step, index)
             last = x_TC[[rows.stop - 1 for rows, _, _ in step.parts]]
             logits = self._head(self._final_norm(last))
         # A copy made outside inference mode is an ordinary tensor: samplers may write to it.
         return logits.to(torch.float32, copy=True)
 
-    def _run_layer(self, layer: _Layer, x_TC: Tensor, kv_layer: Tensor, step: _Step) -> Tensor:
-        attended = self._attend(layer, layer.input_norm(x_TC), kv_layer, step)
+    def _run_layer(
+        self, layer: _Layer, x_TC: Tensor, kv_layer: Tensor, step: _Step, index: int
+    ) -> Tensor:
+        attended = self._attend(layer, layer.input_norm(x_TC), kv_layer, step, index)
         x_TC = layer.out.add(attended, x_TC)
         gate, up = layer.gate_up(layer.mlp_norm(x_TC)).chunk(2, dim=-1)
         return layer.down.add(F.silu(gate, inplace=True).mul_(up), x_TC)
 
-    def _attend(self, layer: _Layer, x_TC: Tensor, kv_layer: Tensor, step: _Step) -> Tensor:
+    def _attend(
+        self, layer: _Layer, x_TC: Tensor, kv_layer: Tensor, step: _Step, index: int
+    ) -> Tensor:
         """Project, rotate, write the new KV to the pool, attend; [T, H * D]."""
         c = self.config
         num_tokens = x_TC.shape[0]
@@ -149,6 +154,9 @@ class LlamaModel:
         kv = qkv_TXD[:, c.num_heads :].view(num_tokens, 2, c.num_kv_heads, c.head_dim)
         blocks, offsets = step.slots
         kv_layer[blocks, :, :, offsets] = kv[0] if num_tokens == 1 else kv
+        # As late as can be: projecting and rotating hide a part of the wait.
+        if step.wait_layer is not None:
+            step.wait_layer(index)
         outs = [
             attend(qkv_TXD[rows, : c.num_heads], kv_layer, sequence)[0]
             for rows, sequence, attend in step.parts
@@ -156,7 +164,13 @@ class LlamaModel:
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out.reshape(num_tokens, c.num_heads * c.head_dim)
 
-    def _plan(self, items: Sequence[ForwardItem], kv_pool: Tensor, attention: str | None) -> _Step:
+    def _plan(
+        self,
+        items: Sequence[ForwardItem],
+        kv_pool: Tensor,
+        attention: str | None,
+        wait_layer: Callable[[int], None] | None,
+    ) -> _Step:
         """Resolve positions, slots and attention once for all layers."""
         positions: list[int] = []
         blocks: list[int] = []
@@ -182,7 +196,7 @@ class LlamaModel:
             slots = (blocks[0], positions[0] % block_tokens)
         else:
             slots = (torch.tensor(blocks, dtype=torch.int64), where % block_tokens)
-        return _Step(cos=cos, sin=sin, slots=slots, parts=tuple(parts))
+        return _Step(cos=cos, sin=sin, slots=slots, parts=tuple(parts), wait_layer=wait_layer)
 
     def _check_item(self, item: ForwardItem) -> None:
         end = item.start + len(item.token_ids)

@@ -1,12 +1,15 @@
 """The step loop: carries out the scheduler's plans on the pool, the hook and the model.
 
-    submit -> waiting -> [admit: prefix cache, then hook] -> running -> (sequence, token)
+    submit -> waiting -> [admit: prefix cache] -> loading -> running -> (sequence, token)
                  ^---------- preempt (blocks go, tokens stay) ---'
 
-A step preempts, grows, admits, runs one forward pass and draws one token a finished sequence; the
-bookkeeping comes last, where nothing can fail: an error of the model or of the sampler leaves every
-sequence as it was before the pass, and the step can be repeated. It knows tokens and blocks, no
-text and no requests.
+A step looks after the loads, preempts, grows, admits, runs one forward pass and draws one token a
+finished sequence; the bookkeeping comes last, where nothing can fail: an error of the model or of
+the sampler leaves every sequence as it was before the pass, and the step can be repeated. It knows
+tokens and blocks, no text and no requests.
+
+Loads start at admission and run behind the passes of others. When nothing else can run, the pass
+starts with the load that has the least to come, and follows it layer by layer.
 
 Envelope of a decode step, forward pass left out: O(running) Python, some 50 us a sequence, and
 nothing that grows with the context but one hash and one block every `block_tokens` tokens.
@@ -23,18 +26,21 @@ import torch
 from ucm.clock import Clock
 from ucm.errors import CapacityError, ConfigError
 from ucm.layout import KvLayout
+from ucm.types import LoadOrder
 
+from .forward_pass import ForwardPass
 from .guarded_hook import GuardedHook
-from .hook import KvHook, LoadRequest, StoreRequest
+from .hook import KvHook
 from .interfaces import DecoderModel
-from .model import ForwardItem
+from .load_queue import Load, LoadQueue
 from .pool import TORCH_DTYPES, KvPool
 from .sampling import Draw, sample
 from .scheduler import Admission, SchedulerOptions, Work, plan_step
 from .sequence import TokenSequence
+from .store_offers import StoreOffers
 
 _STALL_POLL_S = 0.01
-"""Longest wait for a pinned block before the step returns empty."""
+"""Longest wait for a pinned block or a load before the step returns empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,16 +93,18 @@ class BatchRunner:
         """Build the pool and attach the hook."""
         self.stats = EngineStats()
         self.running: list[TokenSequence] = []
-        """Oldest first."""
+        """Those that have blocks, loading ones included; oldest first."""
         self.waiting: list[TokenSequence] = []
         """Oldest first."""
-        self._model = model
         self._options = options
         self._clock = clock
         layout = _layout_of(model, options.block_tokens)
         self.pool = KvPool(layout, options.num_blocks, options.device)
         self.hook = GuardedHook(hook, self.pool.tensor, layout.block_tokens)
-        self._max_pinned = max(1, int(options.num_blocks * options.max_pinned_share))
+        self.loads = LoadQueue(self.hook, self.pool, options.scheduler, clock)
+        max_pinned = max(1, int(options.num_blocks * options.max_pinned_share))
+        self._offers = StoreOffers(self.hook, self.pool, self.loads, max_pinned)
+        self._pass = ForwardPass(model, self.pool, self.hook, self.loads, self._offers, clock)
         self._stalled_since_us: int | None = None
 
     def submit(self, sequence: TokenSequence) -> None:
@@ -106,8 +114,7 @@ class BatchRunner:
     def retire(self, sequence: TokenSequence) -> None:
         """Take a sequence out, whatever its state; its blocks go back."""
         (self.running if sequence.block_ids else self.waiting).remove(sequence)
-        self.pool.blocks.release(sequence.rewind())
-        self.hook.finish(sequence.id)
+        self._give_up(sequence)
 
     def step(self) -> list[tuple[TokenSequence, int]]:
         """Compute one batch; blocks for one forward pass (and the hook's loads).
@@ -121,18 +128,24 @@ class BatchRunner:
             CorruptionError: the model produced no finite logits.
         """
         self.pool.drain()
-        plan = plan_step(self.running, self.waiting, self.pool.blocks, self._options.scheduler)
-        for sequence in plan.preempt:
+        for sequence in self.loads.poll():
             self._preempt(sequence)
-        for work in plan.work:
-            self._grow(work)
-        batch = [*plan.work, *(self._admit(admission) for admission in plan.admit)]
+        options = self._options.scheduler
+        plan = plan_step(self.running, self.waiting, self.pool.blocks, options, self.loads)
+        for sequence in plan.preempt:
+            self._preempt(sequence, plan.num_new_blocks)
+        ready = [self._prepare(work) for work in plan.work]
+        ready += [self._join(work.sequence, work.num_tokens) for work in plan.join]
+        ready += [self._admit(admission) for admission in plan.admit]
+        batch = [work for work in ready if work is not None] or self._join_smallest()
         if not batch:
             self._stall()
             return []
         self._stalled_since_us = None
-        logits = self._model.forward([_forward_item(work) for work in batch], self.pool.tensor)
-        return self._finish_step(batch, logits)
+        result = self._pass.run(batch, options)
+        for sequence in result.evicted:
+            self._preempt(sequence)
+        return [] if result.logits is None else self._finish_step(result.batch, result.logits)
 
     def _finish_step(
         self, batch: Sequence[Work], logits: torch.Tensor
@@ -142,105 +155,137 @@ class BatchRunner:
             for row, work in enumerate(batch)
             if work.num_tokens == work.sequence.num_uncomputed
         ]
-        token_ids = sample(logits, [draw for row, item in ready for draw in _draws(row, item)])
+        token_ids = self._sample(logits, ready)
         for work in batch:
             self._advance(work)
         sinks = [sink for _, item in ready for sink in (item, *self._fork(item))]
         self.stats.steps += 1
         return list(zip(sinks, token_ids, strict=True))
 
-    def _preempt(self, sequence: TokenSequence) -> None:
+    def _sample(
+        self, logits: torch.Tensor, ready: Sequence[tuple[int, TokenSequence]]
+    ) -> list[int]:
+        """Draw the tokens; what the pass stored is good only if that succeeds."""
+        is_over = False
+        try:
+            token_ids = sample(logits, [draw for row, item in ready for draw in _draws(row, item)])
+            is_over = True
+        finally:
+            if is_over:
+                self._offers.complete_pass()
+            else:
+                self._offers.fail_pass()
+        return token_ids
+
+    def _preempt(self, sequence: TokenSequence, num_wanted: int = 0) -> None:
+        """Send a sequence back to wait; its KV stays in the caches, where it is worth it.
+
+        Args:
+            sequence: a running one.
+            num_wanted: blocks that the step needs from it, so they cannot be stored first.
+        """
         self.running.remove(sequence)
-        self.pool.blocks.release(sequence.rewind())
+        self.loads.drop(sequence)
+        self._offers.swap_out(sequence, num_wanted)
+        self._give_up(sequence)
         bisect.insort(self.waiting, sequence, key=_by_arrival)
         sequence.num_preemptions += 1
         self.stats.preemptions += 1
+
+    def _give_up(self, sequence: TokenSequence) -> None:
+        """End what is under way for a sequence, and give its blocks back."""
+        self.loads.drop(sequence)
+        self.pool.blocks.release(sequence.rewind())
         self.hook.finish(sequence.id)
 
-    def _grow(self, work: Work) -> None:
-        """Make sure that the rows to write belong to this sequence alone."""
+    def _prepare(self, work: Work) -> Work | None:
+        """Make sure that the rows to write belong to this sequence alone; None when they cannot.
+
+        A preempted sequence may have left fewer blocks than planned: some may still be written to.
+        """
         sequence, blocks = work.sequence, work.sequence.block_ids
-        if sequence.num_blocks_for(sequence.num_computed + work.num_tokens) > len(blocks):
+        num_tokens = self.loads.claim(sequence, work.num_tokens)
+        if num_tokens == 0:
+            return None
+        if sequence.num_blocks_for(sequence.num_computed + num_tokens) > len(blocks):
+            if self.pool.blocks.num_available == 0:
+                return None
             blocks += self.pool.blocks.allocate(1, after=blocks[-1])
-            return
+            return Work(sequence, num_tokens)
         index, num_rows = divmod(sequence.num_computed, sequence.block_tokens)
+        if self.pool.blocks.refs(blocks[index]) > 1 and self.pool.blocks.num_available == 0:
+            return None
         writable = self.pool.make_writable(blocks[index], num_rows)
         self.stats.copied_blocks += writable != blocks[index]
         blocks[index] = writable
+        return Work(sequence, num_tokens)
 
-    def _admit(self, admission: Admission) -> Work:
-        """Give a sequence its blocks: shared ones first, loaded ones next, the rest to compute."""
+    def _admit(self, admission: Admission) -> Work | None:
+        """Give a sequence its blocks: shared ones first, then its own, some of them to be loaded.
+
+        Returns:
+            What it computes in this step; None when it only loads, or must wait after all.
+        """
         sequence, blocks = admission.sequence, self.pool.blocks
         usable = sequence.reusable_chain
         shared = blocks.find(usable)
+        num_own = sequence.num_blocks_for(sequence.num_tokens) - len(shared)
+        if any(self.loads.is_awaited(link.key) for link in usable[len(shared) :][:1]):
+            return None
         blocks.acquire(shared)
+        if num_own > blocks.num_available:
+            blocks.release(shared)
+            return None
         own = blocks.allocate(
-            sequence.num_blocks_for(sequence.num_tokens) - len(shared),
+            num_own,
             after=shared[-1] if shared else None,
             growth=sequence.num_blocks_for(sequence.max_length - sequence.num_tokens),
         )
         sequence.block_ids = shared + own
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=_by_arrival)
-        num_loaded = self._load(sequence, len(shared), len(usable))
-        num_ready = len(shared) + num_loaded
-        sequence.num_computed = num_ready * sequence.block_tokens
+        sequence.num_computed = len(shared) * sequence.block_tokens
         sequence.num_registered = len(shared)
-        # A cache that had nothing to add may have lost the shared blocks too (it was restarted, or
-        # was full), and would refuse their children as orphans; offering them again costs names.
-        sequence.num_offered = num_ready if num_loaded else 0
-        self._register(sequence)
         if sequence.num_preemptions == 0:
-            sequence.num_local_tokens = len(shared) * sequence.block_tokens
-            sequence.num_hook_tokens = num_loaded * sequence.block_tokens
-        return Work(sequence, min(admission.max_tokens, sequence.num_uncomputed))
+            sequence.num_local_tokens = sequence.num_computed
+        load = self.loads.begin(sequence, len(shared), len(usable))
+        return self._start(sequence, admission.max_tokens, load)
 
-    def _load(self, sequence: TokenSequence, num_local: int, num_usable: int) -> int:
-        tokens = list(sequence.tokens)
-        num_matched = self.hook.match_blocks(tokens, num_local, num_usable)
-        if num_matched == num_local:
-            return 0
-        block_ids = tuple(sequence.block_ids[num_local:num_matched])
-        num_loaded = self.hook.load(
-            LoadRequest(
-                request_id=sequence.id,
-                token_ids=tokens,
-                first_block=num_local,
-                block_ids=block_ids,
-            )
-        )
-        self.pool.clear(block_ids[num_loaded:])
-        return num_loaded
+    def _start(self, sequence: TokenSequence, max_tokens: int, load: Load | None) -> Work | None:
+        """What an admitted sequence computes at once, given the load that was begun for it."""
+        if load is not None and self.loads.is_over(load):
+            if not self.loads.end(load):
+                self._preempt(sequence)
+                return None
+        elif load is not None and load.order is LoadOrder.LAYERS:
+            return self._join(sequence, max_tokens) if self.loads.is_near(load) else None
+        num_tokens = self.loads.claim(sequence, min(max_tokens, sequence.num_computable))
+        return Work(sequence, num_tokens) if num_tokens else None
+
+    def _join(self, sequence: TokenSequence, max_tokens: int) -> Work | None:
+        """Make a sequence's load part of the pass."""
+        load = self.loads.get(sequence)
+        if load is None or max_tokens == 0:
+            return None
+        if not self.loads.join(load):
+            self._preempt(sequence)
+            return None
+        return Work(sequence, min(max_tokens, sequence.num_computable))
+
+    def _join_smallest(self) -> list[Work]:
+        """Nothing else can run: follow the load that has the least to come."""
+        options = self._options.scheduler
+        max_tokens = min(options.prefill_chunk_tokens, options.max_step_tokens)
+        for load in self.loads.by_size():
+            work = self._join(load.sequence, max_tokens)
+            if work is not None:
+                return [work]
+        return []
 
     def _advance(self, work: Work) -> None:
-        work.sequence.num_computed += work.num_tokens
+        work.sequence.advance(work.num_tokens)
         self.stats.computed_tokens += work.num_tokens
-        self._register(work.sequence)
-        self._offer(work.sequence)
-
-    def _register(self, sequence: TokenSequence) -> None:
-        for index in range(sequence.num_registered, sequence.num_full_blocks):
-            self.pool.blocks.register(sequence.block_ids[index], sequence.chain[index])
-        sequence.num_registered = sequence.num_full_blocks
-
-    def _offer(self, sequence: TokenSequence) -> None:
-        """Offer new full blocks to the hook, as many as may be pinned now."""
-        first = sequence.num_offered
-        num_allowed = self._max_pinned - self.pool.num_pinned
-        last = min(sequence.num_full_blocks, first + num_allowed)
-        if last <= first or not self.hook.is_attached:
-            return
-        block_ids = tuple(sequence.block_ids[first:last])
-        sequence.num_offered = last
-        self.hook.store(
-            StoreRequest(
-                request_id=sequence.id,
-                token_ids=sequence.tokens[: last * sequence.block_tokens],
-                first_block=first,
-                block_ids=block_ids,
-                release=self.pool.pin(block_ids),
-            )
-        )
+        work.sequence.register_full(self.pool.blocks)
 
     def _fork(self, sequence: TokenSequence) -> list[TokenSequence]:
         """Split off a request's other samples, once its prompt is computed."""
@@ -252,8 +297,11 @@ class BatchRunner:
         return forks
 
     def _stall(self) -> None:
-        """Nothing can run before the hook gives blocks back: wait, but not for ever."""
+        """Nothing can run before the hook loads or gives blocks back: wait, but not for ever."""
         if not self.running and not self.waiting:
+            return
+        if self.loads:  # none lasts longer than `max_load_s`
+            self.hook.wait_some(_STALL_POLL_S)
             return
         now_us = self._clock.now_us()
         if self._stalled_since_us is None:
@@ -281,16 +329,6 @@ def _layout_of(model: DecoderModel, block_tokens: int) -> KvLayout:
         head_dim=config.head_dim,
         block_tokens=block_tokens,
         dtype=kinds[model.dtype],
-    )
-
-
-def _forward_item(work: Work) -> ForwardItem:
-    sequence = work.sequence
-    start = sequence.num_computed
-    return ForwardItem(
-        token_ids=sequence.tokens[start : start + work.num_tokens],
-        start=start,
-        block_ids=sequence.block_ids,
     )
 
 

@@ -5,7 +5,13 @@ tokens, in this order (chunked prefill, Sarathi-Serve, arXiv:2403.02310):
 
     1. decodes              one token each, oldest first; they are what users wait for
     2. prefills under way   a chunk each, oldest first
-    3. waiting requests     first come first served, each only if *all* its blocks fit
+    3. loads about to end   a chunk each, the one with the least to come first
+    4. waiting requests     first come first served, each only if *all* its blocks fit
+
+A sequence whose KV is being loaded has its blocks and its place, and computes nothing until the
+load is done or close enough (`LoadView`), so a slow load holds up nobody but itself. A request
+whose next block another one is loading stays waiting, and shares it later: loading twice would take
+the bandwidth from both.
 
 A sequence gets the blocks of all its tokens when it is admitted, so only decoding asks for more:
 one block every `block_tokens` tokens, or one to copy a shared partial block into. When the pool has
@@ -24,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ucm.errors import ConfigError
+from ucm.types import BlockKey
 
 from .allocator import ChainLink
 from .sequence import TokenSequence
@@ -41,11 +48,21 @@ class SchedulerOptions:
     prefill_chunk_tokens: int = 512
     """Most tokens of one prompt in one step: larger fills the machine better, smaller lets running
     decodes wait less."""
+    max_loading: int = 8
+    """Sequences whose KV is being loaded at once: they hold their blocks meanwhile."""
+    max_load_stall_s: float = 0.01
+    """A load joins the batch when the batch would wait for it no longer than this in all: a quarter
+    of a decode step of a small model on a CPU."""
+    max_load_s: float = 30.0
+    """A load is ended after this time, whatever its hook says: far above any hook's deadline."""
 
     def __post_init__(self) -> None:
-        for name in ("max_sequences", "max_step_tokens", "prefill_chunk_tokens"):
+        for name in ("max_sequences", "max_step_tokens", "prefill_chunk_tokens", "max_loading"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"scheduler: {name} is {getattr(self, name)}, must be >= 1")
+        for name in ("max_load_stall_s", "max_load_s"):
+            if not getattr(self, name) >= 0.0:
+                raise ConfigError(f"scheduler: {name} is {getattr(self, name)}, must be >= 0")
         if self.max_step_tokens < self.max_sequences:
             raise ConfigError(
                 f"scheduler: max_step_tokens is {self.max_step_tokens}, must be at least "
@@ -67,6 +84,53 @@ class PoolView(Protocol):
         """Blocks of the longest cached prefix of `chain`."""
 
 
+class LoadAhead(Protocol):
+    """A load that the next pass could include."""
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """Whose it is."""
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens left to compute when it arrives."""
+
+
+class LoadView(Protocol):
+    """What a decision needs to know of the loads; `load_queue.LoadQueue` is one."""
+
+    @property
+    def num_free(self) -> int | None:
+        """Loads that may start now; None when nothing will ever be loaded."""
+
+    def is_loading(self, sequence: TokenSequence, /) -> bool:
+        """Whether a running sequence cannot compute before its load joins or ends."""
+
+    def is_awaited(self, key: BlockKey, /) -> bool:
+        """Whether the block with this key is being loaded."""
+
+    def joinable(self) -> Sequence[LoadAhead]:
+        """Loads that the next pass may include, in that order."""
+
+
+class NoLoads:
+    """Nothing is loaded, ever."""
+
+    num_free: int | None = None
+
+    def is_loading(self, _sequence: TokenSequence, /) -> bool:
+        """See `LoadView.is_loading`."""
+        return False
+
+    def is_awaited(self, _key: BlockKey, /) -> bool:
+        """See `LoadView.is_awaited`."""
+        return False
+
+    def joinable(self) -> Sequence[LoadAhead]:
+        """See `LoadView.joinable`."""
+        return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """Tokens of one running sequence to compute."""
@@ -81,7 +145,8 @@ class Admission:
 
     sequence: TokenSequence
     max_tokens: int
-    """Compute at most this many; fewer are left when the caches hold more than was known."""
+    """Compute at most this many; fewer are left when the caches hold more than was known. 0: only
+    to begin its load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +156,11 @@ class StepPlan:
     preempt: tuple[TokenSequence, ...] = ()
     """Youngest first."""
     work: tuple[Work, ...] = ()
+    join: tuple[Work, ...] = ()
+    """Sequences whose load the pass waits for, layer by layer."""
     admit: tuple[Admission, ...] = ()
+    num_new_blocks: int = 0
+    """Blocks that `work` takes."""
 
 
 def plan_step(
@@ -99,6 +168,7 @@ def plan_step(
     waiting: Sequence[TokenSequence],
     pool: PoolView,
     options: SchedulerOptions,
+    loads: LoadView | None = None,
 ) -> StepPlan:
     """Decide the next step; changes nothing.
 
@@ -107,17 +177,28 @@ def plan_step(
         waiting: sequences to admit, in order.
         pool: the state of the KV pool.
         options: the limits.
+        loads: what is being loaded; nothing when None.
     """
-    planner = _Planner(list(running), pool, options)
-    for sequence in running:
+    loads = loads or NoLoads()
+    planner = _Planner(list(running), pool, options, loads)
+    ready = [sequence for sequence in running if not loads.is_loading(sequence)]
+    for sequence in ready:
         if sequence.num_uncomputed == 1:
             planner.add_decode(sequence)
-    for sequence in running:
+    for sequence in ready:
         if sequence.num_uncomputed > 1:
             planner.add_prefill(sequence)
+    for load in loads.joinable():
+        planner.join(load)
     if not planner.preempted:
         planner.admit(waiting)
-    return StepPlan(tuple(planner.preempted), tuple(planner.work), tuple(planner.admitted))
+    return StepPlan(
+        preempt=tuple(planner.preempted),
+        work=tuple(planner.work),
+        join=tuple(planner.joined),
+        admit=tuple(planner.admitted),
+        num_new_blocks=planner.num_new_blocks,
+    )
 
 
 @dataclass(slots=True)
@@ -127,11 +208,14 @@ class _Planner:
     running: list[TokenSequence]
     pool: PoolView
     options: SchedulerOptions
+    loads: LoadView
+    joined: list[Work] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
     preempted: list[TokenSequence] = field(default_factory=list)
     admitted: list[Admission] = field(default_factory=list)
     num_available: int = 0
     num_tokens_left: int = 0
+    num_new_blocks: int = 0
     dropped_refs: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -151,21 +235,31 @@ class _Planner:
 
     def add_prefill(self, sequence: TokenSequence) -> None:
         """Plan the next chunk of a prompt that has its blocks already."""
-        num_tokens = self._chunk(sequence.num_uncomputed)
+        num_tokens = self._chunk(sequence.num_computable)
         if num_tokens and sequence not in self.preempted:
             self._compute(sequence, num_tokens)
+
+    def join(self, load: LoadAhead) -> None:
+        """Plan the first chunk behind a load that is nearly there."""
+        num_tokens = self._chunk(load.num_uncomputed)
+        if num_tokens and load.sequence not in self.preempted:
+            self.joined.append(Work(load.sequence, num_tokens))
+            self.num_tokens_left -= num_tokens
 
     def admit(self, waiting: Sequence[TokenSequence]) -> None:
         """Plan the start of waiting sequences, in order, as long as they fit."""
         num_places = self.options.max_sequences - sum(item.num_slots for item in self.running)
         for sequence in waiting:
-            shared = self.pool.find(sequence.reusable_chain)
+            chain = sequence.reusable_chain
+            shared = self.pool.find(chain)
+            if any(self.loads.is_awaited(link.key) for link in chain[len(shared) :][:1]):
+                continue
             num_needed = sequence.num_blocks_for(sequence.num_tokens)
             num_needed -= sum(1 for block_id in shared if self.pool.refs(block_id) > 0)
             num_tokens = self._chunk(sequence.num_tokens - len(shared) * sequence.block_tokens)
             num_reserved = len(self.running) + len(self.admitted)
             if (
-                num_tokens == 0
+                not self._may_start(num_tokens)
                 or sequence.num_slots > num_places
                 or num_needed + num_reserved > self.num_available
             ):
@@ -174,6 +268,11 @@ class _Planner:
             self.num_available -= num_needed
             self.num_tokens_left -= num_tokens
             self.admitted.append(Admission(sequence, num_tokens))
+
+    def _may_start(self, num_tokens: int) -> bool:
+        """With no token left a request may begin to load; with no load left it must wait."""
+        num_free = self.loads.num_free
+        return num_tokens > 0 if num_free is None else len(self.admitted) < num_free
 
     def _chunk(self, num_tokens: int) -> int:
         return min(num_tokens, self.options.prefill_chunk_tokens, self.num_tokens_left)
@@ -200,6 +299,7 @@ class _Planner:
         if not self._needs_block(sequence):
             return
         self.num_available -= 1
+        self.num_new_blocks += 1
         if sequence.num_blocks_for(sequence.num_tokens) == len(sequence.block_ids):
             self.dropped_refs[sequence.block_ids[-1]] += 1
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ucm.hashing import block_key
 from ucm.types import KEY_BYTES, ROOT_KEY, NamespaceId
 
-from .allocator import ChainLink
+from .allocator import BlockAllocator, ChainLink
 from .sampling import SamplingParams
 
 POOL_NAMESPACE = NamespaceId(bytes(KEY_BYTES))
@@ -47,6 +47,9 @@ class TokenSequence:
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
     chain: list[ChainLink] = field(default_factory=list)
+    loaded_ahead: tuple[int, int] | None = None
+    """(start, stop) of chain blocks that are in the pool ahead of the computation, which jumps over
+    them. While a load from the back is under way: where it ends, and nothing ahead yet."""
     num_registered: int = 0
     """Leading blocks that were offered to the prefix cache, or came from it."""
     num_offered: int = 0
@@ -78,6 +81,13 @@ class TokenSequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def num_computable(self) -> int:
+        """Tokens of these that come before what was loaded ahead."""
+        if self.loaded_ahead is None:
+            return len(self.tokens) - self.num_computed
+        return self.loaded_ahead[0] * self.block_tokens - self.num_computed
+
+    @property
     def num_slots(self) -> int:
         """Places in the batch that it takes, its future forks included."""
         return 1 + self.num_forks
@@ -106,6 +116,43 @@ class TokenSequence:
             self.seen[token_id] = True
         if len(self.tokens) % self.block_tokens == 0:
             self._extend_chain()
+
+    def advance(self, num_tokens: int) -> None:
+        """The KV of the next `num_tokens` is in the pool."""
+        self.num_computed += num_tokens
+        self.skip_loaded()
+
+    def take_loaded(self, blocks: range) -> None:
+        """Chain blocks that follow the computed ones are in the pool, from outside."""
+        self.num_computed = blocks.stop * self.block_tokens
+        # A cache that had nothing to add may have lost the shared blocks too (it was restarted, or
+        # was full), and would refuse their children as orphans; offering them again costs names.
+        if blocks:
+            self.num_offered = max(self.num_offered, blocks.stop)
+        self._count_loaded(blocks)
+
+    def skip_loaded(self) -> None:
+        """Go on behind what was loaded ahead, if the computation has reached it."""
+        if self.loaded_ahead is None:
+            return
+        blocks = range(*self.loaded_ahead)
+        if self.num_computed < blocks.start * self.block_tokens:
+            return
+        self.loaded_ahead = None
+        self.num_computed = max(self.num_computed, blocks.stop * self.block_tokens)
+        if self.num_offered >= blocks.start:
+            self.num_offered = max(self.num_offered, blocks.stop)
+        self._count_loaded(blocks)
+
+    def register_full(self, blocks: BlockAllocator) -> None:
+        """Make its full blocks findable; their content is final."""
+        for index in range(self.num_registered, self.num_full_blocks):
+            blocks.register(self.block_ids[index], self.chain[index])
+        self.num_registered = self.num_full_blocks
+
+    def _count_loaded(self, blocks: range) -> None:
+        if self.num_preemptions == 0:
+            self.num_hook_tokens += len(blocks) * self.block_tokens
 
     def track_seen(self, vocab_size: int) -> None:
         """Start to record which tokens occur, for the repetition penalty."""
@@ -139,6 +186,7 @@ class TokenSequence:
         """
         block_ids, self.block_ids = self.block_ids, []
         self.num_computed = self.num_registered = self.num_offered = 0
+        self.loaded_ahead = None
         return block_ids
 
     def _extend_chain(self) -> None:

@@ -22,7 +22,7 @@ from ucm.checksum import block_checksums
 from ucm.client import RemoteCache, connect
 from ucm.door_client import DoorClient
 from ucm.sockets import door_path
-from ucm.types import ROOT_KEY
+from ucm.types import ROOT_KEY, LoadMode
 
 from .blocks import chain, content, put, tiny_spec
 
@@ -93,6 +93,19 @@ def _load_called(path: Path) -> object:
     return cache
 
 
+def _layer_loads_begun(path: Path) -> object:
+    """Plans in both modes, and all that the door gives out for them."""
+    cache, handle = _open(path)
+    keys = chain(handle.id, NUM_BLOCKS)
+    plans = [cache.begin_load(handle.id, keys, mode=mode, timeout_s=10) for mode in [*LoadMode] * 3]
+    door = cache._door  # noqa: SLF001  blocks are in memory here: nothing else asks for these
+    return (
+        (cache, plans),
+        door.open_progress(timeout_s=10),
+        door.open_segment(handle.id, 0, timeout_s=10),
+    )
+
+
 def _store_prepared(path: Path) -> object:
     cache, handle = _open(path)
     return cache, cache.prepare_store(handle.id, ROOT_KEY, chain(handle.id, 8, seed=1))
@@ -155,6 +168,7 @@ STATES: Final[dict[str, Callable[[Path], object]]] = {
     "load_being_read": _load_being_read,
     "load_completed": _load_completed,
     "load_called": _load_called,
+    "layer_loads_begun": _layer_loads_begun,
     "store_prepared": _store_prepared,
     "store_half_filled": _store_half_filled,
     "store_filled": _store_filled,

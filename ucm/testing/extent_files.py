@@ -138,8 +138,10 @@ class GatedIo(PosixFileIo):
         """See `FileIo.read_batch`. The bytes arrive after the gate was passed."""
         for request in requests:
             self._wait_for_turn(request)
-        codes = [self.codes.get(request.offset, 0) for request in requests]
-        return codes if any(codes) else super().read_batch(requests)
+        return [
+            self.codes.get(request.offset) or super(GatedIo, self).read_batch([request])[0]
+            for request in requests
+        ]
 
     def _wait_for_turn(self, request: IoRequest) -> None:
         with self._changed:
@@ -164,6 +166,21 @@ class GatedIo(PosixFileIo):
             self._passed.append(request)
             self._changed.notify_all()
             return True
+
+    def let_pass(self, count: int) -> None:
+        """Let `count` reads pass, waiting for each to arrive.
+
+        Raises:
+            AssertionError: one does not arrive.
+        """
+        for _ in range(count):
+            assert self.wait_arrived(), "no read waits at the gate"
+            self.let_one_pass()
+
+    def shut_gate(self) -> None:
+        """Let nothing pass from now on."""
+        with self._changed:
+            self._is_open = False
 
     def open_gate(self) -> None:
         """Let all pass, from now on."""

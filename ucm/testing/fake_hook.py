@@ -1,7 +1,8 @@
 """A `KvHook` over a dictionary: the smallest cache that an engine can be tested with.
 
-It copies a stored block at once but may give it back later (`defer_release`), from another thread
-if the test likes; it can be told to fail, to load less than it promised, or to leave NaN behind.
+It copies a stored block as soon as its pass is over, at the next call, but may give it back later
+(`defer_release`), from another thread if the test likes; it can be told to fail, to load less than
+it promised, or to leave NaN behind.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ucm.engine.blocking_loads import BlockingLoads
 from ucm.engine.hook import LoadRequest, StoreRequest
 from ucm.engine.sequence import POOL_NAMESPACE
 from ucm.errors import TierUnavailableError
@@ -19,7 +21,7 @@ from ucm.types import BlockKey
 
 
 @dataclass(slots=True)
-class DictHook:
+class DictHook(BlockingLoads):
     """Blocks by chain key; see the module."""
 
     defer_release: bool = False
@@ -32,6 +34,8 @@ class DictHook:
     calls: list[str] = field(default_factory=list)
     pending: list[Callable[[], None]] = field(default_factory=list)
     stored: list[StoreRequest] = field(default_factory=list)
+    open_stores: list[StoreRequest] = field(default_factory=list)
+    """Stores whose pass is not over."""
     finished: list[str] = field(default_factory=list)
     pool: torch.Tensor | None = None
 
@@ -53,7 +57,7 @@ class DictHook:
         return num_blocks * self._block_tokens
 
     def load(self, request: LoadRequest) -> int:
-        """See `KvHook.load`."""
+        """See `BlockingLoads.load`."""
         self._enter("load")
         assert self.pool is not None
         keys = self._keys(request.token_ids)[request.first_block :]
@@ -68,15 +72,28 @@ class DictHook:
     def store(self, request: StoreRequest) -> None:
         """See `KvHook.store`."""
         self._enter("store")
+        self.stored.append(request)
+        self.open_stores.append(request)
+        self.settle()
+
+    def settle(self) -> None:
+        """Copy what is final, drop what will never be."""
+        waiting = [item for item in self.open_stores if not item.layers.is_settled]
+        settled = [item for item in self.open_stores if item.layers.is_settled]
+        self.open_stores = waiting
+        for request in settled:
+            if request.layers.is_complete:
+                self._copy(request)
+            if self.defer_release:
+                self.pending.append(request.release)
+            else:
+                request.release()
+
+    def _copy(self, request: StoreRequest) -> None:
         assert self.pool is not None
         keys = self._keys(request.token_ids)[request.first_block :]
         for key, block_id in zip(keys, request.block_ids, strict=True):
             self.blocks[key] = self.pool[:, block_id].clone()
-        self.stored.append(request)
-        if self.defer_release:
-            self.pending.append(request.release)
-        else:
-            request.release()
 
     def finish(self, request_id: str) -> None:
         """See `KvHook.finish`."""
@@ -85,6 +102,7 @@ class DictHook:
 
     def release_all(self) -> None:
         """Give back everything that stores pinned."""
+        self.settle()
         while self.pending:
             self.pending.pop()()
 
@@ -98,5 +116,6 @@ class DictHook:
 
     def _enter(self, method: str) -> None:
         self.calls.append(method)
+        self.settle()
         if method in self.failing:
             raise TierUnavailableError(f"{method} fails, as the test wants")

@@ -1,14 +1,16 @@
 """Doubles for engine tests: a model whose logits depend on every row it reads, and a tokenizer.
 
 `FakeModel` writes a digest of the whole chain up to a position into that position's row, taken from
-the row *before it in the pool*, and folds all rows of all layers into the logits. A wrong block
-table, a row of another sequence, a stale or half-copied block or a skipped position therefore
-changes the output. `FakeModel.logits_for` is the oracle: the same function without a pool.
+the row *before it in the pool*, and folds all rows of all layers into the logits, each layer when a
+decoder would read it. A wrong block table, a row of another sequence, a stale or half-copied block,
+a slab that is read before it arrives or a skipped position therefore changes the output.
+`FakeModel.logits_for` is the oracle: the same function without a pool.
 All values are integers below 2**24, exact in fp32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -50,54 +52,68 @@ class FakeModel:
         *,
         wait_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """Write the items' rows, read all rows back; see `DecoderModel.forward`."""
+        """Layer by layer, write the items' rows and read all rows; see `DecoderModel.forward`."""
         self.batch_sizes.append(sum(len(item.token_ids) for item in items))
-        for layer in range(self.config.num_layers if wait_layer else 0):
-            assert wait_layer is not None
-            wait_layer(layer)
-        for item in items:
-            self._write(item, kv_pool)
-        return torch.stack([self._read(item, kv_pool) for item in items])
+        folds: list[list[int]] = [[] for _ in items]
+        digests: list[list[int]] = []
+        for layer in range(self.config.num_layers):
+            if wait_layer is not None:
+                wait_layer(layer)
+            if layer == 0:
+                digests = [self._digests(item, kv_pool) for item in items]
+            for item, values, of_item in zip(items, digests, folds, strict=True):
+                self._write(item, values, kv_pool, layer)
+                of_item.append(self._read(item, kv_pool[layer]))
+        return torch.stack([self._logits(of_item) for of_item in folds])
 
     def logits_for(self, token_ids: Sequence[int]) -> torch.Tensor:
         """[vocab] what a correct engine gets after `token_ids`."""
-        digests = _chain_digests(_EMPTY_DIGEST, token_ids, 0)
-        rows = np.array([digests, list(token_ids), range(len(token_ids))], dtype=np.int64).T
-        layers = np.arange(self.config.num_layers)[:, None]
-        return self._logits([_fold(rows + layer) for layer in layers])
+        rows = self.rows_for(token_ids).to(torch.int64).numpy()
+        return self._logits([_fold(of_layer) for of_layer in rows])
 
-    def _write(self, item: ForwardItem, kv_pool: torch.Tensor) -> None:
+    def rows_for(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """[layers, positions, 3] the first values of each row that a correct pool holds."""
+        digests = _chain_digests(_EMPTY_DIGEST, token_ids, 0)
+        rows = np.array([digests, list(token_ids), range(len(token_ids))], dtype=np.float32).T
+        layers = np.arange(self.config.num_layers, dtype=np.float32)[:, None, None]
+        return torch.from_numpy(rows + layers)
+
+    def _digests(self, item: ForwardItem, kv_pool: torch.Tensor) -> list[int]:
+        """The digest of each of the item's positions, from the row before the first."""
         size = kv_pool.shape[4]
         previous = _EMPTY_DIGEST
         if item.start > 0:
             block_id = item.block_ids[(item.start - 1) // size]
-            previous = int(kv_pool[0, block_id, 0, 0, (item.start - 1) % size, 0])
-        digests = _chain_digests(previous, item.token_ids, item.start)
+            value = float(kv_pool[0, block_id, 0, 0, (item.start - 1) % size, 0])
+            previous = int(value) if math.isfinite(value) else -1
+        return _chain_digests(previous, item.token_ids, item.start)
+
+    def _write(
+        self, item: ForwardItem, digests: Sequence[int], kv_pool: torch.Tensor, layer: int
+    ) -> None:
+        size = kv_pool.shape[4]
         for offset, (token_id, digest) in enumerate(zip(item.token_ids, digests, strict=True)):
             position = item.start + offset
             block_id, row = item.block_ids[position // size], position % size
-            values = torch.tensor([digest, token_id, position], dtype=torch.float32)
-            layers = torch.arange(kv_pool.shape[0], dtype=torch.float32)
-            written = values[None, :] + layers[:, None]
-            kv_pool[:, block_id, :, :, row, :3] = written[:, None, None, :]
+            values = torch.tensor([digest, token_id, position], dtype=torch.float32) + layer
+            kv_pool[layer, block_id, :, :, row, :3] = values
 
-    def _read(self, item: ForwardItem, kv_pool: torch.Tensor) -> torch.Tensor:
-        size = kv_pool.shape[4]
+    def _read(self, item: ForwardItem, kv_layer: torch.Tensor) -> int:
+        """One number of all the rows that attention would read, or -1 when they are damaged."""
+        size = kv_layer.shape[3]
         length = item.start + len(item.token_ids)
         block_ids = list(item.block_ids[: -(-length // size)])
-        slabs = kv_pool[:, block_ids, :, :, :, :3].to(torch.int64).numpy()
-        # [layers, 2, heads, positions, 3]
-        rows = slabs.transpose(0, 2, 3, 1, 4, 5).reshape(*slabs.shape[:1], 2, -1, size, 3)
-        rows = rows.reshape(slabs.shape[0], 2, slabs.shape[3], -1, 3)[:, :, :, :length]
-        folds = [
-            [_fold(rows[layer, kind, head]) for kind in range(2) for head in range(rows.shape[2])]
-            for layer in range(rows.shape[0])
-        ]
-        # Heads, and keys and values, hold the same here: any difference is a damaged row.
-        return self._logits([values[0] if len(set(values)) == 1 else -1 for values in folds])
+        # [blocks, 2, heads, rows, 3] -> [2 * heads, positions, 3]
+        slabs = kv_layer[block_ids, :, :, :, :3].permute(1, 2, 0, 3, 4)
+        rows = slabs.reshape(-1, len(block_ids) * size, 3)[:, :length]
+        # Heads, and keys and values, hold the same here: any difference is a damaged row. Rows
+        # behind the last token are masked by real attention, but 0 times NaN is NaN.
+        if not bool((rows == rows[0]).all()) or not bool(slabs.isfinite().all()):
+            return -1
+        return _fold(rows[0].to(torch.int64).numpy())
 
     def _logits(self, folds: Sequence[int]) -> torch.Tensor:
-        seed = np.array([sum((9 * i + 1) * fold for i, fold in enumerate(folds)), 0])
+        seed = np.array([sum((9 * i + 1) * fold for i, fold in enumerate(folds)) % _MODULUS, 0])
         generator = np.random.Generator(np.random.Philox(key=seed.astype(np.uint64)))
         values = 3.0 * generator.standard_normal(self.config.vocab_size)
         return torch.from_numpy(values.astype(np.float32))

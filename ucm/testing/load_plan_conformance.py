@@ -16,11 +16,10 @@ from ucm.checksum import verify
 from ucm.errors import BlockNotFoundError, CapacityError
 from ucm.layer_reader import LayerReader, ReaderOptions
 from ucm.load_plan import LoadPlan, PlannedBlock
-from ucm.load_steps import ReadOrder
 from ucm.reader_io import open_reader_io
 from ucm.storage.format import HEADER_BYTES, SlotHeader, Superblock, decode_header
 from ucm.storage.tier import SlotId
-from ucm.types import BlockKey, LoadMode, LoadStatus, SourceKind, TierKind
+from ucm.types import BlockKey, LoadMode, LoadOrder, LoadStatus, SourceKind, TierKind
 
 from .blocks import chain, content, get, meaning, put, tiny_spec
 from .cache_conformance import MEMORY_BLOCKS, CacheHarness
@@ -173,10 +172,10 @@ class LoadPlanTests:
         again = cache.begin_load(handle.id, keys, mode=LoadMode.DIRECT, timeout_s=1)
         cache.release(again.id)
 
-    @pytest.mark.parametrize("order", ReadOrder)
+    @pytest.mark.parametrize("order", LoadOrder)
     @pytest.mark.parametrize("mode", LoadMode)
     def test_a_reader_gets_what_was_put(
-        self, cache: CacheApi, handle: NamespaceHandle, mode: LoadMode, order: ReadOrder
+        self, cache: CacheApi, handle: NamespaceHandle, mode: LoadMode, order: LoadOrder
     ) -> None:
         """From wherever it is, byte for byte."""
         keys = on_nvme_only(cache, handle)

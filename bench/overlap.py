@@ -1,0 +1,322 @@
+"""`ucm bench overlap`: what overlap and load-or-compute gain, by bandwidth, hit ratio and context.
+
+A cell is one bandwidth, hit ratio, context and tier. In it the same prompt is served in each of
+these ways, one after the other, `repeats` times; medians are reported, seconds to the first token:
+
+    compute_only        no cache
+    load_only           every hit through the daemon's memory (MAPPED), awaited whole before the
+                        first layer; then the rest is computed
+    load_then_compute   the direct reads of `overlapped`, awaited whole before the first layer
+    overlapped          direct reads layer by layer, computed behind them
+    hybrid              computed from the front, read directly from the back, until they meet
+    chosen              what the cost model chose by itself, in a run of its own
+    predicted           what it said of that choice before that run (so compare with `chosen`); it
+                        has learnt from the cell's other runs, as a server learns from requests
+
+Blocks of the tier `memory` lie in the daemon's memory in every run; there is nothing to read
+directly, all loads copy from it. `identical_tokens`: every way gave the greedy answer of
+`compute_only`. `wrong_bytes`: bytes of blocks that a load put into the pool and that differ from
+what was computed for the same tokens (compared by digest, whatever the checksums said).
+
+`overlap_efficiency`, of the overlapped run: 1 - stall / load. The stall is what the engine waited
+(in passes, and with nothing else to do), the load is the time during which at least one read was
+under way. Where loading takes no longer than the pass behind it (`is_load_the_shorter`), all but
+the first layer can be hidden. `store_overhead_ratio`: seconds of decoding with storing on over off,
+minus 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucm.engine.loading import default_model_folder, load_model
+from ucm.tracing import Track
+from ucm.types import TierKind
+
+from .overlap_rig import (
+    CHOSEN,
+    COMPUTE_ONLY,
+    HYBRID,
+    LOAD_ONLY,
+    LOAD_THEN_COMPUTE,
+    OVERLAPPED,
+    VARIANTS,
+    OverlapRig,
+    Run,
+    Variant,
+)
+from .overlap_trace import Timeline
+
+MB = 1_000_000
+Progress = Callable[[str], None]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverlapBenchOptions:
+    """What to measure."""
+
+    model_path: Path | None = None
+    """Model folder or GGUF file; None takes the one that `ucm model pull` fetched."""
+    dtype: str = "fp32"
+    bandwidths_mb_s: tuple[float | None, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, None)
+    """None: as fast as the disk."""
+    hit_ratios: tuple[float, ...] = (0.5, 0.9, 1.0)
+    context_tokens: tuple[int, ...] = (1024, 3072, 6144)
+    tiers: tuple[TierKind, ...] = (TierKind.NVME,)
+    repeats: int = 1
+    answer_tokens: int = 8
+    """Of each answer; compared with that of `compute_only`."""
+    longest_load_s: float = 900.0
+    """Ways that would read for longer than this are left out of a cell (null)."""
+    decode_rounds: int = 6
+    """Decodes with storing on, and as many with storing off, alternating."""
+    decode_tokens: int = 72
+    store: Path | None = None
+    """The daemon's data folder while measuring; None: a temporary one beside the user's store."""
+
+    def quick(self) -> OverlapBenchOptions:
+        """The same on two cells of a short context: below 50 s."""
+        return replace(
+            self,
+            bandwidths_mb_s=(10.0, None),
+            hit_ratios=(0.9,),
+            context_tokens=(512,),
+            decode_rounds=2,
+            decode_tokens=40,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One place in the table."""
+
+    bandwidth_mb_s: float | None
+    hit_ratio: float
+    context_tokens: int
+    tier: TierKind
+
+    def __str__(self) -> str:
+        speed = "unlimited" if self.bandwidth_mb_s is None else f"{self.bandwidth_mb_s:g} MB/s"
+        return (
+            f"{self.tier.value} {speed}, hit ratio {self.hit_ratio:g}, {self.context_tokens} tokens"
+        )
+
+
+@dataclass(slots=True)
+class OverlapOutcome:
+    """What a benchmark found."""
+
+    result: Result
+    timelines: dict[str, list[Timeline]] = field(default_factory=dict)
+    """By cell: one timeline a way."""
+
+
+def run_overlap_bench(
+    options: OverlapBenchOptions, progress: Progress | None = None
+) -> OverlapOutcome:
+    """Measure; see the module. Blocks for minutes to hours and uses every core.
+
+    Args:
+        options: what to measure.
+        progress: called with a line of text before each longer piece of work.
+
+    Raises:
+        ConfigError: there is no model.
+        UcmError: the daemon does not start or answer.
+    """
+    say = progress or (lambda _line: None)
+    say("loading the model")
+    loaded = load_model(options.model_path or default_model_folder(), options.dtype)
+    longest = max(options.context_tokens)
+    with tempfile.TemporaryDirectory(prefix="ucm-overlap-", dir=options.store) as folder:
+        rig = OverlapRig(
+            loaded, options.dtype, Path(folder) / "store", longest + options.answer_tokens
+        )
+        try:
+            outcome = _measure(rig, options, say)
+        finally:
+            rig.close()
+    outcome.result = {
+        "model": loaded.config.name,
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "block_bytes": rig.block_bytes,
+        **outcome.result,
+    }
+    return outcome
+
+
+def _measure(rig: OverlapRig, options: OverlapBenchOptions, say: Progress) -> OverlapOutcome:
+    outcome = OverlapOutcome({})
+    rows: list[Result] = []
+    longest = max(options.context_tokens)
+    with rig.daemon(None):
+        say("warming up")
+        rig.warm_up(min(600, longest))
+        say(f"computing and storing {longest} tokens")
+        rig.fill(longest)
+        say("decoding with and without storing")
+        store = _store_overhead(rig, options)
+    for cell in cells_of(options):
+        row, runs = _measure_cell(rig, cell, options, say)
+        rows.append(row)
+        outcome.timelines[str(cell)] = [run.timeline for run in runs]
+    outcome.result = {
+        "cells": rows,
+        "store_overhead_ratio": store["ratio"],
+        "store": store,
+        "wrong_bytes": sum(row["wrong_bytes"] for row in rows),
+    }
+    return outcome
+
+
+def cells_of(options: OverlapBenchOptions) -> list[Cell]:
+    """Every cell that was asked for; limited bandwidth is the disk's, so memory has none."""
+    return [
+        Cell(bandwidth_mb_s=speed, hit_ratio=ratio, context_tokens=context, tier=tier)
+        for tier in options.tiers
+        for speed in options.bandwidths_mb_s
+        if tier is TierKind.NVME or speed is None
+        for context in options.context_tokens
+        for ratio in options.hit_ratios
+    ]
+
+
+def _measure_cell(
+    rig: OverlapRig, cell: Cell, options: OverlapBenchOptions, say: Progress
+) -> tuple[Result, list[Run]]:
+    tokens, num_hits = rig.prompt(cell.context_tokens, cell.hit_ratio)
+    variants = _variants_of(rig, cell, num_hits, options)
+    speed = None if cell.bandwidth_mb_s is None else int(cell.bandwidth_mb_s * MB)
+    runs: list[Run] = []
+    for repeat in range(options.repeats):
+        with rig.daemon(speed):
+            if cell.tier is TierKind.MEMORY:
+                rig.run(LOAD_ONLY, tokens, 1)
+            for variant in variants:
+                say(f"{cell}: {variant.name} ({repeat + 1} of {options.repeats})")
+                runs.append(rig.run(variant, tokens, options.answer_tokens))
+    return _row(cell, num_hits, runs), runs[: len(variants)]
+
+
+def _variants_of(
+    rig: OverlapRig, cell: Cell, num_hits: int, options: OverlapBenchOptions
+) -> list[Variant]:
+    """All ways but those that would read for too long."""
+    if cell.bandwidth_mb_s is None:
+        return list(VARIANTS)
+    load_s = num_hits * rig.block_bytes / (cell.bandwidth_mb_s * MB)
+    slow = (LOAD_ONLY, LOAD_THEN_COMPUTE, OVERLAPPED) if load_s > options.longest_load_s else ()
+    return [variant for variant in VARIANTS if variant not in slow]
+
+
+def _row(cell: Cell, num_hits: int, runs: Sequence[Run]) -> Result:
+    of = {variant.name: [run for run in runs if run.variant is variant] for variant in VARIANTS}
+    expected = of[COMPUTE_ONLY.name][0].token_ids
+    chosen = of[CHOSEN.name]
+    decision = chosen[0].decision
+    predicted = [run.decision.predicted_ttft_s for run in chosen if run.decision is not None]
+    errors = [
+        run.decision.predicted_ttft_s / run.ttft_s - 1 for run in chosen if run.decision is not None
+    ]
+    ttft = {name: _median_ms([run.ttft_s for run in found]) for name, found in of.items()}
+    return {
+        "bandwidth_mb_s": cell.bandwidth_mb_s,
+        "hit_ratio": cell.hit_ratio,
+        "context_tokens": cell.context_tokens,
+        "tier": cell.tier.value,
+        "hit_blocks": num_hits,
+        "ttft_ms": {**ttft, "predicted": _median_ms(predicted)},
+        "chosen_kind": decision.kind.value if decision is not None else None,
+        "alternatives_ms": {
+            name: round(1e3 * seconds, 2)
+            for name, seconds in (decision.alternatives if decision is not None else {}).items()
+        },
+        "predicted_error": round(statistics.median(errors), 4) if errors else None,
+        "overlap_efficiency": _efficiency(of[OVERLAPPED.name]),
+        **_shares(of[OVERLAPPED.name]),
+        **_ratios(ttft),
+        "loaded_blocks": {
+            name: found[0].watch.num_loaded_blocks for name, found in of.items() if found
+        },
+        "identical_tokens": all(run.token_ids == expected for run in runs),
+        "wrong_bytes": sum(run.wrong_bytes for run in runs),
+        "runs": len(chosen),
+    }
+
+
+def _ratios(ttft: dict[str, float | None]) -> Result:
+    """The comparisons that the cell is about."""
+
+    def ratio(name: str, *others: str) -> float | None:
+        own, rest = ttft[name], [ttft[other] for other in others]
+        known = [value for value in rest if value]
+        return round(own / min(known), 4) if own and known else None
+
+    return {
+        "overlapped_to_load_then_compute": ratio(OVERLAPPED.name, LOAD_THEN_COMPUTE.name),
+        "hybrid_to_best_alone": ratio(HYBRID.name, LOAD_ONLY.name, COMPUTE_ONLY.name),
+        "chosen_to_best_alone": ratio(CHOSEN.name, LOAD_ONLY.name, COMPUTE_ONLY.name),
+    }
+
+
+def _efficiency(runs: Sequence[Run]) -> float | None:
+    """1 - stall / load time; see the module. None where nothing was loaded."""
+    found = [
+        1 - run.watch.stall_s / load_s
+        for run in runs
+        if (load_s := run.timeline.total_s(Track.LOAD)) > 0
+    ]
+    return round(statistics.median(found), 4) if found else None
+
+
+def _shares(runs: Sequence[Run]) -> Result:
+    """Loading and computing one layer in the overlapped run: what is hidden, and behind what."""
+    found = [
+        (run.timeline.total_s(Track.LOAD), run.watch.steps[0].seconds - run.watch.steps[0].stall_s)
+        for run in runs
+        if run.watch.steps and run.timeline.total_s(Track.LOAD) > 0
+    ]
+    load_s, compute_s = (
+        [statistics.median(column) for column in zip(*found, strict=True)] if found else (0.0, 0.0)
+    )
+    return {
+        "load_ms": round(1e3 * load_s, 2),
+        "first_pass_ms": round(1e3 * compute_s, 2),
+        "is_load_the_shorter": bool(found) and load_s <= compute_s,
+    }
+
+
+def _median_ms(seconds: Sequence[float]) -> float | None:
+    return round(1e3 * statistics.median(seconds), 2) if seconds else None
+
+
+def _store_overhead(rig: OverlapRig, options: OverlapBenchOptions) -> Result:
+    """Decodes with storing on and off, alternating; each step's median over the rounds.
+
+    Every step counts: the one that fills a block, and those that follow while it is copied out.
+    """
+    steps: dict[bool, list[list[float]]] = {True: [], False: []}
+    rig.decode_s(8, stores=False)
+    for round_index in range(options.decode_rounds):
+        for stores in (True, False) if round_index % 2 else (False, True):
+            steps[stores].append(rig.decode_s(options.decode_tokens, stores=stores))
+            rig.settle()
+    on, off = (
+        sum(map(statistics.median, zip(*steps[stores], strict=True))) for stores in (True, False)
+    )
+    count = options.decode_tokens
+    return {
+        "ratio": round(on / off - 1, 4),
+        "tpot_on_ms": round(1e3 * on / count, 3),
+        "tpot_off_ms": round(1e3 * off / count, 3),
+        "rounds": options.decode_rounds,
+    }

@@ -1,0 +1,310 @@
+"""`LoadJob`: one request's load, from the decision to its end.
+
+    desk's thread    open(plan)                      the cache's answer: reading begins
+    engine's thread  state, wait_layer, claim        how far it is
+                     end                             what is good; nothing is written after it
+
+Invariants
+    * Until the plan is there nothing is good, and nothing is written.
+    * `end` is called once. A plan that arrives after it is given back, unread.
+    * All waiting of one job, over all its layers, ends `patience_s` after the first wait for it:
+      what is not there by then is a miss, and later waits return at once.
+
+Envelope: a call costs some 20 us, the waiting left out.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ucm.cost_model import CostModel
+from ucm.layer_reader import LayerReader, ReaderOptions
+from ucm.load_decision import Decision, claim_blocks
+from ucm.load_pipeline import layerwise
+from ucm.types import BlockKey, LoadOrder, TierKind
+
+if TYPE_CHECKING:
+    from ucm.layout import KvLayout
+    from ucm.load_plan import LoadPlan
+    from ucm.slab_mover import SlabTarget
+
+HOLD_TIMEOUT_S = 0.2
+"""How long the end of a load waits for a read that goes straight to the pool; then the read's
+blocks are held for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadTask:
+    """What to load and where to."""
+
+    request_id: str
+    keys: tuple[BlockKey, ...]
+    """Of the blocks to load, in the chain's order."""
+    tiers: tuple[TierKind, ...]
+    """Where they were found."""
+    target: SlabTarget
+    """Places of the blocks, by their index in `keys`."""
+    hold: Callable[[Sequence[int]], Callable[[], None]]
+    """Keeps the places with these indexes out of use until what it returns is called."""
+    decision: Decision
+    patience_s: float
+    """What all waiting for it may take."""
+    spent_s: float = 0.0
+    """What its request waited for the cache before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobState:
+    """How far a job is; blocks are counted in the task."""
+
+    is_done: bool
+    num_good: int
+    """Leading blocks that have not failed."""
+    num_layers_ready: int
+    num_from_back: int
+    """Blocks at the end, the last one included, that are complete."""
+    bytes_left: int
+    stall_s: float
+    """Estimate of what a pass that began now would wait."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Straggler:
+    """A reader with a read that hangs, and the release of the places that it may yet write to."""
+
+    reader: LayerReader
+    release: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOutcome:
+    """What came of a job."""
+
+    plan: LoadPlan | None
+    """To be completed; None when the cache never answered."""
+    num_good: int
+    """Complete, verified blocks: leading ones, or those at the end of a load from the back."""
+    corrupt: tuple[BlockKey, ...] = ()
+    moved_bytes: int = 0
+    busy_s: float = 0.0
+    num_steps: int = 0
+    was_joined: bool = False
+    """A pass computed while it ran."""
+    straggler: Straggler | None = None
+
+
+class LoadJob:
+    """See the module. Thread-safe."""
+
+    def __init__(self, task: LoadTask, layout: KvLayout, model: CostModel) -> None:
+        self.task = task
+        self._layout = layout
+        self._model = model
+        self._changed = threading.Condition()
+        self._plan: LoadPlan | None = None
+        self._reader: LayerReader | None = None
+        self._is_failed = False
+        self._is_ended = False
+        self._is_joined = False
+        self._given_up = 0
+        self._stop_s: float | None = None
+        self.stalled_s = 0.0
+        """What the engine has waited for its layers."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Slab bytes of all its blocks."""
+        return len(self.task.keys) * self._layout.num_layers * self._layout.slab_bytes
+
+    @property
+    def _is_from_back(self) -> bool:
+        return self.task.decision.order is LoadOrder.BLOCKS_FROM_BACK
+
+    # The desk's thread
+
+    def open(
+        self, plan: LoadPlan | None, make_reader: Callable[[LoadPlan, ReaderOptions], LayerReader]
+    ) -> bool:
+        """Begin to read what the cache granted; None: it granted nothing.
+
+        Returns:
+            False when the job has ended meanwhile: the plan is the caller's to give back.
+        """
+        with self._changed:
+            if self._is_ended:
+                return False
+            if plan is None or not plan.num_ready:
+                self._is_failed = True
+            else:
+                self._reader = make_reader(plan, self._reader_options())
+                if self._given_up:
+                    self._reader.give_up_below(self._given_up)
+            self._plan = plan
+            self._changed.notify_all()
+            return True
+
+    def _reader_options(self) -> ReaderOptions:
+        decision = self.task.decision
+        return ReaderOptions(read_ahead_layers=decision.read_ahead_layers, order=decision.order)
+
+    # The engine's thread
+
+    def state(self) -> JobState:
+        """How far it is; reads on ahead while nobody waits for a layer yet."""
+        with self._changed:
+            reader, is_failed = self._reader, self._is_failed
+        if reader is None:
+            return self._unread_state(is_done=is_failed)
+        num_ready = reader.num_layers_ready()
+        is_behind = not self._is_from_back and num_ready < self._layout.num_layers
+        if is_behind and not self._is_joined:
+            # The pool's blocks are reserved anyway: nothing is saved by reading later.
+            reader.wait_layer(num_ready, 0.0)
+        bytes_left = reader.bytes_left()
+        return JobState(
+            is_done=reader.is_done,
+            num_good=reader.wait_layer(-1, 0.0),
+            num_layers_ready=num_ready,
+            num_from_back=self._num_from_back(reader),
+            bytes_left=bytes_left,
+            stall_s=self._stall_s(num_ready, bytes_left),
+        )
+
+    def _unread_state(self, *, is_done: bool) -> JobState:
+        num_bytes = 0 if is_done else self.total_bytes
+        return JobState(
+            is_done=is_done,
+            num_good=0 if is_done else len(self.task.keys),
+            num_layers_ready=0,
+            num_from_back=0,
+            bytes_left=num_bytes,
+            stall_s=self._stall_s(0, num_bytes),
+        )
+
+    def _stall_s(self, num_ready: int, bytes_left: int) -> float:
+        num_layers, decision = self._layout.num_layers, self.task.decision
+        if not bytes_left or num_ready >= num_layers:
+            return 0.0
+        load_s = self._model.load_s(
+            self._slowest_tier, bytes_left, mode=decision.mode, is_computing=True
+        )
+        shape = decision.shape
+        start = shape.num_local_tokens + len(self.task.keys) * shape.block_tokens
+        stop = min(start + self._model.options.chunk_tokens, shape.num_tokens)
+        num_left = num_layers - num_ready
+        comp_layer_s = self._model.layer_compute_s(start, stop, num_layers)
+        return layerwise(
+            num_layers=num_left,
+            load_layer_s=load_s / num_left,
+            comp_layer_s=comp_layer_s,
+            begin_s=num_ready * comp_layer_s,
+        ).stall_s
+
+    @property
+    def _slowest_tier(self) -> TierKind:
+        return TierKind.NVME if TierKind.NVME in self.task.tiers else TierKind.MEMORY
+
+    def _num_from_back(self, reader: LayerReader) -> int:
+        """At the task's end: none when the cache granted fewer blocks than were asked for."""
+        if not self._is_from_back or reader.plan.num_ready < len(self.task.keys):
+            return 0
+        return reader.num_blocks_ready_from_back()
+
+    def wait_layer(self, layer: int) -> int:
+        """Block until the layer is settled or patience is over.
+
+        Returns:
+            Leading blocks that are good in layers 0..layer.
+        """
+        now_s = time.monotonic()
+        if self._stop_s is None:
+            self._stop_s = now_s + self.task.patience_s
+        self._is_joined = True
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._reader is not None or self._is_failed,
+                timeout=max(0.0, self._stop_s - now_s),
+            )
+            reader = self._reader
+        num_good = 0
+        if reader is not None:
+            num_good = reader.wait_layer(layer, max(0.0, self._stop_s - time.monotonic()))
+        self.stalled_s += time.monotonic() - now_s
+        return num_good
+
+    def claim(self, first: int, last: int) -> int:
+        """The engine wants to compute the task's blocks `first` to `last` - 1.
+
+        Returns:
+            The end of what it may; `first` when it should wait for the loader instead.
+        """
+        self._is_joined = True
+        with self._changed:
+            reader, is_failed = self._reader, self._is_failed
+            if reader is None:
+                end = last if is_failed else first + self._num_claimable(None, first, last)
+                self._given_up = max(self._given_up, end)
+                return end
+        end = first + self._num_claimable(reader, first, last)
+        reader.give_up_below(end)
+        return end
+
+    def _num_claimable(self, reader: LayerReader | None, first: int, last: int) -> int:
+        """Without a reader all is still to be loaded: the plan is on its way."""
+        num_wanted = last - first
+        now_s = time.monotonic()
+        is_done = reader is not None and reader.is_done
+        if is_done or (self._stop_s is not None and now_s >= self._stop_s):
+            return num_wanted
+        offset = self.task.decision.first_block
+        end = len(self.task.keys) - (self._num_from_back(reader) if reader is not None else 0)
+        whole = (end - first) * self._layout.num_layers * self._layout.slab_bytes
+        bytes_left = whole if reader is None else reader.bytes_left()
+        count = claim_blocks(
+            self._model,
+            self.task.decision.shape,
+            offset + first,
+            offset + end,
+            partial_bytes=max(0, whole - bytes_left),
+        )
+        if not count and self._stop_s is None:
+            self._stop_s = now_s + self.task.patience_s
+        return min(count, num_wanted)
+
+    def end(self) -> JobOutcome:
+        """Stop; what is in the pool and verified counts. Called once."""
+        with self._changed:
+            self._is_ended = True
+            reader, plan = self._reader, self._plan
+        if reader is None:
+            return JobOutcome(plan=plan, num_good=0)
+        is_free = reader.cancel(HOLD_TIMEOUT_S)
+        good = self._num_from_back(reader)
+        if not self._is_from_back:
+            good = reader.wait_layer(self._layout.num_layers - 1, 0.0)
+        straggler = None
+        if not is_free:
+            places = range(len(self.task.keys))
+            bad = places[: len(places) - good] if self._is_from_back else places[good:]
+            straggler = Straggler(reader=reader, release=self.task.hold(bad))
+        num_steps, busy_s = reader.effort()
+        return JobOutcome(
+            plan=plan,
+            num_good=good,
+            corrupt=reader.corrupt_keys(),
+            moved_bytes=reader.moved_bytes(),
+            busy_s=busy_s,
+            num_steps=num_steps,
+            was_joined=self._is_joined,
+            straggler=straggler,
+        )
+
+    def moved_bytes(self) -> int:
+        """Slab bytes that are in the pool and verified."""
+        with self._changed:
+            reader = self._reader
+        return reader.moved_bytes() if reader is not None else 0

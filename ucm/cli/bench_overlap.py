@@ -1,0 +1,144 @@
+"""`ucm bench overlap`: its options, and what becomes of its result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ucm import model_hub
+from ucm.errors import ConfigError
+from ucm.types import TierKind
+
+from .console import ExitCode, print_json
+from .options import JsonOption
+
+if TYPE_CHECKING:
+    from ucm.bench.overlap import OverlapBenchOptions, OverlapOutcome
+
+UNLIMITED = "unlimited"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverlapOptions:
+    """What the command line asks for."""
+
+    quick: Annotated[bool, typer.Option("--quick", help="Two cells of 512 tokens; below 50 s.")] = (
+        False
+    )
+    bandwidth: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MB/S", help="Of the disk; a number or `unlimited`; may be repeated."),
+    ] = None
+    hit_ratio: Annotated[
+        list[float] | None,
+        typer.Option(min=0.0, max=1.0, help="Share of the prompt in the cache; may be repeated."),
+    ] = None
+    context: Annotated[
+        list[int] | None, typer.Option(min=64, help="Tokens of the prompt; may be repeated.")
+    ] = None
+    tier: Annotated[
+        list[str] | None, typer.Option(help="nvme (the default) or memory; may be repeated.")
+    ] = None
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each way; medians.")] = 1
+    model: Annotated[
+        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
+    ] = "smollm2-135m"
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32"
+    store: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the store of the benchmark lies.")
+    ] = None
+    trace_out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a timeline for Perfetto or chrome://tracing."),
+    ] = None
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page that draws the most telling cell."),
+    ] = None
+    as_json: JsonOption = False
+
+
+def run_overlap(options: OverlapOptions) -> None:
+    """Measure and report.
+
+    Raises:
+        ConfigError: an option that makes no sense.
+        Exit: with 1 where bytes or tokens were wrong.
+    """
+    from ucm.bench.overlap import run_overlap_bench
+    from ucm.bench.overlap_report import overlap_bench_table
+
+    outcome = run_overlap_bench(bench_options(options), lambda line: print(line, file=sys.stderr))
+    _write_files(options, outcome)
+    result = outcome.result
+    if options.as_json:
+        print_json(result)
+    else:
+        Console(highlight=False).print(overlap_bench_table(result))
+    if result["wrong_bytes"] or not all(cell["identical_tokens"] for cell in result["cells"]):
+        raise typer.Exit(ExitCode.CHECK_FAILED)
+
+
+def bench_options(options: OverlapOptions) -> OverlapBenchOptions:
+    """The benchmark's options for those of the command line.
+
+    Raises:
+        ConfigError: a bandwidth or a tier that is none.
+    """
+    from ucm.bench.overlap import OverlapBenchOptions
+
+    found = OverlapBenchOptions(
+        model_path=model_hub.resolve(options.model),
+        dtype=options.dtype,
+        repeats=options.repeats,
+        store=options.store,
+    )
+    found = found.quick() if options.quick else found
+    if options.bandwidth:
+        found = replace(found, bandwidths_mb_s=tuple(map(_bandwidth, options.bandwidth)))
+    if options.hit_ratio:
+        found = replace(found, hit_ratios=tuple(options.hit_ratio))
+    if options.context:
+        found = replace(found, context_tokens=tuple(options.context))
+    if options.tier:
+        found = replace(found, tiers=tuple(map(_tier, options.tier)))
+    return found
+
+
+def _bandwidth(text: str) -> float | None:
+    if text == UNLIMITED:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise ConfigError(f"--bandwidth {text}: write MB/s as a number, or `{UNLIMITED}`")
+    return value
+
+
+def _tier(text: str) -> TierKind:
+    try:
+        return TierKind(text)
+    except ValueError as error:
+        raise ConfigError(f"--tier {text}: nvme or memory") from error
+
+
+def _write_files(options: OverlapOptions, outcome: OverlapOutcome) -> None:
+    from ucm.bench.overlap_report import overlap_page, overlap_trace
+
+    try:
+        if options.trace_out is not None:
+            trace = json.dumps(overlap_trace(outcome.timelines))
+            options.trace_out.write_text(trace, encoding="utf-8")
+        if options.html is not None:
+            page = overlap_page(outcome.result, outcome.timelines)
+            options.html.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
