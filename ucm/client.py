@@ -222,6 +222,21 @@ class RemoteCache:
             timeout_s=timeout_s,
         )
         reply = self._call(self._stub.BeginLoad, request)
+        try:
+            return self._plan(namespace, keys, mode, reply)
+        except UcmError:
+            with contextlib.suppress(UcmError):  # else it ends by its deadline, or the session
+                unused = pb.ReleaseRequest(lease_ids=[reply.lease_id])
+                self._call(self._stub.Release, unused, timeout_s=MIN_RPC_S)
+            raise
+
+    def _plan(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        mode: LoadMode,
+        reply: pb.BeginLoadReply,
+    ) -> LoadPlan:
         open_namespace = self._namespaces.get(namespace)
         if open_namespace is None:
             raise BlockNotFoundError("this namespace is not open in this session")

@@ -6,6 +6,7 @@ tools, tests and single-process use; a store folder takes one process at a time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
@@ -28,12 +29,12 @@ from .api import (
 )
 from .clock import SystemClock
 from .config import Config
-from .errors import TierUnavailableError
+from .errors import TierUnavailableError, UcmError
 from .grants import StoreGrant
 from .hashing import NamespaceSpec
 from .load_plan import LoadPlan
 from .manager import Manager
-from .plan_grants import PlanMemory, planned_blocks
+from .plan_grants import PlanGrants, PlanMemory, planned_blocks
 from .progress import ProgressSignal, SessionProgress
 from .segment_files import SegmentFiles
 from .types import BlockKey, LeaseId, LoadMode, NamespaceId, SourceKind, StoreStatus
@@ -113,6 +114,16 @@ class EmbeddedCache:
         grants = self.manager.begin_load(
             self._session, namespace, keys, mode=mode, timeout_s=timeout_s
         )
+        try:
+            return self._plan(namespace, keys, mode, grants)
+        except (UcmError, OSError, ValueError):
+            with contextlib.suppress(UcmError):  # the session may have ended, and its leases
+                self.manager.release(self._session, grants.lease_id)
+            raise
+
+    def _plan(
+        self, namespace: NamespaceId, keys: Sequence[BlockKey], mode: LoadMode, grants: PlanGrants
+    ) -> LoadPlan:
         arena = self._arenas[namespace]
         in_memory = grants.sources.count(SourceKind.MEMORY)
         memory = PlanMemory(
@@ -122,16 +133,18 @@ class EmbeddedCache:
         )
         blocks = planned_blocks(keys, grants, memory)
         layout, promoting = arena.layout, grants.sources.count(SourceKind.PROMOTING)
-        progress = self._shared_progress().of(grants.progress, promoting, layout.num_layers)
+        shared = self._shared_progress() if promoting else None
+        progress = shared.of(grants.progress, promoting, layout.num_layers) if shared else None
         plan = LoadPlan(grants.lease_id, namespace, mode, blocks, grants.timeout_s, progress)
         return dataclasses.replace(plan, read_limit=self._read_limit)
 
     def _shared_progress(self) -> SessionProgress:
-        if self._progress is None:
+        found = self._progress
+        if found is None:
             area = self.manager.layer_loads.progress_area(self._session)
             signal = ProgressSignal(os.dup(area.event_fd), lambda: self._closed)
-            self._progress = SessionProgress(area.memory, signal)
-        return self._progress
+            found = self._progress = SessionProgress(area.memory, signal)
+        return found
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""
