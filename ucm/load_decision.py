@@ -326,9 +326,11 @@ class _Plan:
         shape = self._shape
         start = shape.num_local_tokens + num_blocks * shape.block_tokens
         end = min(start + self._chunk_tokens, shape.num_tokens)
+        # For the bad moments of both: a loader that stands still cannot make up for it later.
+        noise = self._estimates.compute_noise
         return read_ahead_layers(
             shape.num_layers,
-            self._loaded_s[num_blocks] / shape.num_layers,
-            self._comp_s(start, end) / shape.num_layers,
+            (1 + noise) * self._loaded_s[num_blocks] / shape.num_layers,
+            (1 - noise) * self._comp_s(start, end) / shape.num_layers,
             most=shape.max_read_ahead_layers,
         )

@@ -82,14 +82,15 @@ def expected_max(first: float, second: float, *, spread_s: float) -> float:
 
 
 def read_ahead_layers(
-    num_layers: int, load_layer_s: float, comp_layer_s: float, *, least: int = 2, most: int
+    num_layers: int, load_layer_s: float, comp_layer_s: float, *, least: int = 4, most: int
 ) -> int:
     """How many layers to read before the pass reaches them, so that no layer is waited for.
 
     Layer l is there in time if (l+1) * load <= p * load + l * comp; the last layer asks for most,
     p >= L - (L-1) * comp / load. That is CachedAttention's read buffer, L * (load - comp) / load
     (arXiv:2403.19708), plus the layer that is read while none is computed yet. Where loading is
-    the faster one, `least` layers absorb what single reads take longer than others.
+    the faster one, `least` layers absorb what single reads take longer than others, and that one
+    read often is of two or three layers.
 
     Args:
         num_layers: of the model.

@@ -67,7 +67,7 @@ def test_that_many_layers_ahead_hide_the_whole_load(
 
 def test_the_depth_is_bounded() -> None:
     assert read_ahead_layers(30, 1.0, 0.1, most=8) == 8
-    assert read_ahead_layers(30, 0.1, 1.0, most=8) == 2
+    assert read_ahead_layers(30, 0.1, 1.0, most=8) == 4
     assert read_ahead_layers(30, 0.1, 1.0, most=1) == 1
     assert read_ahead_layers(1, 0.0, 0.0, most=8) == 1
 
