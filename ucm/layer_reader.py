@@ -65,7 +65,7 @@ class ReaderOptions:
     """Layers that may be read beyond the one that was last waited for; at least 1. Before the
     first wait so many are read. From `ceil(L * (t_load - t_compute) / t_load)` on, of layers begun
     before the computation, more hides nothing more."""
-    request_bytes: int = 128 << 10
+    request_bytes: int = 256 << 10
     """Longest read; adjacent layers of a block are one. Smaller ones bring a layer sooner, larger
     ones cost less processor time."""
     num_threads: int = 4
