@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from .overlap_page import Page, render_page
@@ -13,13 +14,13 @@ from .overlap_trace import Timeline, chrome_trace
 
 Result = Mapping[str, Any]
 COLUMNS = {
-    "compute_only": "compute",
+    "compute_only": "no\ncache",
     "load_only": "load",
-    "load_then_compute": "load, then compute",
-    "overlapped": "over-lapped",
-    "hybrid": "hybrid",
-    "chosen": "chosen",
-    "predicted": "(pre-dicted)",
+    "load_then_compute": "di-\nrect",
+    "overlapped": "over-\nlap",
+    "hybrid": "hy-\nbrid",
+    "chosen": "own\nway",
+    "predicted": "(pre-\ndict.)",
 }
 """Headings of the ways."""
 
@@ -29,17 +30,19 @@ def overlap_bench_table(result: Result) -> Table:
     store, title = result["store"], f"{result['model']} {result['dtype']}"
     storing = f"; decoding with storing on {100 * store['ratio']:+.1f} %" if store else ""
     table = Table(
-        title=f"{title}, {result['threads']} threads: milliseconds to the first token",
-        caption=f"{result['wrong_bytes']} wrong bytes{storing}; overlap: 1 - stall / load",
+        box=box.SIMPLE,
+        padding=(0, 0, 0, 1),
+        title=f"{title}, {result['threads']} threads: seconds to the first token",
+        caption=f"{result['wrong_bytes']} wrong bytes{storing}; hidden: 1 - stall / load",
     )
-    table.add_column("cell")
-    for heading in (*COLUMNS.values(), "over-lap", "same tokens"):
-        table.add_column(heading, justify="right")
+    table.add_column("MB/s, hits", no_wrap=True)
+    for heading in (*COLUMNS.values(), "hid-\nden", "same\ntok."):
+        table.add_column(heading, justify="right", no_wrap=True)
     for cell in result["cells"]:
         speed = cell["bandwidth_mb_s"]
-        name = "unlimited" if speed is None else f"{speed:g} MB/s"
+        name = f"{speed:g}" if speed is not None else cell["tier"]
         table.add_row(
-            f"{cell['tier']} {name}\n{cell['context_tokens']}, {cell['hit_ratio']:.0%} hits",
+            f"{name}\n{cell['hit_ratio']:.0%} of {cell['context_tokens']}",
             *(_number(cell["ttft_ms"][way]) for way in COLUMNS),
             _share(cell["overlap_efficiency"]),
             "yes" if cell["identical_tokens"] else "NO",
@@ -83,19 +86,19 @@ def overlap_trace(timelines: Mapping[str, Sequence[Timeline]]) -> dict[str, Any]
 
 
 def most_telling(timelines: Mapping[str, Sequence[Timeline]]) -> tuple[str, Sequence[Timeline]]:
-    """The cell in which the shortest way gains most over the second of the ways alone."""
+    """The cell in which doing both saves most seconds over the better of the ways alone."""
 
     def gain(found: Sequence[Timeline]) -> float:
         seconds = sorted(timeline.ttft_s for timeline in found)
         by_name = {timeline.name: timeline.ttft_s for timeline in found}
         alone = [by_name[name] for name in ("compute_only", "load_only") if name in by_name]
-        return min(alone) / seconds[0] if seconds and alone else 0.0
+        return min(alone) - seconds[0] if seconds and alone else 0.0
 
     return max(timelines.items(), key=lambda item: gain(item[1]))
 
 
 def _number(milliseconds: float | None) -> str:
-    return "-" if milliseconds is None else f"{milliseconds:,.0f}"
+    return "-" if milliseconds is None else f"{milliseconds / 1e3:.2f}"
 
 
 def _share(value: float | None) -> str:

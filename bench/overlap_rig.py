@@ -205,11 +205,6 @@ class OverlapRig:
                 f"{num_tokens // self.block_tokens}"
             )
 
-    def warm_up(self, num_tokens: int) -> None:
-        """Compute something: torch allocates and tunes at the first calls."""
-        self.hook.begin(is_enabled=False)
-        self._answer(self._other[:num_tokens], 2)
-
     def run(self, variant: Variant, tokens: Sequence[int], answer_tokens: int) -> Run:
         """Serve one prompt in one way, on an empty pool.
 
