@@ -38,6 +38,8 @@ MAX_ODD_SHARE: Final = 0.5
 """More outliers than this are the sign of weights that are wrong."""
 FLOOR: Final = 1e-6
 """Least weight, in units of the prior: a cost is never negative."""
+MAX_VALUE: Final = 1e9
+"""Largest cost that is believed: thirty years, and far from where squares overflow."""
 
 Pending = tuple[tuple[float, ...], float, float | None]
 
@@ -90,7 +92,7 @@ class RobustFit:
             False when it was set aside as an outlier, for now.
         """
         scaled = tuple(x * p for x, p in zip(features, self._priors, strict=True))
-        if not math.isfinite(value) or max(scaled) <= 0:
+        if not abs(value) <= MAX_VALUE or max(scaled) <= 0:
             return False
         error, spread, sigma = self._innovation(scaled, value, noise)
         is_odd = abs(error) > GATE_SIGMAS * math.hypot(spread, sigma)

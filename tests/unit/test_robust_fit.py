@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -117,3 +118,13 @@ def test_machines_drawn_by_chance_are_learnt(seed: int) -> None:
         seen = (1, count, count * (start + count / 2))
         cost = sum(x * w for x, w in zip(seen, true, strict=True))
         assert fit.predict(seen) == pytest.approx(cost, rel=0.2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, -1e300])
+def test_a_measurement_that_cannot_be_is_not_believed(value: float) -> None:
+    """Its square would be infinite, and every answer behind it not a number."""
+    fit = RobustFit((1.0, 2.0))
+    before = fit.predict((1.0, 1.0))
+    for _ in range(20):
+        assert not fit.observe((1.0, 1.0), value)
+    assert fit.predict((1.0, 1.0)) == before
