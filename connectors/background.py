@@ -1,4 +1,4 @@
-"""The session's background thread: stores, give-backs and reconnections, off the step path.
+"""The session's background thread: stores and reconnections, off the step path.
 
 Invariants: at most `max_queued_blocks` blocks wait; a store that does not fit is dropped, never
 waited for. Every store taken is released exactly once, however it ends. While the cache is away
@@ -33,9 +33,6 @@ BlockFill = Callable[[Sequence[int], Sequence[memoryview]], list[SlabChecksums]]
 """`fill(indexes, slots)` copies the blocks with those indexes of the store into the slots and
 returns the checksums of the blocks that it copied."""
 
-MAX_NUM_ERRANDS = 1024
-"""Leases to give back that may wait; they expire by themselves if there are more."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreJob:
@@ -68,7 +65,6 @@ class Background:
         self._limits = limits
         self._caller = DeadlineCaller("ucm-session-background")
         self._jobs: deque[StoreJob] = deque()
-        self._errands: deque[Callable[[Connection], None]] = deque(maxlen=MAX_NUM_ERRANDS)
         self._queued_blocks = 0
         self._is_busy = False
         self._is_closing = False
@@ -91,17 +87,11 @@ class Background:
             self._changed.notify_all()
             return True
 
-    def send(self, errand: Callable[[Connection], None]) -> None:
-        """Make a call some time soon, before the stores; its outcome interests nobody."""
-        with self._changed:
-            self._errands.append(errand)
-            self._changed.notify_all()
-
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until everything queued is done; False when `timeout_s` passes first."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: not (self._jobs or self._errands or self._is_busy), timeout=timeout_s
+                lambda: not (self._jobs or self._is_busy), timeout=timeout_s
             )
 
     def close(self, timeout_s: float) -> None:
@@ -138,9 +128,6 @@ class Background:
             return work
 
     def _choose(self) -> Callable[[], None] | None:
-        if self._errands:
-            errand = self._errands.popleft()
-            return lambda: self._run_errand(errand)
         if self._link.needs_check():
             return lambda: self._link.check(self._caller)
         if self._jobs:
@@ -151,7 +138,7 @@ class Background:
             return lambda: self._link.probe(self._caller)
         return None
 
-    def _run_errand(self, errand: Callable[[Connection], None]) -> None:
+    def _give_back(self, errand: Callable[[Connection], None]) -> None:
         self._link.attempt(self._caller, errand, self._limits.deadline_s)
 
     def _drop(self, job: StoreJob) -> None:
@@ -202,12 +189,12 @@ class Background:
         num_present = sum(slot.status is StoreStatus.PRESENT for slot in lease.slots)
         self._counter.add(present_blocks=num_present)
         if not wanted:
-            self._run_errand(lambda connection: connection.cache.release(lease.id))
+            self._give_back(lambda connection: connection.cache.release(lease.id))
             return num_present
         try:
             checksums = job.fill([item[0] for item in wanted], [item[2] for item in wanted])
         except COPY_ERRORS:
-            self._run_errand(lambda connection: connection.cache.release(lease.id))
+            self._give_back(lambda connection: connection.cache.release(lease.id))
             raise
         by_key = {key: sums for (_, key, _), sums in zip(wanted, checksums, strict=True)}
         completed = self._link.attempt(
@@ -216,7 +203,7 @@ class Background:
             self._limits.deadline_s,
         )
         if isinstance(completed.error, CapacityError):  # refused: the lease is still ours
-            self._run_errand(lambda connection: connection.cache.release(lease.id))
+            self._give_back(lambda connection: connection.cache.release(lease.id))
         return num_present + self._count_accepted(completed.value or ())
 
     def _count_accepted(self, statuses: Sequence[StoreStatus]) -> int:

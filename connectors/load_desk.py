@@ -164,10 +164,6 @@ class LoadDesk:
         if job is None:
             return 0
         outcome = job.end()
-        self._counter.add_stall(job.stalled_s, job.task.spent_s + job.stalled_s)
-        self._moved_bytes += outcome.moved_bytes
-        self._count(job.task, outcome)
-        self._learn(outcome)
         plan, straggler = outcome.plan, outcome.straggler
         if plan is not None:
             self._submit(lambda: self._complete(plan, outcome.corrupt))
@@ -175,6 +171,10 @@ class LoadDesk:
             with self._work:
                 self._stragglers.append(straggler)
                 self._work.notify_all()
+        self._counter.add_stall(job.stalled_s, job.task.spent_s + job.stalled_s)
+        self._moved_bytes += outcome.moved_bytes
+        self._count(job.task, outcome)
+        self._learn(outcome)
         return outcome.num_good
 
     def observe_pass(self, report: StepReport) -> None:
