@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ucm.bench.overlap_hook import MeasuredHook
-from ucm.engine.blocking_loads import BlockingLoads
 from ucm.engine.hook import LoadRequest, LoadStart, StepReport, StoreRequest
 from ucm.engine.layer_clock import LayerClock
 from ucm.errors import ConfigError
 from ucm.layout import KvDtype, KvLayout
+from ucm.testing.blocking_loads import BlockingLoads
 from ucm.types import LoadOrder
 
 LAYOUT = KvLayout(num_layers=3, num_kv_heads=1, head_dim=8, block_tokens=4, dtype=KvDtype.FLOAT32)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ucm.engine.blocking_loads import BlockingLoads
 from ucm.engine.hook import LoadRequest, StoreRequest
 from ucm.engine.sequence import POOL_NAMESPACE
 from ucm.errors import TierUnavailableError
 from ucm.hashing import chain_keys
+from ucm.testing.blocking_loads import BlockingLoads
 from ucm.types import BlockKey
 
 

@@ -10,7 +10,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .hook import LoadRequest, LoadStart, LoadState, StepReport
+from ucm.engine.hook import LoadRequest, LoadStart, LoadState, StepReport
 
 
 @dataclass(slots=True)
