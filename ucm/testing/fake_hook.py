@@ -16,8 +16,9 @@ from ucm.engine.hook import LoadRequest, StoreRequest
 from ucm.engine.sequence import POOL_NAMESPACE
 from ucm.errors import TierUnavailableError
 from ucm.hashing import chain_keys
-from ucm.testing.blocking_loads import BlockingLoads
 from ucm.types import BlockKey
+
+from .blocking_loads import BlockingLoads
 
 
 @dataclass(slots=True)
