@@ -201,7 +201,10 @@ class Operation(Generic[ProblemT, FnT]):
         if override:
             return self._named(override, problem), "asked for"
         if wanted := os.environ.get(self._variable):
-            return self._named(wanted, problem), f"{self._variable} asks for it"
+            try:
+                return self._named(wanted, problem), f"{self._variable} asks for it"
+            except ConfigError as error:
+                raise ConfigError(f"{self._variable}={wanted}: {error}; unset it") from error
         admitted = [each for each in self._by_name.values() if each.refuses(problem) is None]
         if not admitted:
             raise ConfigError(f"no implementation of {self.name} admits {problem}")
@@ -223,7 +226,8 @@ class Operation(Generic[ProblemT, FnT]):
             raise ConfigError(f"{self.name} has no implementation {name}: it has {known}")
         why_not = found.refuses(problem)
         if why_not is not None:
-            raise ConfigError(f"{self.name} by {name}: {why_not}; asked for {problem}")
+            kind = f"{problem.device}, {dtype_name(problem)}, {problem.bucket() or 'any size'}"
+            raise ConfigError(f"{self.name} by {name} for {kind}: {why_not}")
         return found
 
     def _measured(

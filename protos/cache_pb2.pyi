@@ -463,7 +463,7 @@ class TierStatus(_message.Message):
     def __init__(self, tier: _Optional[_Union[Tier, str]] = ..., used_bytes: _Optional[int] = ..., capacity_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., quarantined_slots: _Optional[int] = ..., writable: bool = ..., reason: _Optional[str] = ..., io: _Optional[str] = ..., io_reason: _Optional[str] = ...) -> None: ...
 
 class NamespaceStatus(_message.Message):
-    __slots__ = ("namespace", "num_blocks", "memory_blocks", "nvme_blocks", "block_bytes", "num_sessions", "problem", "tenant", "shares", "pinned_bytes", "model_id", "codec")
+    __slots__ = ("namespace", "num_blocks", "memory_blocks", "nvme_blocks", "block_bytes", "num_sessions", "problem", "tenant", "shares", "pinned_bytes", "model_id", "codec", "dtype")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -476,6 +476,7 @@ class NamespaceStatus(_message.Message):
     PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     num_blocks: int
     memory_blocks: int
@@ -488,7 +489,8 @@ class NamespaceStatus(_message.Message):
     pinned_bytes: int
     model_id: str
     codec: str
-    def __init__(self, namespace: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., memory_blocks: _Optional[int] = ..., nvme_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_sessions: _Optional[int] = ..., problem: _Optional[str] = ..., tenant: _Optional[str] = ..., shares: _Optional[_Iterable[_Union[TierShare, _Mapping]]] = ..., pinned_bytes: _Optional[int] = ..., model_id: _Optional[str] = ..., codec: _Optional[str] = ...) -> None: ...
+    dtype: str
+    def __init__(self, namespace: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., memory_blocks: _Optional[int] = ..., nvme_blocks: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_sessions: _Optional[int] = ..., problem: _Optional[str] = ..., tenant: _Optional[str] = ..., shares: _Optional[_Iterable[_Union[TierShare, _Mapping]]] = ..., pinned_bytes: _Optional[int] = ..., model_id: _Optional[str] = ..., codec: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class TierShare(_message.Message):
     __slots__ = ("tier", "held_bytes", "quota_bytes", "reserved_bytes")

@@ -46,6 +46,7 @@ class AdminClient:
             ConfigError: no socket can have so long a path.
         """
         check_path_length(socket_path)
+        self._socket_path = socket_path
         self._path = admin_path(socket_path)
         self._timeout_s = timeout_s
         options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
@@ -110,5 +111,6 @@ class AdminClient:
                 "wait longer, or look at its log and restart it"
             )
         return TierUnavailableError(
-            f"no daemon answers at {self._path} ({error.code().name}); start one with `ucm serve`"
+            f"no daemon answers at {self._path} ({error.code().name}); start one with "
+            f"`ucm serve --socket {self._socket_path}`, or name its socket with --socket"
         )

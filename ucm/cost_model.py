@@ -123,7 +123,8 @@ class CostEstimates:
     loads: tuple[LoadEstimate, ...]
     """Those that were seen, or the prior of a tier that was not."""
     bias: dict[str, float]
-    """Measured over predicted TTFT of each kind of decision, recent median."""
+    """Measured over predicted TTFT of each kind of decision, recent median; of those that were seen
+    often enough."""
 
     @property
     def source(self) -> str:
@@ -326,7 +327,11 @@ class CostModel:
                 contention_s_per_byte=self._contention.weights[0],
                 num_overlaps=self._contention.num_observations,
                 loads=tuple(self._load_estimates()),
-                bias={kind: self._bias(kind) for kind in sorted(self._ratios)},
+                bias={
+                    kind: self._bias(kind)
+                    for kind, ratios in sorted(self._ratios.items())
+                    if len(ratios) >= MIN_MEASURED
+                },
             )
 
     def _bias(self, kind: str) -> float:

@@ -114,6 +114,8 @@ class NamespaceStatus:
     pinned_bytes: int = 0
     """Kept in memory by pin leases."""
     model_id: str = ""
+    dtype: str = ""
+    """Of keys and values."""
     codec: str = ""
     """Of what is written to NVMe; empty without that tier."""
 

@@ -28,6 +28,7 @@ def _namespace_status(table: NamespaceTable, found: Namespace) -> NamespaceStatu
         shares=_shares(table, found),
         pinned_bytes=len(found.pinned) * found.layout.block_bytes,
         model_id=found.model_id,
+        dtype=found.layout.dtype.value,
         codec=found.nvme.usage().codec if found.nvme is not None else "",
     )
 

@@ -52,6 +52,7 @@ def _namespace_to_wire(namespace: NamespaceStatus) -> pb.NamespaceStatus:
         shares=[_share_to_wire(share) for share in namespace.shares],
         pinned_bytes=namespace.pinned_bytes,
         model_id=namespace.model_id,
+        dtype=namespace.dtype,
         codec=namespace.codec,
     )
 
@@ -119,6 +120,7 @@ def _namespace_from_wire(namespace: pb.NamespaceStatus) -> NamespaceStatus:
         shares=tuple(_share_from_wire(share) for share in namespace.shares),
         pinned_bytes=namespace.pinned_bytes,
         model_id=namespace.model_id,
+        dtype=namespace.dtype,
         codec=namespace.codec,
     )
 

@@ -197,6 +197,7 @@ def test_status_of_a_daemon(ucm: Runner, folder: Path) -> None:
         assert found["namespaces"][0]["id"] == handle.id.hex()
         assert found["namespaces"][0]["model_id"] == tiny_spec().model_id
         assert found["namespaces"][0]["codec"] == "raw"
+        assert found["namespaces"][0]["dtype"] == tiny_spec().layout.dtype.value
         text = ucm("status", "--socket", path).out
         assert "serving" in text
         assert "memory" in text
@@ -274,3 +275,9 @@ def test_the_table_of_commands_is_sound() -> None:
     for name in ("serve", "status", "doctor", "fsck", "config"):
         module = __import__(cli.COMMANDS[name][0], fromlist=["command"])
         assert isinstance(module.command, typer.Typer)
+
+
+def test_options_of_doctor_stand_behind_the_command(ucm: Runner) -> None:
+    result = ucm("doctor", "--json", "kernels")
+    assert result.code == 2
+    assert "ucm doctor kernels --json" in result.out + result.err

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from ucm.errors import ConfigError
+
 from .console import ExitCode, print_json
 from .doctor_kernels import kernels_command
 from .options import ConfigOption, JsonOption, SetOption, loaded_config
@@ -37,6 +39,12 @@ def doctor(
 ) -> None:
     """Check this machine for the daemon as it is configured; exit code 1 when it would not do."""
     if context.invoked_subcommand is not None:
+        if config or store or settings or as_json:
+            name = context.invoked_subcommand
+            raise ConfigError(
+                f"options stand behind the command: `ucm doctor {name} --json`; {name} looks at "
+                "the machine only and takes no configuration"
+            )
         return
     from ucm.doctor import diagnose
 

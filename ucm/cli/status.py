@@ -80,14 +80,23 @@ def _show(found: DaemonStatus) -> None:
 def _namespaces_table(namespaces: tuple[NamespaceStatus, ...]) -> Table:
     tiers = [share.kind.value for share in max((each.shares for each in namespaces), key=len)]
     table = Table(
-        "namespace", "model", "tenant", "codec", "blocks", *tiers, "pinned", "sessions", box=None
+        "namespace",
+        "model",
+        "dtype",
+        "tenant",
+        "codec",
+        "blocks",
+        *tiers,
+        "pinned",
+        "sessions",
+        box=None,
     )
     for each in namespaces:
         shares = [_share_text(share) for share in each.shares]
         shares += ["none"] * (len(tiers) - len(shares))
         table.add_row(
             each.id.hex()[:8],
-            each.model_id or "-",
+            f"{each.model_id} {each.dtype}",
             each.tenant or "-",
             each.codec or "-",
             str(each.num_blocks),
