@@ -11,6 +11,7 @@ Measured runs store nothing, so every run finds the cache as the one before it d
 
 from __future__ import annotations
 
+import errno
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.loading import LoadedModel
 from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
-from ucm.errors import TierUnavailableError
+from ucm.errors import ConfigError, TierUnavailableError
 from ucm.load_decision import Decide, Decision, LoadKind, LoadShape, decide, forced
 from ucm.types import LoadMode
 
@@ -112,6 +113,9 @@ class OverlapRig:
             dtype: of its KV: fp32 or bf16.
             store: the daemon's data folder.
             max_tokens: longest prompt and answer.
+
+        Raises:
+            ConfigError: the memory does not suffice for that many tokens.
         """
         num_blocks = -(-max_tokens // EngineOptions().block_tokens) + SPARE_BLOCKS
         options = EngineOptions(
@@ -128,7 +132,16 @@ class OverlapRig:
         )
         self.model = CostModel()
         self.hook = MeasuredHook(self.spec.layout)
-        self.engine = Engine(loaded.model, None, options, self.hook)
+        try:
+            self.engine = Engine(loaded.model, None, options, self.hook)
+        except (MemoryError, OSError) as error:
+            if getattr(error, "errno", errno.ENOMEM) != errno.ENOMEM:
+                raise
+            size = num_blocks * self.spec.layout.block_bytes
+            raise ConfigError(
+                f"no memory for the KV of {max_tokens} tokens ({size / 2**30:.3g} GiB): "
+                "name a shorter --context"
+            ) from error
         self._store = store
         self._loaded = loaded
         self._num_blocks = num_blocks

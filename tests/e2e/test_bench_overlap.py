@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ucm.bench.overlap import OverlapBenchOptions, OverlapOutcome, run_overlap_bench
+from ucm.bench.overlap import OverlapOutcome, run_overlap_bench
+from ucm.bench.overlap_cells import OverlapBenchOptions
 from ucm.bench.overlap_report import overlap_bench_table, overlap_page, overlap_trace
 from ucm.bench.overlap_rig import VARIANTS
 from ucm.cli.bench_overlap import OverlapOptions, bench_options
