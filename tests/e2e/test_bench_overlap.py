@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +122,26 @@ def test_options_choose_cells(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError):
             bench_options(wrong)
+
+
+def test_a_terminated_benchmark_leaves_no_store(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    model = write_tiny_model(tmp_path / "model")
+    arguments = ["ucm.cli", "bench", "overlap", "--model", model, "--store", store]
+    arguments += ["--bandwidth", "0.02", "--hit-ratio", "0.9", "--context", "320"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *map(str, [*arguments, "--decode-rounds", "0"])],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stderr is not None
+        # The first read takes many seconds at this bandwidth: the daemon and its store are there.
+        assert any("load_then_compute" in line for line in process.stderr)
+        assert list(store.iterdir())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert "Traceback" not in process.stderr.read()
+    assert not list(store.iterdir())

@@ -18,6 +18,7 @@ from ucm.types import TierKind
 
 from .console import ExitCode, print_json
 from .options import JsonOption
+from .termination import unwinding_on_sigterm
 
 if TYPE_CHECKING:
     from ucm.bench.overlap import OverlapOutcome
@@ -89,7 +90,10 @@ def run_overlap(options: OverlapOptions) -> None:
     from ucm.bench.overlap import run_overlap_bench
     from ucm.bench.overlap_report import overlap_bench_table
 
-    outcome = run_overlap_bench(bench_options(options), lambda line: print(line, file=sys.stderr))
+    with unwinding_on_sigterm():
+        outcome = run_overlap_bench(
+            bench_options(options), lambda line: print(line, file=sys.stderr, flush=True)
+        )
     result = outcome.result
     # Before the files: a disk that is full now must not cost what took hours.
     if options.as_json:
