@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
+
+from ucm.types import TierKind
 
 from .overlap_page import Page, render_page
 from .overlap_rig import VARIANTS
@@ -14,40 +18,68 @@ from .overlap_trace import Timeline, chrome_trace
 
 Result = Mapping[str, Any]
 COLUMNS = {
-    "compute_only": "no\ncache",
+    "compute_only": "compute",
     "load_only": "load",
-    "load_then_compute": "di-\nrect",
-    "overlapped": "over-\nlap",
-    "hybrid": "hy-\nbrid",
-    "chosen": "own\nway",
-    "predicted": "(pre-\ndict.)",
+    "load_then_compute": "direct",
+    "overlapped": "overlap",
+    "hybrid": "hybrid",
+    "chosen": "chosen",
+    "predicted": "pred.",
 }
-"""Headings of the ways."""
+"""Headings of the ways; the whole table has room in 80 columns."""
+KEY = """\
+compute    no cache, everything is computed
+load       all hits through the daemon's memory, then the rest is computed
+direct     all hits read directly, then the rest is computed
+overlap    the same reads, each layer computed as soon as it is there
+hybrid     computed from the front, read from the back, until the two meet
+chosen     what the cost model chose; pred. is what it said of that beforehand
+hid%       of the loading in `overlap`, the share that computing hid
+max        as fast as the disk; memory: hits lie in the daemon's memory"""
 
 
-def overlap_bench_table(result: Result) -> Table:
-    """One row a cell: milliseconds to the first token of every way, and what they come to."""
-    store, title = result["store"], f"{result['model']} {result['dtype']}"
-    storing = f"; decoding with storing on {100 * store['ratio']:+.1f} %" if store else ""
-    table = Table(
-        box=box.SIMPLE,
-        padding=(0, 0, 0, 1),
-        title=f"{title}, {result['threads']} threads: seconds to the first token",
-        caption=f"{result['wrong_bytes']} wrong bytes{storing}; hidden: 1 - stall / load",
-    )
-    table.add_column("MB/s, hits", no_wrap=True)
-    for heading in (*COLUMNS.values(), "hid-\nden", "same\ntok."):
+def overlap_bench_table(result: Result) -> Group:
+    """One row a cell: seconds to the first token of every way, and what they come to.
+
+    At most 80 columns wide; the headings are explained below.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, pad_edge=False)
+    for heading in ("MB/s", "hits", "ctx", *COLUMNS.values(), "hid%"):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in result["cells"]:
-        speed = cell["bandwidth_mb_s"]
-        name = f"{speed:g}" if speed is not None else cell["tier"]
         table.add_row(
-            f"{name}\n{cell['hit_ratio']:.0%} of {cell['context_tokens']}",
+            _speed(cell),
+            f"{cell['hit_ratio']:.0%}",
+            str(cell["context_tokens"]),
             *(_number(cell["ttft_ms"][way]) for way in COLUMNS),
             _share(cell["overlap_efficiency"]),
-            "yes" if cell["identical_tokens"] else "NO",
         )
-    return table
+    head = f"{result['model']} {result['dtype']}, {result['threads']} threads"
+    parts = (f"{head}: seconds to the first token", "", table, "", KEY, "", _verdict(result))
+    return Group(*(Text(part) if isinstance(part, str) else part for part in parts))
+
+
+def _verdict(result: Result) -> str:
+    """What decides the exit code, and what storing costs."""
+    cells = result["cells"]
+    wrong = [cell for cell in cells if not cell["identical_tokens"]]
+    lines = [f"{result['wrong_bytes']} wrong bytes; same tokens in every way: "]
+    lines[0] += f"{len(cells) - len(wrong)} of {len(cells)} cells"
+    lines += [
+        f"OTHER TOKENS at {_speed(cell)} MB/s, hits {cell['hit_ratio']:.0%}, "
+        f"ctx {cell['context_tokens']}"
+        for cell in wrong
+    ]
+    if result["store"]:
+        lines.append(f"decoding with storing on: {100 * result['store']['ratio']:+.1f} % time")
+    return "\n".join(lines)
+
+
+def _speed(cell: Result) -> str:
+    if cell["tier"] == TierKind.MEMORY:
+        return "memory"
+    speed = cell["bandwidth_mb_s"]
+    return "max" if speed is None else f"{speed:g}"
 
 
 def overlap_page(result: Result, timelines: Mapping[str, Sequence[Timeline]]) -> str:
@@ -98,8 +130,11 @@ def most_telling(timelines: Mapping[str, Sequence[Timeline]]) -> tuple[str, Sequ
 
 
 def _number(milliseconds: float | None) -> str:
-    return "-" if milliseconds is None else f"{milliseconds / 1e3:.2f}"
+    """Seconds in at most six characters, below a day."""
+    if milliseconds is None:
+        return "-"
+    return f"{milliseconds / 1e3:.{2 if milliseconds < 100_000 else 0}f}"
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} %"
+    return "-" if value is None else f"{100 * value:.0f}"
