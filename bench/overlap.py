@@ -180,6 +180,7 @@ def _row(cell: Cell, num_hits: int, runs: Sequence[Run]) -> Result:
     ]
     ttft = {name: _median_ms([run.ttft_s for run in found]) for name, found in of.items()}
     return {
+        "name": str(cell),
         "bandwidth_mb_s": cell.bandwidth_mb_s,
         "hit_ratio": cell.hit_ratio,
         "context_tokens": cell.context_tokens,

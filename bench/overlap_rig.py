@@ -30,7 +30,7 @@ from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
 from ucm.errors import ConfigError, TierUnavailableError
 from ucm.load_decision import Decide, Decision, LoadKind, LoadShape, decide, forced
-from ucm.types import LoadMode
+from ucm.types import LoadMode, TierKind
 
 from . import demo_documents as library
 from .overlap_hook import MeasuredHook, Watch
@@ -230,8 +230,13 @@ class OverlapRig:
         begin_us = tracing.now_us()
         ttft_s, token_ids, end_us = self._answer(tokens, answer_tokens)
         events = [event for event in tracing.stop_recording() if event.begin_us < end_us]
+        decision = self._decision if variant.decide is not None else None
         timeline = Timeline(
-            name=variant.name, events=tuple(events), begin_us=begin_us, end_us=end_us
+            name=variant.name,
+            events=tuple(events),
+            begin_us=begin_us,
+            end_us=end_us,
+            is_copied=decision is not None and _copies(decision),
         )
         return Run(
             variant=variant,
@@ -240,7 +245,7 @@ class OverlapRig:
             wrong_bytes=self.hook.audit() * self.block_bytes,
             watch=self.hook.watch,
             timeline=timeline,
-            decision=self._decision if variant.decide is not None else None,
+            decision=decision,
         )
 
     def decode_s(self, num_tokens: int, *, stores: bool) -> list[float]:
@@ -286,3 +291,8 @@ class OverlapRig:
     def _text(self, chapters: Sequence[str], num_tokens: int) -> list[int]:
         tokens = self._loaded.tokenizer.encode("\n\n".join(chapters))
         return (tokens * (num_tokens // len(tokens) + 1))[:num_tokens]
+
+
+def _copies(decision: Decision) -> bool:
+    """Whether its loads come out of the daemon's memory."""
+    return decision.mode is LoadMode.MAPPED or TierKind.NVME not in decision.shape.tiers

@@ -49,6 +49,7 @@ def overlap_cell(**changes: Any) -> dict[str, Any]:
     """One cell of a result, as long as its numbers get."""
     ways = ("compute_only", "load_only", "load_then_compute", "overlapped", "hybrid", "chosen")
     return {
+        "name": "nvme 10 MB/s",
         "bandwidth_mb_s": 10.0,
         "hit_ratio": 0.9,
         "context_tokens": 6144,
