@@ -58,7 +58,8 @@ svg text { fill: var(--dim); font: 12px system-ui, sans-serif; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; }
 .key { margin: 0 .35em 0 1em; } .key:first-child { margin-left: 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .15rem 1.2rem .15rem 0; text-align: right; font-weight: normal; }
+td, th { padding: .15rem 1.2rem .15rem 0; text-align: right; font-weight: normal;
+  white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
 th { color: var(--dim); border-bottom: 1px solid var(--line); }
 """
