@@ -30,7 +30,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,14 @@ from ucm.engine.loading import default_model_folder, load_model
 from ucm.tracing import Track
 from ucm.types import TierKind
 
+from .overlap_cells import (
+    Cell,
+    OverlapBenchOptions,
+    cells_of,
+    check_cells,
+    check_contexts,
+    left_out,
+)
 from .overlap_rig import (
     CHOSEN,
     COMPUTE_ONLY,
@@ -57,58 +65,6 @@ from .overlap_trace import Timeline
 MB = 1_000_000
 Progress = Callable[[str], None]
 Result = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OverlapBenchOptions:
-    """What to measure."""
-
-    model_path: Path | None = None
-    """Model folder or GGUF file; None takes the one that `ucm model pull` fetched."""
-    dtype: str = "fp32"
-    bandwidths_mb_s: tuple[float | None, ...] = (1.0, 3.0, 10.0, 30.0, 100.0, None)
-    """None: as fast as the disk."""
-    hit_ratios: tuple[float, ...] = (0.5, 0.9, 1.0)
-    context_tokens: tuple[int, ...] = (1024, 3072, 6144)
-    tiers: tuple[TierKind, ...] = (TierKind.NVME,)
-    repeats: int = 1
-    answer_tokens: int = 8
-    """Of each answer; compared with that of `compute_only`."""
-    longest_load_s: float = 900.0
-    """Ways that would read for longer than this are left out of a cell (null)."""
-    decode_rounds: int = 6
-    """Decodes with storing on, and as many with storing off, alternating; 0: not measured."""
-    decode_tokens: int = 72
-    store: Path | None = None
-    """The daemon's data folder while measuring; None: a temporary one beside the user's store."""
-
-    def quick(self) -> OverlapBenchOptions:
-        """The same on two cells of a short context: below 50 s."""
-        return replace(
-            self,
-            bandwidths_mb_s=(10.0, None),
-            hit_ratios=(0.9,),
-            context_tokens=(512,),
-            answer_tokens=4,
-            decode_rounds=2,
-            decode_tokens=34,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One place in the table."""
-
-    bandwidth_mb_s: float | None
-    hit_ratio: float
-    context_tokens: int
-    tier: TierKind
-
-    def __str__(self) -> str:
-        speed = "unlimited" if self.bandwidth_mb_s is None else f"{self.bandwidth_mb_s:g} MB/s"
-        return (
-            f"{self.tier.value} {speed}, hit ratio {self.hit_ratio:g}, {self.context_tokens} tokens"
-        )
 
 
 @dataclass(slots=True)
@@ -130,12 +86,17 @@ def run_overlap_bench(
         progress: called with a line of text before each longer piece of work.
 
     Raises:
-        ConfigError: there is no model.
+        ConfigError: there is no model, nothing to measure, nowhere to store it, or a context is
+            longer than the model or the machine's memory takes.
         UcmError: the daemon does not start or answer.
     """
     say = progress or (lambda _line: None)
+    check_cells(options)
+    if text := left_out(options):
+        say(text)
     say("loading the model")
     loaded = load_model(options.model_path or default_model_folder(), options.dtype)
+    check_contexts(options, loaded.config.max_context_tokens)
     longest = max(options.context_tokens)
     with tempfile.TemporaryDirectory(prefix="ucm-overlap-", dir=options.store) as folder:
         rig = OverlapRig(
@@ -180,18 +141,6 @@ def _measure(rig: OverlapRig, options: OverlapBenchOptions, say: Progress) -> Ov
     return outcome
 
 
-def cells_of(options: OverlapBenchOptions) -> list[Cell]:
-    """Every cell that was asked for; limited bandwidth is the disk's, so memory has none."""
-    return [
-        Cell(bandwidth_mb_s=speed, hit_ratio=ratio, context_tokens=context, tier=tier)
-        for tier in options.tiers
-        for speed in options.bandwidths_mb_s
-        if tier is TierKind.NVME or speed is None
-        for context in options.context_tokens
-        for ratio in options.hit_ratios
-    ]
-
-
 def _measure_cell(
     rig: OverlapRig, cell: Cell, options: OverlapBenchOptions, say: Progress
 ) -> tuple[Result, list[Run]]:
@@ -231,6 +180,7 @@ def _row(cell: Cell, num_hits: int, runs: Sequence[Run]) -> Result:
     ]
     ttft = {name: _median_ms([run.ttft_s for run in found]) for name, found in of.items()}
     return {
+        "name": str(cell),
         "bandwidth_mb_s": cell.bandwidth_mb_s,
         "hit_ratio": cell.hit_ratio,
         "context_tokens": cell.context_tokens,

@@ -23,7 +23,8 @@ from .overlap_trace import Timeline, label
 
 WIDTH = 1000
 """Of a drawing, in its own units; it scales to the window."""
-LEFT, RIGHT, TOP = 64, 16, 8
+LEFT, RIGHT, TOP = 64, 44, 8
+"""Margins; the right one has room for half of the last label."""
 PANEL_HEIGHT = 220
 WAIT_HEIGHT = 10
 AXIS_HEIGHT = 26
@@ -31,6 +32,11 @@ NUM_TICKS = 8
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """The browser itself refuses whatever is not in the page."""
+COPYING = "copying out of memory"
+COPY_NOTE = (
+    "Blue is only the copying out of the daemon's memory: the daemon's own reading of the disk, if "
+    "any, shows as the engine's wait."
+)
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --dim: #646b78; --line: #d9dce2; --back: #fcfcfd;
@@ -42,7 +48,8 @@ body { background: var(--back); color: var(--ink); max-width: 1120px; margin: 2r
 h1 { font-size: 1.35rem; margin-bottom: .2rem; }
 h2 { font-size: 1.05rem; margin: 1.8rem 0 .1rem; }
 p { margin: .2rem 0 .6rem; color: var(--dim); }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; min-width: 700px; height: auto; display: block; }
+.wide { overflow-x: auto; }
 svg text { fill: var(--dim); font: 12px system-ui, sans-serif; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .end { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 4 3; }
@@ -51,7 +58,8 @@ svg text { fill: var(--dim); font: 12px system-ui, sans-serif; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; }
 .key { margin: 0 .35em 0 1em; } .key:first-child { margin-left: 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .15rem 1.2rem .15rem 0; text-align: right; font-weight: normal; }
+td, th { padding: .15rem 1.2rem .15rem 0; text-align: right; font-weight: normal;
+  white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
 th { color: var(--dim); border-bottom: 1px solid var(--line); }
 """
@@ -64,6 +72,8 @@ class Page:
     title: str
     facts: Mapping[str, str]
     """Shown under the title: bandwidth, hit ratio and the like."""
+    notes: Sequence[str] = ()
+    """Sentences under the facts."""
     timelines: Sequence[Timeline]
     explanations: Mapping[str, str]
     """For each timeline's name one sentence."""
@@ -73,25 +83,36 @@ def render_page(page: Page) -> str:
     """The whole page as text; every value is escaped."""
     longest_s = max((timeline.ttft_s for timeline in page.timelines), default=0.0) or 1.0
     facts = " &middot; ".join(f"{escape(k)}: {escape(v)}" for k, v in page.facts.items())
-    body = [f"<h1>{escape(page.title)}</h1>", f"<p>{facts}</p>", _legend(page), _table(page)]
+    body = [f"<h1>{escape(page.title)}</h1>", f"<p>{facts}</p>"]
+    body += [f"<p>{escape(note)}</p>" for note in page.notes]
+    body += [_legend(page), _table(page)]
     for timeline in page.timelines:
-        text = escape(page.explanations.get(timeline.name, ""))
+        text = escape(_explanation(page, timeline))
         body += [
             f"<h2>{escape(timeline.name)}: {1e3 * timeline.ttft_s:,.0f} ms</h2>",
             f"<p>{text}</p>",
-            _drawing(timeline, longest_s),
+            f'<div class="wide">{_drawing(timeline, longest_s)}</div>',
         ]
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-            '<meta name="viewport" content="width=device-width">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(page.title)}</title><style>{STYLE}</style></head><body>",
             *body,
             "</body></html>",
         ]
     )
+
+
+def _explanation(page: Page, timeline: Timeline) -> str:
+    text = page.explanations.get(timeline.name, "")
+    return f"{text} {COPY_NOTE}".strip() if _is_copying(timeline) else text
+
+
+def _is_copying(timeline: Timeline) -> bool:
+    return timeline.is_copied and any(event.track is Track.LOAD for event in timeline.events)
 
 
 def _legend(page: Page) -> str:
@@ -114,10 +135,18 @@ def _table(page: Page) -> str:
     rows = ["<tr><th></th><th>first token</th><th>loading</th><th>computing</th><th>waiting</th>"]
     rows.append("</tr>")
     for timeline in page.timelines:
-        cells = [timeline.ttft_s, *map(timeline.total_s, (Track.LOAD, Track.COMPUTE, Track.STALL))]
-        numbers = "".join(f"<td>{1e3 * seconds:,.0f} ms</td>" for seconds in cells)
+        first, load, *others = (
+            f"{1e3 * seconds:,.0f} ms"
+            for seconds in (
+                timeline.ttft_s,
+                *map(timeline.total_s, (Track.LOAD, Track.COMPUTE, Track.STALL)),
+            )
+        )
+        if _is_copying(timeline):
+            load = f"{COPYING}: {load}"
+        numbers = "".join(f"<td>{text}</td>" for text in (first, load, *others))
         rows.append(f"<tr><td>{escape(timeline.name)}</td>{numbers}</tr>")
-    return f"<table>{''.join(rows)}</table>"
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
 def _drawing(timeline: Timeline, longest_s: float) -> str:

@@ -11,6 +11,7 @@ Measured runs store nothing, so every run finds the cache as the one before it d
 
 from __future__ import annotations
 
+import errno
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -27,9 +28,9 @@ from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.loading import LoadedModel
 from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
-from ucm.errors import TierUnavailableError
+from ucm.errors import ConfigError, TierUnavailableError
 from ucm.load_decision import Decide, Decision, LoadKind, LoadShape, decide, forced
-from ucm.types import LoadMode
+from ucm.types import LoadMode, TierKind
 
 from . import demo_documents as library
 from .overlap_hook import MeasuredHook, Watch
@@ -112,6 +113,9 @@ class OverlapRig:
             dtype: of its KV: fp32 or bf16.
             store: the daemon's data folder.
             max_tokens: longest prompt and answer.
+
+        Raises:
+            ConfigError: the memory does not suffice for that many tokens.
         """
         num_blocks = -(-max_tokens // EngineOptions().block_tokens) + SPARE_BLOCKS
         options = EngineOptions(
@@ -128,7 +132,16 @@ class OverlapRig:
         )
         self.model = CostModel()
         self.hook = MeasuredHook(self.spec.layout)
-        self.engine = Engine(loaded.model, None, options, self.hook)
+        try:
+            self.engine = Engine(loaded.model, None, options, self.hook)
+        except (MemoryError, OSError) as error:
+            if getattr(error, "errno", errno.ENOMEM) != errno.ENOMEM:
+                raise
+            size = num_blocks * self.spec.layout.block_bytes
+            raise ConfigError(
+                f"no memory for the KV of {max_tokens} tokens ({size / 2**30:.3g} GiB): "
+                "name a shorter --context"
+            ) from error
         self._store = store
         self._loaded = loaded
         self._num_blocks = num_blocks
@@ -217,8 +230,13 @@ class OverlapRig:
         begin_us = tracing.now_us()
         ttft_s, token_ids, end_us = self._answer(tokens, answer_tokens)
         events = [event for event in tracing.stop_recording() if event.begin_us < end_us]
+        decision = self._decision if variant.decide is not None else None
         timeline = Timeline(
-            name=variant.name, events=tuple(events), begin_us=begin_us, end_us=end_us
+            name=variant.name,
+            events=tuple(events),
+            begin_us=begin_us,
+            end_us=end_us,
+            is_copied=decision is not None and _copies(decision),
         )
         return Run(
             variant=variant,
@@ -227,7 +245,7 @@ class OverlapRig:
             wrong_bytes=self.hook.audit() * self.block_bytes,
             watch=self.hook.watch,
             timeline=timeline,
-            decision=self._decision if variant.decide is not None else None,
+            decision=decision,
         )
 
     def decode_s(self, num_tokens: int, *, stores: bool) -> list[float]:
@@ -273,3 +291,8 @@ class OverlapRig:
     def _text(self, chapters: Sequence[str], num_tokens: int) -> list[int]:
         tokens = self._loaded.tokenizer.encode("\n\n".join(chapters))
         return (tokens * (num_tokens // len(tokens) + 1))[:num_tokens]
+
+
+def _copies(decision: Decision) -> bool:
+    """Whether its loads come out of the daemon's memory."""
+    return decision.mode is LoadMode.MAPPED or TierKind.NVME not in decision.shape.tiers

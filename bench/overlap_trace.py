@@ -34,6 +34,9 @@ class Timeline:
     """When the request was made, by the events' clock."""
     end_us: int
     """When its first token was there."""
+    is_copied: bool = False
+    """Loads copied what the daemon had put into its memory. Its reading of the disk is in another
+    process: of it there is no event but the engine's wait."""
 
     @property
     def ttft_s(self) -> float:

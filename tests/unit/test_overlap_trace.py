@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 
-from ucm.bench.overlap_page import Page, render_page
+from ucm.bench.overlap_page import COPY_NOTE, COPYING, WIDTH, Page, render_page
 from ucm.bench.overlap_trace import Timeline, chrome_trace
 from ucm.testing.overlap_events import (
     COMPUTE_US,
@@ -103,6 +104,36 @@ def test_all_panels_share_one_scale() -> None:
         if line.attrib["class"] == "end"
     ]
     assert ends[0] < ends[1] <= 1000
+
+
+@pytest.mark.parametrize("seconds", [0.0006, 6.0, 6.01, 900.0])
+def test_no_label_of_the_axis_is_clipped(seconds: float) -> None:
+    end_us = round(1e6 * seconds)
+    timeline = Timeline(name="t", events=(), begin_us=0, end_us=end_us)
+    (svg,) = drawings(page(timeline))
+    labels = [text for text in svg.iter("text") if (text.text or "").endswith(" ms")]
+    assert len(labels) > 1
+    for text in labels:
+        # Digits of a 12 px sans-serif font are 7 px wide.
+        assert float(text.attrib["x"]) + 7 * len(text.text or "") / 2 <= WIDTH
+
+
+def test_a_copy_out_of_memory_is_not_called_loading() -> None:
+    read = layerwise_timeline()
+    copied = replace(read, is_copied=True)
+    assert COPYING not in page(read)
+    assert COPY_NOTE not in page(read)
+    (row,) = re.findall(r"<tr><td>overlapped.*?</tr>", page(copied))
+    assert f"<td>{COPYING}: {1e3 * read.total_s(Track.LOAD):,.0f} ms</td>" in row
+    assert COPY_NOTE.replace("'", "&#x27;") in page(copied)
+    nothing = replace(copied, events=())
+    assert COPYING not in page(nothing)
+
+
+def test_what_is_wide_scrolls_by_itself() -> None:
+    text = page(layerwise_timeline())
+    assert 'name="viewport" content="width=device-width, initial-scale=1"' in text
+    assert len(re.findall(r'<div class="wide"><(?:svg|table)', text)) == 2
 
 
 def test_a_hybrid_has_two_fronts() -> None:

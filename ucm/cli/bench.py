@@ -18,6 +18,7 @@ from .bench_overlap import OverlapOptions, run_overlap
 from .console import ExitCode, print_json
 from .option_class import takes_options
 from .options import JsonOption
+from .termination import unwinding_on_sigterm
 
 command = typer.Typer(help="Measure.", no_args_is_help=True, add_completion=False)
 
@@ -89,9 +90,10 @@ def storage(
             options = replace(options, size_bytes=parse_size(size))
         except ValueError as error:
             raise ConfigError(f"--size {size}: write it as 512MiB") from error
-    result = run_storage_bench(
-        options.quick() if quick else options, lambda line: print(line, file=sys.stderr)
-    )
+    with unwinding_on_sigterm():
+        result = run_storage_bench(
+            options.quick() if quick else options, lambda line: print(line, file=sys.stderr)
+        )
     if as_json:
         print_json(result)
     else:

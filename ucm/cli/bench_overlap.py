@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from ucm.types import TierKind
 
 from .console import ExitCode, print_json
 from .options import JsonOption
+from .termination import unwinding_on_sigterm
 
 if TYPE_CHECKING:
-    from ucm.bench.overlap import OverlapBenchOptions, OverlapOutcome
+    from ucm.bench.overlap import OverlapOutcome
+    from ucm.bench.overlap_cells import OverlapBenchOptions
 
 UNLIMITED = "unlimited"
 
@@ -33,7 +36,11 @@ class OverlapOptions:
     )
     bandwidth: Annotated[
         list[str] | None,
-        typer.Option(metavar="MB/S", help="Of the disk; a number or `unlimited`; may be repeated."),
+        typer.Option(
+            metavar="MB/S",
+            help="Of the disk (memory is only measured unlimited); a number or `unlimited`; "
+            "may be repeated.",
+        ),
     ] = None
     hit_ratio: Annotated[
         list[float] | None,
@@ -43,7 +50,10 @@ class OverlapOptions:
         list[int] | None, typer.Option(min=64, help="Tokens of the prompt; may be repeated.")
     ] = None
     tier: Annotated[
-        list[str] | None, typer.Option(help="nvme (the default) or memory; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="nvme (the default), or memory, which no --bandwidth limits; may be repeated."
+        ),
     ] = None
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each way; medians.")] = 1
     decode_rounds: Annotated[
@@ -73,20 +83,28 @@ def run_overlap(options: OverlapOptions) -> None:
 
     Raises:
         ConfigError: an option that makes no sense.
-        Exit: with 1 where bytes or tokens were wrong.
+        Exit: with 1 where bytes or tokens were wrong, 2 where a file could not be written.
     """
+    for path in _files_of(options):
+        _check_writable(path)
     from ucm.bench.overlap import run_overlap_bench
     from ucm.bench.overlap_report import overlap_bench_table
 
-    outcome = run_overlap_bench(bench_options(options), lambda line: print(line, file=sys.stderr))
-    _write_files(options, outcome)
+    with unwinding_on_sigterm():
+        outcome = run_overlap_bench(
+            bench_options(options), lambda line: print(line, file=sys.stderr, flush=True)
+        )
     result = outcome.result
+    # Before the files: a disk that is full now must not cost what took hours.
     if options.as_json:
         print_json(result)
     else:
         Console(highlight=False).print(overlap_bench_table(result))
+    is_written = _write_files(options, outcome)
     if result["wrong_bytes"] or not all(cell["identical_tokens"] for cell in result["cells"]):
         raise typer.Exit(ExitCode.CHECK_FAILED)
+    if not is_written:
+        raise typer.Exit(ExitCode.WRONG_USE)
 
 
 def bench_options(options: OverlapOptions) -> OverlapBenchOptions:
@@ -95,7 +113,7 @@ def bench_options(options: OverlapOptions) -> OverlapBenchOptions:
     Raises:
         ConfigError: a bandwidth or a tier that is none.
     """
-    from ucm.bench.overlap import OverlapBenchOptions
+    from ucm.bench.overlap_cells import OverlapBenchOptions
 
     found = OverlapBenchOptions(
         model_path=model_hub.resolve(options.model),
@@ -136,15 +154,35 @@ def _tier(text: str) -> TierKind:
         raise ConfigError(f"--tier {text}: nvme or memory") from error
 
 
-def _write_files(options: OverlapOptions, outcome: OverlapOutcome) -> None:
+def _files_of(options: OverlapOptions) -> list[Path]:
+    return [path for path in (options.trace_out, options.html) if path is not None]
+
+
+def _check_writable(path: Path) -> None:
+    """Complain now about what would fail after the measurement."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path.parent} is no folder: create it, or write {path.name} elsewhere")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: name another file")
+
+
+def _write_files(options: OverlapOptions, outcome: OverlapOutcome) -> bool:
+    """Write what was asked for; whether all of it could be, and a line for what could not."""
     from ucm.bench.overlap_report import overlap_page, overlap_trace
 
-    try:
-        if options.trace_out is not None:
-            trace = json.dumps(overlap_trace(outcome.timelines))
-            options.trace_out.write_text(trace, encoding="utf-8")
-        if options.html is not None:
-            page = overlap_page(outcome.result, outcome.timelines)
-            options.html.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from error
+    texts = {}
+    if options.trace_out is not None:
+        texts[options.trace_out] = json.dumps(overlap_trace(outcome.timelines))
+    if options.html is not None:
+        texts[options.html] = overlap_page(outcome.result, outcome.timelines)
+    is_written = True
+    for path, text in texts.items():
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            # No second JSON object: the result is on standard output already.
+            print(f"ucm: cannot write {path}: {error.strerror}", file=sys.stderr)
+            is_written = False
+    return is_written

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +16,7 @@ from ucm.errors import ConfigError
 from .console import ExitCode, format_bytes, print_json
 from .options import JsonOption
 from .progress import ByteProgress
+from .termination import unwinding_on_sigterm
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -56,9 +55,7 @@ def demo(
     options = DemoOptions(
         model=path, dtype=dtype, is_quick=quick, deadline_s=deadline_s, folder=folder
     )
-    # Unwind on SIGTERM too, so that no process and no folder is left behind.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    with _Listener() as listener:
+    with unwinding_on_sigterm(), _Listener() as listener:
         summary = summarise(run_demo(options, listener))
     if as_json:
         print_json(summary)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ucm.bench.overlap_trace import Timeline
 from ucm.tracing import TraceEvent, Track
 
@@ -41,3 +43,33 @@ def hybrid_timeline() -> Timeline:
     events.append(event(Track.STEP, now_us, now_us + 500_000, -1, (NUM_BLOCKS, 10)))
     end_us = now_us + 500_000
     return Timeline(name="hybrid", events=tuple(events), begin_us=0, end_us=end_us)
+
+
+def overlap_cell(**changes: Any) -> dict[str, Any]:
+    """One cell of a result, as long as its numbers get."""
+    ways = ("compute_only", "load_only", "load_then_compute", "overlapped", "hybrid", "chosen")
+    return {
+        "name": "nvme 10 MB/s",
+        "bandwidth_mb_s": 10.0,
+        "hit_ratio": 0.9,
+        "context_tokens": 6144,
+        "tier": "nvme",
+        "ttft_ms": {**dict.fromkeys(ways, 123_456.78), "predicted": 123_456.78},
+        "chosen_kind": "hybrid",
+        "overlap_efficiency": -0.25,
+        "identical_tokens": True,
+        "wrong_bytes": 0,
+        **changes,
+    }
+
+
+def overlap_result(*cells: dict[str, Any]) -> dict[str, Any]:
+    """What the benchmark found in `cells`, or in one."""
+    return {
+        "model": "tiny",
+        "dtype": "fp32",
+        "threads": 2,
+        "cells": list(cells) or [overlap_cell()],
+        "store": {"ratio": 0.01},
+        "wrong_bytes": 0,
+    }

@@ -1,0 +1,166 @@
+"""What `ucm bench overlap` refuses before it measures, and that a result is never lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ucm import cli
+from ucm.bench import overlap, overlap_rig
+from ucm.bench.overlap import OverlapOutcome, run_overlap_bench
+from ucm.bench.overlap_cells import OverlapBenchOptions, cells_of, check_cells, left_out
+from ucm.cli.console import ExitCode
+from ucm.errors import ConfigError
+from ucm.testing.models import write_tiny_model
+from ucm.testing.overlap_events import hybrid_timeline, overlap_result
+from ucm.types import TierKind
+
+BOTH = (TierKind.NVME, TierKind.MEMORY)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("overlap") / "model")
+
+
+class Command:
+    """Runs `ucm bench overlap ARGUMENTS` in this process."""
+
+    def __init__(
+        self, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self._model, self._monkeypatch, self._capsys = model, monkeypatch, capsys
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        argv = ["ucm", "bench", "overlap", "--model", self._model, *arguments]
+        self._monkeypatch.setattr(sys, "argv", [str(argument) for argument in argv])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return int(caught.value.code or 0), *self._capsys.readouterr()
+
+
+@pytest.fixture
+def command(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
+    return Command(model, monkeypatch, capsys)
+
+
+def must_not_measure(*_arguments: Any) -> None:
+    raise AssertionError("something was measured")
+
+
+def measured(*_arguments: Any) -> OverlapOutcome:
+    return OverlapOutcome(overlap_result(), {"nvme 10 MB/s": [hybrid_timeline()]})
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "advice"),
+    [
+        ("--store", "missing/store", "create it"),
+        ("--store", "file", "is no folder"),
+        ("--html", "missing/page.html", "create it"),
+        ("--html", ".", "name a file"),
+        ("--trace-out", "missing/trace.json", "create it"),
+        ("--trace-out", ".", "name a file"),
+    ],
+)
+def test_a_bad_path_is_one_line_before_anything_is_measured(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    path: str,
+    advice: str,
+) -> None:
+    monkeypatch.setattr(overlap, "load_model", must_not_measure)
+    (tmp_path / "file").write_text("")
+    code, out, err = command(option, tmp_path / path, "--json")
+    assert code == ExitCode.WRONG_USE
+    assert json.loads(out)["error"] == "ConfigError"
+    assert len(err.splitlines()) == 1
+    assert advice in err
+
+
+def test_a_context_beyond_the_model_is_refused_before_measuring(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlap, "OverlapRig", must_not_measure)
+    code, out, err = command("--context", 1_000_000, "--json")
+    assert code == ExitCode.WRONG_USE
+    assert "the model takes: name at most" in json.loads(out)["message"]
+    assert "Traceback" not in err
+
+
+def test_a_pool_without_memory_is_told_in_words(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = OverlapBenchOptions(model_path=model, context_tokens=(128,), store=tmp_path)
+    for error, said in (
+        (MemoryError(), "--context"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "--context"),
+    ):
+        monkeypatch.setattr(overlap_rig, "Engine", failing(error))
+        with pytest.raises(ConfigError, match=said):
+            run_overlap_bench(options)
+    monkeypatch.setattr(overlap_rig, "Engine", failing(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        run_overlap_bench(options)
+    assert not list(tmp_path.iterdir())
+
+
+def failing(error: BaseException) -> Any:
+    def fail(*_arguments: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_memory_has_no_bandwidth_and_that_is_said(tmp_path: Path) -> None:
+    options = OverlapBenchOptions(
+        bandwidths_mb_s=(50.0, None, 50.0), tiers=BOTH, hit_ratios=(0.5,), context_tokens=(128,)
+    )
+    assert [(cell.tier, cell.bandwidth_mb_s) for cell in cells_of(options)] == [
+        (TierKind.NVME, 50.0),
+        (TierKind.NVME, None),
+        (TierKind.MEMORY, None),
+    ]
+    assert left_out(options).startswith("cells of memory left out: 1;")
+    assert left_out(replace(options, tiers=(TierKind.NVME,))) == ""
+    check_cells(replace(options, store=tmp_path))
+
+
+def test_a_benchmark_without_a_cell_is_refused_at_once(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlap, "load_model", must_not_measure)
+    code, _, err = command("--tier", "memory", "--bandwidth", 50)
+    assert code == ExitCode.WRONG_USE
+    assert "--bandwidth unlimited" in err
+
+
+def test_what_was_measured_is_printed_though_a_file_cannot_be_written(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+
+    def measure_while_the_folder_goes(*_arguments: Any) -> OverlapOutcome:
+        folder.rmdir()
+        return measured()
+
+    monkeypatch.setattr(overlap, "run_overlap_bench", measure_while_the_folder_goes)
+    trace = tmp_path / "trace.json"
+    page = folder / "page.html"
+    code, out, err = command("--html", page, "--trace-out", trace, "--json")
+    assert code == ExitCode.WRONG_USE
+    assert json.loads(out)["model"] == "tiny"
+    assert f"cannot write {page}" in err
+    assert json.loads(trace.read_text())["traceEvents"]
