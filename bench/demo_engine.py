@@ -27,6 +27,7 @@ from ucm.engine.loading import load_model
 from ucm.engine.request import RequestResult
 from ucm.engine.sampling import SamplingParams
 from ucm.errors import UcmError
+from ucm.load_decision import LoadKind, forced
 
 from .demo_audit import AuditHook
 from .demo_processes import EngineSettings
@@ -56,7 +57,8 @@ class DemoEngine:
         self._session = CacheSession(
             lambda: connect(settings.socket_path, timeout_s=settings.deadline_s),
             spec,
-            SessionOptions(deadline_s=settings.deadline_s),
+            # All that is there is loaded, also where computing is as fast, so that runs compare.
+            SessionOptions(deadline_s=settings.deadline_s, decide=forced(LoadKind.LOAD_ALL)),
         )
         try:
             self._session.connect(CONNECT_TIMEOUT_S)

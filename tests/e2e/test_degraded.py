@@ -29,6 +29,7 @@ from ucm.engine.hook import LoadRequest, LoadStart, StoreRequest
 from ucm.engine.hook_proxy import HookProxy
 from ucm.engine.loading import LoadedModel, load_model
 from ucm.engine.sampling import SamplingParams
+from ucm.load_decision import LoadKind, forced
 from ucm.storage.tier import SlotId
 from ucm.testing.daemon import SpawnedDaemon, short_folder, small_settings, spawned_daemon
 from ucm.testing.models import write_tiny_model
@@ -113,7 +114,8 @@ class Bench:
             block_tokens=BLOCK_TOKENS,
         )
         breaker = BreakerOptions(backoff_s=0.05, max_backoff_s=0.2)
-        options = SessionOptions(deadline_s=DEADLINE_S, breaker=breaker)
+        decide = forced(LoadKind.LOAD_ALL)  # a tiny model computes about as fast
+        options = SessionOptions(deadline_s=DEADLINE_S, breaker=breaker, decide=decide)
         self.session = CacheSession(factory, spec, options)
         self.session.connect(20.0)
         self.hook = StrikingHook(ReferenceConnector(self.session))

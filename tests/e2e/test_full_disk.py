@@ -82,7 +82,8 @@ def test_stores_stop_and_loads_go_on(small_disk: Path) -> None:
         assert not cache.manager.status().tiers[1].writable
         for keys in stored:
             assert get(cache, handle, keys) == [content(key) for key in keys]
-        clock.advance_us(int(PROBE_INTERVAL_S * 1_000_000))
+        # Long enough to be probed, and for what was used twice to be worth less than what is new.
+        clock.advance_us(int((PROBE_INTERVAL_S + 3600) * 1_000_000))
         fresh = chain(handle.id, 5, seed=99)
         assert put(cache, handle, fresh) == (StoreStatus.ACCEPTED,) * 5
         assert cache.flush(timeout_s=10)  # old blocks made way

@@ -14,12 +14,13 @@ from ucm.bench.demo_documents import SYSTEM_PROMPT
 from ucm.bench.demo_processes import ChildProcess, start_daemon
 from ucm.bench.demo_workload import PROMPTS
 from ucm.connectors.reference import ReferenceConnector
-from ucm.connectors.session import CacheSession
+from ucm.connectors.session import CacheSession, SessionOptions
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.sampling import SamplingParams
 from ucm.errors import ConfigError, TierUnavailableError
 from ucm.hashing import NamespaceSpec
 from ucm.layout import KvDtype, KvLayout
+from ucm.load_decision import LoadKind, forced
 from ucm.testing.fake_cache import FakeCache
 from ucm.testing.fake_model import FakeModel
 from ucm.testing.models import tiny_tokenizer
@@ -84,7 +85,9 @@ def run_audited(cache: FakeCache, hooks: list[AuditHook]) -> AuditHook:
     )
     if not hooks:
         spec = NamespaceSpec(layout=layout, model_id="fake", weights_digest="0")
-        session = CacheSession(lambda: cache, spec)
+        session = CacheSession(
+            lambda: cache, spec, SessionOptions(decide=forced(LoadKind.LOAD_ALL))
+        )
         session.connect(5.0)
         hooks.append(AuditHook(ReferenceConnector(session), lambda _id: None))
     hook = hooks[0]
