@@ -199,6 +199,7 @@ def test_wrong_bytes_are_those_of_checksums_and_of_the_audit() -> None:
 # Processes
 
 
+@pytest.mark.timeout(90)
 def test_a_child_that_ends_early_shows_the_end_of_its_log(tmp_path: Path) -> None:
     child = ChildProcess("engine", ["ucm.bench.demo_engine", "{}"], tmp_path / "log")
     with pytest.raises(TierUnavailableError, match="the engine ended with 1"):
