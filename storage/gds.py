@@ -42,6 +42,7 @@ from ucm.layout import ALIGNMENT_BYTES
 
 from .device import DeviceBuffer, DeviceRequest
 from .file_io import FileHandle, IoRequest, PosixFileIo, is_aligned
+from .forwarded_files import ForwardedFiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -90,8 +91,11 @@ class _Transfer:
     code: int = 0
 
 
-class GdsFileIo:
-    """`DeviceFileIo` over kvikio. Thread-safe; every call blocks its caller until it is done."""
+class GdsFileIo(ForwardedFiles):
+    """`DeviceFileIo` over kvikio. Thread-safe; every call blocks its caller until it is done.
+
+    A sync of the host's descriptor is enough: kvikio's descriptors are of the same file.
+    """
 
     def __init__(self, options: GdsOptions) -> None:
         """Import kvikio and set its process-wide defaults.
@@ -102,6 +106,7 @@ class GdsFileIo:
         self._options = options
         self._kvikio = _configured_kvikio(options)
         self._posix = PosixFileIo(options.io_threads)
+        super().__init__(self._posix)
         self._files: dict[FileHandle, Any] = {}
         self._is_closed = False
         self._inflight_bytes = 0
@@ -152,14 +157,6 @@ class GdsFileIo:
             raise
         return file
 
-    def size(self, file: FileHandle) -> int:
-        """See `FileIo.size`."""
-        return self._posix.size(file)
-
-    def preallocate(self, file: FileHandle, size_bytes: int) -> None:
-        """See `FileIo.preallocate`."""
-        self._posix.preallocate(file, size_bytes)
-
     def read_batch(self, requests: Sequence[IoRequest | DeviceRequest]) -> list[int]:
         """See `DeviceFileIo.read_batch`."""
         return self._run(requests, reading=True)
@@ -167,22 +164,6 @@ class GdsFileIo:
     def write_batch(self, requests: Sequence[IoRequest | DeviceRequest]) -> list[int]:
         """See `DeviceFileIo.write_batch`."""
         return self._run(requests, reading=False)
-
-    def fdatasync(self, file: FileHandle) -> None:
-        """See `FileIo.fdatasync`. The file's own: kvikio's descriptors are of the same file."""
-        self._posix.fdatasync(file)
-
-    def sync_folder(self, path: Path) -> None:
-        """See `FileIo.sync_folder`."""
-        self._posix.sync_folder(path)
-
-    def replace_file(self, path: Path, data: bytes) -> None:
-        """See `FileIo.replace_file`."""
-        self._posix.replace_file(path, data)
-
-    def punch_hole(self, file: FileHandle, offset: int, length: int) -> None:
-        """See `FileIo.punch_hole`."""
-        self._posix.punch_hole(file, offset, length)
 
     def close_file(self, file: FileHandle) -> None:
         """See `FileIo.close_file`."""

@@ -41,6 +41,7 @@ from ucm.layout import ALIGNMENT_BYTES
 
 from .device import DeviceBuffer, DeviceRequest
 from .file_io import FileHandle, IoRequest, PosixFileIo, is_aligned, transfer_all
+from .forwarded_files import ForwardedFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +91,7 @@ def pieces_of(request: DeviceRequest, limit_bytes: int) -> Iterator[Piece]:
         yield Piece(offset, filled, tuple(parts))
 
 
-class PinnedFileIo:
+class PinnedFileIo(ForwardedFiles):
     """`DeviceFileIo` over preadv, pwritev and pinned memory. Thread-safe; every call blocks."""
 
     def __init__(self, io_threads: int, load_driver: Callable[[], CudaDriver] = CudaDriver) -> None:
@@ -103,6 +104,7 @@ class PinnedFileIo:
         self._io_threads = io_threads
         self._load_driver = load_driver
         self._posix = PosixFileIo(io_threads)
+        super().__init__(self._posix)
         self._pool = ThreadPoolExecutor(io_threads, thread_name_prefix="ucm-pinned")
         self._lanes: list[_Lane] = []
         self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
@@ -124,14 +126,6 @@ class PinnedFileIo:
     def forget(self, buffer: DeviceBuffer) -> None:
         """See `DeviceFileIo.forget`: nothing is kept."""
 
-    def size(self, file: FileHandle) -> int:
-        """See `FileIo.size`."""
-        return self._posix.size(file)
-
-    def preallocate(self, file: FileHandle, size_bytes: int) -> None:
-        """See `FileIo.preallocate`."""
-        self._posix.preallocate(file, size_bytes)
-
     def read_batch(self, requests: Sequence[IoRequest | DeviceRequest]) -> list[int]:
         """See `DeviceFileIo.read_batch`."""
         return self._run(requests, self._read, self._posix.read_batch)
@@ -139,22 +133,6 @@ class PinnedFileIo:
     def write_batch(self, requests: Sequence[IoRequest | DeviceRequest]) -> list[int]:
         """See `DeviceFileIo.write_batch`."""
         return self._run(requests, self._write, self._posix.write_batch)
-
-    def fdatasync(self, file: FileHandle) -> None:
-        """See `FileIo.fdatasync`."""
-        self._posix.fdatasync(file)
-
-    def sync_folder(self, path: Path) -> None:
-        """See `FileIo.sync_folder`."""
-        self._posix.sync_folder(path)
-
-    def replace_file(self, path: Path, data: bytes) -> None:
-        """See `FileIo.replace_file`."""
-        self._posix.replace_file(path, data)
-
-    def punch_hole(self, file: FileHandle, offset: int, length: int) -> None:
-        """See `FileIo.punch_hole`."""
-        self._posix.punch_hole(file, offset, length)
 
     def close_file(self, file: FileHandle) -> None:
         """See `FileIo.close_file`."""

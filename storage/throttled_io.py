@@ -14,6 +14,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
+from .forwarded_files import ForwardedFiles
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
@@ -74,7 +76,7 @@ def bucket_of(bytes_per_s: int, clock: Clock) -> TokenBucket:
     return TokenBucket(bytes_per_s, max(1.0, bytes_per_s * BURST_S), clock)
 
 
-class ThrottledIo:
+class ThrottledIo(ForwardedFiles):
     """A `FileIo` whose reads wait for a bucket's tokens. Thread-safe."""
 
     def __init__(
@@ -82,6 +84,7 @@ class ThrottledIo:
     ) -> None:
         """Limit `io`, and close it with this one. `sleep` waits; tests turn a clock instead."""
         self._io = io
+        super().__init__(io)
         self._bucket = bucket
         self._sleep = sleep
 
@@ -107,33 +110,9 @@ class ThrottledIo:
         """See `FileIo.open`."""
         return self._io.open(path, create=create, writable=writable)
 
-    def size(self, file: FileHandle) -> int:
-        """See `FileIo.size`."""
-        return self._io.size(file)
-
-    def preallocate(self, file: FileHandle, size_bytes: int) -> None:
-        """See `FileIo.preallocate`."""
-        self._io.preallocate(file, size_bytes)
-
     def write_batch(self, requests: Sequence[IoRequest]) -> list[int]:
         """See `FileIo.write_batch`. Not limited."""
         return self._io.write_batch(requests)
-
-    def fdatasync(self, file: FileHandle) -> None:
-        """See `FileIo.fdatasync`."""
-        self._io.fdatasync(file)
-
-    def sync_folder(self, path: Path) -> None:
-        """See `FileIo.sync_folder`."""
-        self._io.sync_folder(path)
-
-    def replace_file(self, path: Path, data: bytes) -> None:
-        """See `FileIo.replace_file`."""
-        self._io.replace_file(path, data)
-
-    def punch_hole(self, file: FileHandle, offset: int, length: int) -> None:
-        """See `FileIo.punch_hole`."""
-        self._io.punch_hole(file, offset, length)
 
     def close_file(self, file: FileHandle) -> None:
         """See `FileIo.close_file`."""
