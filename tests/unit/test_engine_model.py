@@ -11,6 +11,7 @@ from ucm.engine.config import ModelConfig
 from ucm.engine.loading import load_model, load_weights
 from ucm.engine.model import ForwardItem, LlamaModel
 from ucm.errors import ConfigError, LayoutMismatchError
+from ucm.kernels.attention import PagedSequence, tiled_attention
 from ucm.testing.models import ConfigValue, write_tiny_model
 
 BLOCK = 32
@@ -157,6 +158,25 @@ def test_a_layers_attention_reads_what_arrives_while_it_is_waited_for(tiny: Llam
     logits = tiny.forward([item], pool, wait_layer=wait)
     assert waited == [0, 1, 2]
     assert torch.equal(logits, tiny.forward([item], whole))
+
+
+def test_an_item_may_bring_its_own_attention(tiny: LlamaModel) -> None:
+    dense, sparse = make_pool(tiny.config), make_pool(tiny.config)
+    for pool in (dense, sparse):
+        tiny.forward([ForwardItem(TOKENS[:64], 0, [3, 1])], pool)
+    layers: list[int] = []
+
+    def attend(layer: int, q_THD: Tensor, kv_layer: Tensor) -> Tensor:
+        layers.append(layer)
+        return tiled_attention(q_THD, kv_layer, PagedSequence.build(64, 6, [3, 1, 8], kv_layer))[0]
+
+    other = ForwardItem(TOKENS[:5], 0, [5])
+    own = ForwardItem(TOKENS[64:70], 64, [-1, -1, 8], attention=attend)
+    logits = tiny.forward([other, own], sparse)
+    expected = tiny.forward([other, ForwardItem(TOKENS[64:70], 64, [3, 1, 8])], dense)
+    assert layers == [0, 1, 2]
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(sparse, dense)
 
 
 def test_a_pass_that_was_ended_between_layers_can_be_repeated(tiny: LlamaModel) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,22 @@ from .config import ModelConfig
 from .rope import RopeTable, rotate_
 
 
+class ItemAttention(Protocol):
+    """Computes one item's attention in the place of the dense one: sparse, or beyond the pool."""
+
+    def __call__(self, layer: int, q_THD: Tensor, kv_layer: Tensor, /) -> Tensor:
+        """Attend in one layer; called once a layer, in order, when its new KV is in the pool.
+
+        Args:
+            layer: number of the layer.
+            q_THD: [T, H, D] the item's queries, rotated; may be strided.
+            kv_layer: [num_blocks, 2, G, B, D] the pool's layer.
+
+        Returns:
+            [T, H, D] in q's dtype.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardItem:
     """One sequence's share of one step."""
@@ -39,6 +56,9 @@ class ForwardItem:
     """Position of `token_ids[0]`; the KV of positions 0..start-1 is in the pool."""
     block_ids: Sequence[int]
     """Pool blocks that cover positions 0..start+len(token_ids)-1, in order."""
+    attention: ItemAttention | None = None
+    """Who attends; dense over `block_ids` when None. With one, only the entries of `block_ids` at
+    the new positions are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +83,8 @@ class _Step:
     sin: Tensor
     slots: tuple[Tensor, Tensor] | tuple[int, int]
     """(block id, offset in it) of each token: tensors, or two numbers if there is one token."""
-    parts: tuple[tuple[slice, PagedSequence, AttentionFn], ...]
-    """For each item its rows, its KV and who computes it."""
+    parts: tuple[tuple[slice, ItemAttention], ...]
+    """For each item its rows and who attends for them."""
     wait_layer: Callable[[int], None] | None
 
 
@@ -129,7 +149,7 @@ class LlamaModel:
             x_TC = self._embedding[torch.tensor(tokens, dtype=torch.int64)]
             for index, layer in enumerate(self._layers):
                 x_TC = self._run_layer(layer, x_TC, kv_pool[index], step, index)
-            last = x_TC[[rows.stop - 1 for rows, _, _ in step.parts]]
+            last = x_TC[[rows.stop - 1 for rows, _ in step.parts]]
             logits = self._head(self._final_norm(last))
         # A copy made outside inference mode is an ordinary tensor: samplers may write to it.
         return logits.to(torch.float32, copy=True)
@@ -158,8 +178,7 @@ class LlamaModel:
         if step.wait_layer is not None:
             step.wait_layer(index)
         outs = [
-            attend(qkv_TXD[rows, : c.num_heads], kv_layer, sequence)[0]
-            for rows, sequence, attend in step.parts
+            attend(index, qkv_TXD[rows, : c.num_heads], kv_layer) for rows, attend in step.parts
         ]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out.reshape(num_tokens, c.num_heads * c.head_dim)
@@ -180,15 +199,11 @@ class LlamaModel:
         for item in items:
             first_row = len(positions)
             self._check_item(item)
-            sequence = PagedSequence.build(
-                item.start, len(item.token_ids), item.block_ids, kv_layer
-            )
-            span = range(item.start, sequence.length)
+            span = range(item.start, item.start + len(item.token_ids))
+            attend = item.attention or self._dense(item, kv_layer, attention)
             positions += span
             blocks += [item.block_ids[position // block_tokens] for position in span]
-            shape = (self.config.num_heads, self.config.head_dim)
-            run = select_attention(sequence, shape, kv_layer, attention)
-            parts.append((slice(first_row, len(positions)), sequence, run))
+            parts.append((slice(first_row, len(positions)), attend))
         where = torch.tensor(positions, dtype=torch.int64)
         cos, sin = self._rope.at(where)
         slots: tuple[Tensor, Tensor] | tuple[int, int]
@@ -197,6 +212,13 @@ class LlamaModel:
         else:
             slots = (torch.tensor(blocks, dtype=torch.int64), where % block_tokens)
         return _Step(cos=cos, sin=sin, slots=slots, parts=tuple(parts), wait_layer=wait_layer)
+
+    def _dense(self, item: ForwardItem, kv_layer: Tensor, attention: str | None) -> ItemAttention:
+        """Attention over all blocks of an item, in the cheapest way there is."""
+        sequence = PagedSequence.build(item.start, len(item.token_ids), item.block_ids, kv_layer)
+        shape = (self.config.num_heads, self.config.head_dim)
+        attend: AttentionFn = select_attention(sequence, shape, kv_layer, attention)
+        return lambda _layer, q_THD, kv_layer: attend(q_THD, kv_layer, sequence)[0]
 
     def _check_item(self, item: ForwardItem) -> None:
         end = item.start + len(item.token_ids)
