@@ -125,6 +125,7 @@ class TestNamespaces:
                 tenant: str = "",
                 *,
                 accepts_lossy: bool = False,
+                summary: SummaryKind | None = None,
             ) -> FakeTier:
                 if namespace == tiny_spec("slow").fingerprint():
                     entered.set()

@@ -53,7 +53,7 @@ def encoded(header: SlotHeader = HEADER, superblock: Superblock = SUPERBLOCK) ->
 
 def test_golden_superblock() -> None:
     data = encode_superblock(SUPERBLOCK)
-    assert data[:16].hex() == "55434d53555045520200000000100000"
+    assert data[:16].hex() == "55434d53555045520300000000100000"
     assert struct.unpack_from("<QQQQ", data, 48) == (64 << 20, 1478656, 45, 0)
     assert struct.unpack_from("<IIIII", data, 80) == (30, 3, 64, 32, 0)
     assert hashlib.sha256(data).hexdigest() == SUPERBLOCK_SHA256
@@ -62,7 +62,7 @@ def test_golden_superblock() -> None:
 
 def test_golden_header() -> None:
     data = bytes(encoded())
-    assert data[:16].hex() == "55434d534c4f54000200000000000000"
+    assert data[:16].hex() == "55434d534c4f54000300000000000000"
     assert data[48:112] == HEADER.key + HEADER.parent
     assert struct.unpack_from("<QQIIIIQQ", data, 112) == (
         (1 << 40) + 5, 41, 30, 49152, 49152, 0, 0, 1474560,
@@ -72,8 +72,8 @@ def test_golden_header() -> None:
     assert decode_header(SUPERBLOCK, HEADER.slot, data) == HEADER
 
 
-SUPERBLOCK_SHA256 = "65fb5e08f4da6f6284b7af9e80751118995a73c250d65d17a8da708e21af505f"
-HEADER_SHA256 = "08b1fba4019c0d3f4327f8f5b0b136c74ed515249af7a74f93226ba09ad81853"
+SUPERBLOCK_SHA256 = "a8a16838b10863c85dbba0a95ed3af00f00fd19fc068c2500fd33f1a524c079d"
+HEADER_SHA256 = "b8b8730a25d59e6c1eb0d0e1fd718fa414d2f7d868f74e70ca5a4338141dc1f3"
 
 
 def test_every_flipped_bit_is_noticed() -> None:
