@@ -76,7 +76,7 @@ class StorePath:
             refused = wanted and self._refuses_locked(found, now_us)
             owner = state.session_locked(session)
             book = _book(found, owner)
-            room = _Room(found.layout.block_bytes, book.slot_bytes if book else 0)
+            room = _Room(found.layout.block_bytes, book.slot_bytes if book is not None else 0)
             lease.parent = parent
             lease.offers = self._offers(None if refused else owner.staging, room, plan, keys)
             lease.num_bytes = sum(offer.staging_bytes for offer in lease.offers)
@@ -84,7 +84,7 @@ class StorePath:
         slots = tuple(
             StoreGrant(offer.key, offer.status, offer.staging_offset) for offer in lease.offers
         )
-        summary_bytes = book.summary_bytes if book else 0
+        summary_bytes = book.summary_bytes if book is not None else 0
         return StoreGrants(lease.id, slots, state.config.transfer.lease_timeout_s, summary_bytes)
 
     def _refuses_locked(self, found: Namespace, now_us: int) -> bool:

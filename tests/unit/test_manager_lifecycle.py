@@ -39,6 +39,7 @@ from ucm.types import (
     BlockKey,
     NamespaceId,
     StoreStatus,
+    SummaryKind,
     TierKind,
 )
 

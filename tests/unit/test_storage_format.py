@@ -111,7 +111,7 @@ def test_another_version_says_what_to_do() -> None:
     data = bytearray(encode_superblock(SUPERBLOCK))
     struct.pack_into("<I", data, 8, 1)
     struct.pack_into("<Q", data, 4088, checksum(bytes(data[:4088])))
-    with pytest.raises(ConfigError, match=r"format 1.* 2: .*empty data folder"):
+    with pytest.raises(ConfigError, match=r"format 1.* 3: .*empty data folder"):
         decode_superblock(bytes(data), "it")
 
 
