@@ -135,6 +135,42 @@ class SummaryAreas:
         return check
 
 
+def filled_areas(files: NamespaceFiles, slots: Sequence[SlotId]) -> list[SlotId]:
+    """Those of `slots` whose area can be read and is not all zeros, whatever stands in it."""
+    size = files.superblock.summary_bytes
+    found: list[SlotId] = []
+    for start in range(0, len(slots) if size else 0, READS_PER_BATCH):
+        part = slots[start : start + READS_PER_BATCH]
+        buffer = aligned_buffer(len(part) * size)
+        views = [buffer[i * size : (i + 1) * size] for i in range(len(part))]
+        requests = _area_requests(files, part, views)
+        codes = files.io.read_batch(list(requests.values()))
+        good = [slot for slot, code in zip(requests, codes, strict=True) if code == 0]
+        found += [slot for slot in good if any(requests[slot].buffers[0])]
+    return found
+
+
+def blank_areas(files: NamespaceFiles, slots: Sequence[SlotId]) -> None:
+    """Write zeros over areas, durably; one that fails keeps what it has."""
+    if slots:
+        blank = aligned_buffer(files.superblock.summary_bytes)
+        blank[:] = bytes(len(blank))
+        requests = _area_requests(files, slots, [blank] * len(slots))
+        files.io.write_batch(list(requests.values()))
+        files.segments.sync({files.segments.segment_of(slot) for slot in slots})
+
+
+def _area_requests(
+    files: NamespaceFiles, slots: Sequence[SlotId], views: Sequence[memoryview]
+) -> dict[SlotId, IoRequest]:
+    requests = {}
+    for slot, view in zip(slots, views, strict=True):
+        place = files.segments.locate(slot)
+        if place is not None:
+            requests[slot] = IoRequest(place[0], place[1] + HEADER_BYTES, (view,))
+    return requests
+
+
 def areas_of(files: NamespaceFiles, slots: SlotTable) -> SummaryAreas | None:
     """What reads the summaries of an open namespace; None when it has no areas, or of other size.
 
