@@ -311,7 +311,7 @@ class BeginLoadRequest(_message.Message):
     def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., mode: _Optional[_Union[LoadMode, str]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class BeginLoadReply(_message.Message):
-    __slots__ = ("lease_id", "timeout_s", "statuses", "sources", "tiers", "offsets", "checksums", "slots", "segments", "file_ids", "slot_offsets", "generations", "progress_offset", "progress_serial")
+    __slots__ = ("lease_id", "timeout_s", "statuses", "sources", "tiers", "offsets", "checksums", "slots", "segments", "file_ids", "slot_offsets", "generations", "progress_offset", "progress_serial", "summary_bytes")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     STATUSES_FIELD_NUMBER: _ClassVar[int]
@@ -326,6 +326,7 @@ class BeginLoadReply(_message.Message):
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_OFFSET_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_SERIAL_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_BYTES_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
     timeout_s: float
     statuses: bytes
@@ -340,7 +341,8 @@ class BeginLoadReply(_message.Message):
     generations: _containers.RepeatedScalarFieldContainer[int]
     progress_offset: int
     progress_serial: int
-    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., sources: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ..., slots: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., file_ids: _Optional[_Iterable[int]] = ..., slot_offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., progress_offset: _Optional[int] = ..., progress_serial: _Optional[int] = ...) -> None: ...
+    summary_bytes: int
+    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., sources: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ..., slots: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., file_ids: _Optional[_Iterable[int]] = ..., slot_offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., progress_offset: _Optional[int] = ..., progress_serial: _Optional[int] = ..., summary_bytes: _Optional[int] = ...) -> None: ...
 
 class CompleteLoadRequest(_message.Message):
     __slots__ = ("lease_id", "corrupt")

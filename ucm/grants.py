@@ -64,6 +64,9 @@ class StoreGrants:
     lease_id: LeaseId
     slots: tuple[StoreGrant, ...]
     timeout_s: float
+    summary_bytes: int = 0
+    """Length of the encoded summary that may be written behind each WANTED block, at its offset
+    and `layout.block_bytes`; 0 when the session opened the namespace without summaries."""
 
 
 @dataclass(frozen=True, slots=True)

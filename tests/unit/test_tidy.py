@@ -59,6 +59,8 @@ LAYERS = {
     "ucm.manager": 3,
     "ucm.manager_state": 3,
     "ucm.manager_status": 3,
+    "ucm.summaries": 3,
+    "ucm.summary_fills": 3,
     "ucm.namespaces": 3,
     "ucm.grants": 3,
     "ucm.plan_grants": 3,
