@@ -135,9 +135,15 @@ class SparseDecoding:
         self.stats.sparse_steps += 1
         return _SparseStep(step, selector, self.stats, self._layout)
 
-    def selector(self, sequence_id: str) -> SequenceSelector | None:
-        """The selector of a sequence that has sealed blocks or decodes."""
-        return self._selectors.get(sequence_id)
+    def num_fed(self, sequence_id: str) -> int:
+        """Leading blocks of a sequence that it was fed."""
+        selector = self._selectors.get(sequence_id)
+        return 0 if selector is None else len(selector.table)
+
+    @property
+    def fed(self) -> set[str]:
+        """Sequences that were fed, and not dropped."""
+        return set(self._selectors)
 
     def feed(self, sequence_id: str, sealed_ids: Sequence[int], kv_pool: Tensor) -> None:
         """Summarise the sealed blocks of a sequence that have no summary yet.
