@@ -14,6 +14,7 @@ from types import TracebackType
 
 from ucm.clock import Clock, SystemClock
 from ucm.errors import InvalidArgumentError
+from ucm.sparse.decoding import SparseStats
 
 from .guarded_hook import HookStats
 from .hook import KvHook
@@ -66,6 +67,11 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters over the engine's life."""
         return self._runner.stats
+
+    @property
+    def sparse_stats(self) -> SparseStats | None:
+        """What sparse attention read and left out; None without it."""
+        return self._runner.sparse_stats
 
     @property
     def hook_stats(self) -> HookStats:
@@ -228,12 +234,7 @@ class Engine:
 
     def check_integrity(self) -> list[str]:
         """Every violated invariant of pool and sequences, in words; empty when sound."""
-        runner = self._runner
-        faults = runner.pool.check_integrity(
-            [*(item.block_ids for item in runner.running), *runner.loads.owned]
-        )
-        faults += [f"waiting {item.id} holds blocks" for item in runner.waiting if item.block_ids]
-        return faults
+        return self._runner.check_integrity()
 
     def step(self) -> list[TokenEvent]:
         """Compute one batch; blocks for one forward pass (and the hook's loads).

@@ -18,7 +18,7 @@ Envelope: without loads and stores the model is called as if this module were no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +32,7 @@ from .hook import StepReport
 from .interfaces import DecoderModel
 from .layer_clock import LayerClock
 from .load_queue import Load, LoadQueue
-from .model import ForwardItem
+from .model import ForwardItem, ItemAttention
 from .pool import KvPool
 from .scheduler import SchedulerOptions, Work
 from .sequence import TokenSequence
@@ -124,19 +124,28 @@ class ForwardPass:
         self._offers = offers
         self._clock = clock
 
-    def run(self, batch: Sequence[Work], options: SchedulerOptions) -> PassResult:
+    def run(
+        self,
+        batch: Sequence[Work],
+        options: SchedulerOptions,
+        attentions: Mapping[str, ItemAttention] | None = None,
+    ) -> PassResult:
         """Compute `batch`, which includes the sequences whose loads have joined.
+
+        `attentions` has those who attend for sequences that are not dense, by their ids; never for
+        one whose load has joined.
 
         Blocks for the pass and for the loads. When it raises (the model failed) the joined loads
         and the stores are as they were before it. When it returns logits, its stores wait for
         `StoreOffers.complete_pass`.
         """
         evicted: list[TokenSequence] = []
+        others = attentions or {}
         while batch:
             progress = self._offers.begin_pass(batch)
             gate = _Gate(self._hook, self._clock, self._loads.joined, progress)
             started_us = self._clock.now_us()
-            logits = self._attempt(batch, gate)
+            logits = self._attempt(batch, gate, others)
             seconds = (self._clock.now_us() - started_us) / 1e6
             cut, lost = self._trim_short(gate) if logits is None else self._end_joined(gate)
             if logits is not None and not cut:
@@ -147,9 +156,11 @@ class ForwardPass:
             batch = _refit([work for work in batch if work.sequence not in lost], cut, options)
         return PassResult(batch, None, evicted)
 
-    def _attempt(self, batch: Sequence[Work], gate: _Gate) -> torch.Tensor | None:
+    def _attempt(
+        self, batch: Sequence[Work], gate: _Gate, others: Mapping[str, ItemAttention]
+    ) -> torch.Tensor | None:
         """Run the model once; None when a layer came short."""
-        items = [_forward_item(work) for work in batch]
+        items = [_forward_item(work, others) for work in batch]
         begun_us, is_watched = tracing.now_us(), tracing.active() is not None
         is_gated = gate.loads or gate.progress is not None or is_watched
         wait_layer = gate.enter if is_gated else None
@@ -234,11 +245,12 @@ def _refit(
     return fitted
 
 
-def _forward_item(work: Work) -> ForwardItem:
+def _forward_item(work: Work, others: Mapping[str, ItemAttention]) -> ForwardItem:
     sequence = work.sequence
     start = sequence.num_computed
     return ForwardItem(
         token_ids=sequence.tokens[start : start + work.num_tokens],
         start=start,
         block_ids=sequence.block_ids,
+        attention=others.get(sequence.id) if others else None,
     )

@@ -26,6 +26,8 @@ import torch
 from ucm.clock import Clock
 from ucm.errors import CapacityError, ConfigError
 from ucm.layout import KvLayout
+from ucm.sparse.decoding import SparseStats
+from ucm.sparse.options import SparseOptions
 from ucm.types import LoadOrder
 
 from .forward_pass import ForwardPass
@@ -37,6 +39,7 @@ from .pool import TORCH_DTYPES, KvPool
 from .sampling import Draw, sample
 from .scheduler import Admission, SchedulerOptions, Work, plan_step
 from .sequence import TokenSequence
+from .sparse_decode import SparseDecode
 from .store_offers import StoreOffers
 
 _STALL_POLL_S = 0.01
@@ -59,6 +62,8 @@ class EngineOptions:
     later steps, so a slow store never starves the decode."""
     stall_timeout_s: float = 30.0
     """How long to wait for the hook to give pinned blocks back when nothing can run without."""
+    sparse: SparseOptions | None = None
+    """Which blocks decodes of long sequences read; None: all of them, always."""
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1 or self.block_tokens < 1:
@@ -105,7 +110,22 @@ class BatchRunner:
         max_pinned = max(1, int(options.num_blocks * options.max_pinned_share))
         self._offers = StoreOffers(self.hook, self.pool, self.loads, max_pinned)
         self._pass = ForwardPass(model, self.pool, self.hook, self.loads, self._offers, clock)
+        self._sparse: SparseDecode | None = None
+        if options.sparse is not None:
+            self._sparse = SparseDecode(options.sparse, self.pool, self.loads)
         self._stalled_since_us: int | None = None
+
+    @property
+    def sparse_stats(self) -> SparseStats | None:
+        """What sparse attention read and left out; None without it."""
+        return None if self._sparse is None else self._sparse.stats
+
+    def check_integrity(self) -> list[str]:
+        """Every violated invariant of pool and sequences, in words; empty when sound."""
+        owners = [*(item.block_ids for item in self.running), *self.loads.owned]
+        faults = self.pool.check_integrity(owners)
+        faults += [f"waiting {item.id} holds blocks" for item in self.waiting if item.block_ids]
+        return faults + (self._sparse.check_integrity(self.running) if self._sparse else [])
 
     def submit(self, sequence: TokenSequence) -> None:
         """Queue a sequence; it starts with the next step that has room."""
@@ -142,7 +162,8 @@ class BatchRunner:
             self._stall()
             return []
         self._stalled_since_us = None
-        result = self._pass.run(batch, options)
+        attentions = self._sparse.begin_pass(batch) if self._sparse is not None else None
+        result = self._pass.run(batch, options, attentions)
         for sequence in result.evicted:
             self._preempt(sequence)
         return [] if result.logits is None else self._finish_step(result.batch, result.logits)
@@ -195,6 +216,8 @@ class BatchRunner:
     def _give_up(self, sequence: TokenSequence) -> None:
         """End what is under way for a sequence, and give its blocks back."""
         self.loads.drop(sequence)
+        if self._sparse is not None:
+            self._sparse.drop(sequence)
         self.pool.blocks.release(sequence.rewind())
         self.hook.finish(sequence.id)
 
@@ -286,6 +309,8 @@ class BatchRunner:
         work.sequence.advance(work.num_tokens)
         self.stats.computed_tokens += work.num_tokens
         work.sequence.register_full(self.pool.blocks)
+        if self._sparse is not None:
+            self._sparse.end_pass(work)
 
     def _fork(self, sequence: TokenSequence) -> list[TokenSequence]:
         """Split off a request's other samples, once its prompt is computed."""

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from ucm.layout import KvLayout
 
 from .mode_policy import LoadSignals, ModePolicy, SparseMode
 from .options import SparseOptions
-from .protocols import DecodeStep, ItemAttention
+from .protocols import BlockIndexes, DecodeStep, ItemAttention
 from .selector import SequenceSelector, Settings
 from .table import Lives, PoolSummaries
 
@@ -134,9 +135,15 @@ class SparseDecoding:
         self.stats.sparse_steps += 1
         return _SparseStep(step, selector, self.stats, self._layout)
 
-    def selector(self, sequence_id: str) -> SequenceSelector | None:
-        """The selector of a sequence that has sealed blocks or decodes."""
-        return self._selectors.get(sequence_id)
+    def num_fed(self, sequence_id: str) -> int:
+        """Leading blocks of a sequence that it was fed."""
+        selector = self._selectors.get(sequence_id)
+        return 0 if selector is None else len(selector.table)
+
+    @property
+    def fed(self) -> set[str]:
+        """Sequences that were fed, and not dropped."""
+        return set(self._selectors)
 
     def feed(self, sequence_id: str, sealed_ids: Sequence[int], kv_pool: Tensor) -> None:
         """Summarise the sealed blocks of a sequence that have no summary yet.
@@ -175,14 +182,14 @@ class _SparseStep:
     selector: SequenceSelector
     stats: SparseStats
     layout: KvLayout
-    _pool_ids: Tensor = field(init=False)
-    """[num_blocks] int64: the pool block of each logical one."""
+    _pool_ids: BlockIndexes = field(init=False)
+    """The pool block of each logical one."""
     _masks: dict[int, Tensor] = field(default_factory=dict)
     _attend: dict[int, AttentionFn] = field(default_factory=dict)
     _dense: PagedSequence | None = None
 
     def __post_init__(self) -> None:
-        self._pool_ids = torch.tensor(self.step.block_ids[: self.step.num_blocks])
+        self._pool_ids = np.array(self.step.block_ids[: self.step.num_blocks], np.int64)
 
     def __call__(self, layer: int, q_THD: Tensor, kv_layer: Tensor, /) -> Tensor:
         """See `ItemAttention`."""
@@ -199,7 +206,7 @@ class _SparseStep:
         if num == self.step.num_blocks:
             sequence = self._everything(kv_layer)
         else:
-            sequence = self._chosen(self._pool_ids[torch.from_numpy(selection.blocks)])
+            sequence = self._chosen(self._pool_ids[selection.blocks], kv_layer.device)
         attend = self._attend.get(num)
         if attend is None:
             shape = (q_THD.shape[1], q_THD.shape[2])
@@ -213,20 +220,23 @@ class _SparseStep:
             self._dense = PagedSequence.build(self.step.position, 1, ids, kv_layer)
         return self._dense
 
-    def _chosen(self, pool_ids: Tensor) -> PagedSequence:
-        """Chosen blocks as if they were all there is: keys bear their rotation, so their place
-        among the others does not matter, and only the last one is partly filled."""
+    def _chosen(self, pool_ids: BlockIndexes, device: torch.device) -> PagedSequence:
+        """Chosen blocks as if they were all there is.
+
+        Keys bear their rotation, so their place among the others does not matter; only the last
+        block is partly filled.
+        """
         num, tokens = len(pool_ids), self.step.block_tokens
         num_rows = self.step.position % tokens + 1
         mask = self._masks.get(num)
         if mask is None:
-            mask = torch.zeros(num, tokens)
+            mask = torch.zeros(num, tokens, device=device)
             mask[-1, num_rows:] = float("-inf")
             self._masks[num] = mask
         return PagedSequence(
             start=(num - 1) * tokens + num_rows - 1,
             num_tokens=1,
-            block_ids=pool_ids,
+            block_ids=torch.from_numpy(pool_ids).to(device),
             runs=runs_of(pool_ids.tolist()),
             block_tokens=tokens,
             tail_mask=mask,

@@ -1,8 +1,8 @@
 """`SequenceSelector`: which blocks one sequence's layers read, step after step.
 
-    logical blocks   | sink | ... scored by their summaries ... | no summary yet | recent | filling |
-    read             always   as many as the budget allows        always           always   always
-                     0                                num_scored                            num_blocks - 1
+    logical blocks  | sink | scored by their summaries  | recent | no summary yet | filling |
+    read            always   as the budget allows        always   always           always
+                    0                                         num_scored          num_blocks - 1
 
 One selection a layer, shared by all heads. A selection is refreshed at positions that are multiples
 of the stride; in between it is kept, and what was sealed since is added to it.
@@ -22,7 +22,7 @@ Shapes: H query heads, D head size, n blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
