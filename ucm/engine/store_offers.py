@@ -90,7 +90,11 @@ class StoreOffers:
             num_wanted: blocks that must be available at once when it has left.
         """
         num_new = sequence.num_full_blocks - sequence.num_offered
-        if num_new <= 0 or not self._hook.should_swap_out(sequence.num_computed):
+        if (
+            num_new <= 0
+            or sequence.is_offloaded
+            or not self._hook.should_swap_out(sequence.num_computed)
+        ):
             return
         blocks = self._pool.blocks
         num_freed = sum(1 for block_id in sequence.block_ids if blocks.refs(block_id) == 1)
@@ -102,7 +106,7 @@ class StoreOffers:
         sequence = work.sequence
         last = (sequence.num_computed + work.num_tokens) // sequence.block_tokens
         before = sequence.num_offered
-        if last <= before:
+        if last <= before or sequence.is_offloaded:
             return
         num_final = sequence.num_full_blocks
         load = self._loads.get(sequence)
