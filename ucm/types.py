@@ -97,3 +97,45 @@ class BlockState(enum.StrEnum):
     ABSENT = "absent"
     ACCEPTED = "accepted"
     FLUSHED = "flushed"
+
+
+class SummaryKind(enum.StrEnum):
+    """What a block's summary holds; `ucm.kernels.summarize` says where each comes from."""
+
+    GSA_K4 = "gsa-k4"
+    """Four clusters of the block's keys: the default."""
+    GSA_2 = "gsa-2"
+    """Mean, the two keys farthest from it, and two directions of spread."""
+    SHADOW2 = "shadow2"
+    """Every key, in 2 bits a channel."""
+    SHADOW4 = "shadow4"
+    """Every key, in 4 bits a channel: near exact, and certificates can be built on it."""
+    MEAN = "mean"
+    BOX = "box"
+    CUBOID = "cuboid"
+    HASH128 = "hash128"
+    MAXNORM = "maxnorm"
+
+    @property
+    def number(self) -> int:
+        """What formats and protocols write; never reused."""
+        return _SUMMARY_NUMBERS[self]
+
+    @classmethod
+    def from_number(cls, number: int) -> SummaryKind | None:
+        """The kind that `number` stands for; None if this version knows none."""
+        return _SUMMARY_KINDS.get(number)
+
+
+_SUMMARY_NUMBERS = {
+    SummaryKind.GSA_K4: 1,
+    SummaryKind.GSA_2: 2,
+    SummaryKind.SHADOW2: 3,
+    SummaryKind.SHADOW4: 4,
+    SummaryKind.MEAN: 5,
+    SummaryKind.BOX: 6,
+    SummaryKind.CUBOID: 7,
+    SummaryKind.HASH128: 8,
+    SummaryKind.MAXNORM: 9,
+}
+_SUMMARY_KINDS = {number: kind for kind, number in _SUMMARY_NUMBERS.items()}

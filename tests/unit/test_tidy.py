@@ -29,6 +29,7 @@ LAYERS = {
     "ucm.bench": 6,
     "ucm.connectors": 5,
     "ucm.engine": 5,
+    "ucm.sparse": 5,
     "ucm.model_hub": 5,
     "ucm.call_guard": 4,
     "ucm.row_uses": 3,
@@ -114,9 +115,18 @@ LAYERS = {
 FORBIDDEN = {
     "ucm.connectors": ("ucm.storage", "ucm.manager", "ucm.embedded", "ucm.daemon", "ucm.service"),
     "ucm.engine": ("ucm.api", "ucm.client", "ucm.connectors", "ucm.storage", "ucm.manager"),
+    "ucm.sparse": ("ucm.api", "ucm.client", "ucm.connectors", "ucm.storage", "ucm.engine"),
 }
 HEAVY_IMPORTS = {
-    "torch": ("ucm.engine", "ucm.kernels", "ucm.connectors", "ucm.bench", "ucm.cli", "ucm.testing"),
+    "torch": (
+        "ucm.engine",
+        "ucm.sparse",
+        "ucm.kernels",
+        "ucm.connectors",
+        "ucm.bench",
+        "ucm.cli",
+        "ucm.testing",
+    ),
     "lmdb": ("ucm.storage.index", "ucm.bench.storage_peers", "ucm.testing.faulty_index"),
     "grpc": (
         "ucm.protos",

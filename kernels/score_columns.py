@@ -1,0 +1,258 @@
+"""Summaries of one sequence made ready to be scored: structures of arrays, dequantised.
+
+Each kind of summary belongs to one family of columns, which turn records into arrays once and
+answer for a layer's query with a few matrix products. `block_scores.SummaryTable` owns them, knows
+how many blocks there are and which must be read anyway.
+
+Shapes: L layers, G KV heads, n blocks, m query rows of a KV head, C terms of a block, B tokens,
+D head size. `q_GmD` is scaled by 1 / sqrt(D) already.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucm.layout import KvLayout
+from ucm.types import SummaryKind
+
+from .summarize import hash_directions, unpack_codes
+from .summary_record import NUM_CENTROIDS, SHADOW_BITS, WITH_VALUES, Records
+
+Floats: TypeAlias = NDArray[np.float32]
+Bounds: TypeAlias = tuple[Floats, Floats]
+
+INITIAL_BLOCKS = 64
+
+
+def make_columns(kind: SummaryKind, layout: KvLayout) -> Columns:
+    """The columns that summaries of `kind` are held in."""
+    if kind in NUM_CENTROIDS:
+        return CentroidColumns(kind, layout)
+    if kind in SHADOW_BITS:
+        return ShadowColumns(kind, layout)
+    if kind is SummaryKind.HASH128:
+        return HashColumns(kind, layout)
+    return BoxColumns(kind, layout)
+
+
+class Columns(ABC):
+    """Arrays [L, G, capacity, ...] that grow geometrically along the blocks."""
+
+    def __init__(self, kind: SummaryKind, layout: KvLayout) -> None:
+        self._kind = kind
+        self._layout = layout
+        self._arrays: dict[str, Floats] = {}
+        self._capacity = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def write(self, start: int, records: Records) -> None:
+        """Put records [n, L, G] at blocks start..start+n-1."""
+        parts = self._prepare(records)
+        if self._kind in WITH_VALUES:
+            parts["value_means"] = scaled(records["value_mean"], records["value_scale"])
+            parts["value_radii"] = records["value_radius"].astype(np.float32)
+        for name, part in parts.items():
+            array = self._room(name, start + len(records), part)
+            array[:, :, start : start + len(records)] = np.moveaxis(part, 0, 2)
+
+    def _room(self, name: str, blocks: int, part: Floats) -> Floats:
+        array = self._arrays.get(name)
+        if array is not None and array.shape[2] >= blocks:
+            return array
+        capacity = max(INITIAL_BLOCKS, blocks, 0 if array is None else 2 * array.shape[2])
+        grown = np.zeros((*part.shape[1:3], capacity, *part.shape[3:]), part.dtype)
+        if array is not None:
+            grown[:, :, : array.shape[2]] = array
+        self._arrays[name] = grown
+        return grown
+
+    def _of(self, name: str, layer: int, num: int) -> Floats:
+        """[G, num, ...] of one layer."""
+        return self._arrays[name][layer, :, :num]
+
+    def values(self, layer: int, num: int) -> tuple[Floats, Floats]:
+        """Copies of mean values [num, G, D] and radii [num, G]."""
+        mean = self._of("value_means", layer, num).swapaxes(0, 1).copy()
+        return mean, self._of("value_radii", layer, num).T.copy()
+
+    @abstractmethod
+    def _prepare(self, records: Records) -> dict[str, Floats]:
+        """Arrays [n, L, G, ...] of records [n, L, G]; finite also where a record says must."""
+
+    @abstractmethod
+    def log_mass(self, layer: int, q_GmD: Floats, num: int) -> Floats:
+        """[G, m, num] estimates of the log of the sum of exp(logit) over each block's keys."""
+
+    @abstractmethod
+    def bounds(self, layer: int, q_GmD: Floats, num: int) -> Bounds:
+        """(lower, upper) [G, m, num] of every logit of each block."""
+
+
+def norms(vectors: Floats) -> Floats:
+    """Euclidean norms over the last axis."""
+    found: Floats = np.sqrt(np.einsum("...d,...d->...", vectors, vectors))
+    return found
+
+
+def scaled(codes: NDArray[np.generic], scales: NDArray[np.generic]) -> Floats:
+    """Codes [..., D] times their scale [...], as float32."""
+    return codes.astype(np.float32) * scales.astype(np.float32)[..., None]
+
+
+def log_sum(terms: Floats) -> Floats:
+    """Log of the sum of exp over the last, short axis; -inf where all terms are."""
+    top = terms[..., 0]
+    for index in range(1, terms.shape[-1]):
+        top = np.maximum(top, terms[..., index])
+    top = np.where(np.isfinite(top), top, np.float32(0))
+    terms = np.exp(terms - top[..., None])
+    total = terms @ np.ones(terms.shape[-1], np.float32)
+    with np.errstate(divide="ignore"):
+        return np.log(total) + top
+
+
+class CentroidColumns(Columns):
+    """Clusters of keys: centre, log of the count, radius."""
+
+    def _prepare(self, records: Records) -> dict[str, Floats]:
+        centres = scaled(records["centroids"], records["scales"])
+        counts = records["counts"].astype(np.float32)
+        radii = records["radii"].astype(np.float32)
+        if self._kind is SummaryKind.MAXNORM:
+            # What is not kept lies in a ball around zero, of which nothing is estimated.
+            rest = records["rest_radius"].astype(np.float32)[..., None]
+            radii = np.concatenate([radii, rest], axis=-1)
+            counts = np.concatenate([counts, np.zeros_like(rest)], axis=-1)
+            centres = np.concatenate([centres, np.zeros_like(centres[..., :1, :])], axis=-2)
+        else:
+            # An empty cluster repeats the fullest: it changes no bound.
+            fullest = counts.argmax(axis=-1)[..., None]
+            source = np.where(counts > 0, np.arange(counts.shape[-1]), fullest)
+            centres = np.take_along_axis(centres, source[..., None], axis=-2)
+            radii = np.take_along_axis(radii, source, axis=-1)
+        with np.errstate(divide="ignore"):
+            return {"centres": centres, "bias": np.log(counts), "radii": radii}
+
+    def _logits(self, layer: int, q_GmD: Floats, num: int) -> Floats:
+        """[G, m, num, C] of the centres."""
+        centres = self._of("centres", layer, num)
+        heads, _, terms, dim = centres.shape
+        flat = centres.reshape(heads, num * terms, dim)
+        return (q_GmD @ flat.transpose(0, 2, 1)).reshape(heads, -1, num, terms)
+
+    def log_mass(self, layer: int, q_GmD: Floats, num: int) -> Floats:
+        """See `Columns.log_mass`."""
+        logits = self._logits(layer, q_GmD, num)
+        return log_sum(logits + self._of("bias", layer, num)[:, None])
+
+    def bounds(self, layer: int, q_GmD: Floats, num: int) -> Bounds:
+        """See `Columns.bounds`."""
+        logits = self._logits(layer, q_GmD, num)
+        reach = norms(q_GmD)[:, :, None, None] * self._of("radii", layer, num)[:, None]
+        return (logits - reach).min(axis=-1), (logits + reach).max(axis=-1)
+
+
+class BoxColumns(Columns):
+    """A centre and an extent a channel; the score is the largest logit inside the box."""
+
+    def _prepare(self, records: Records) -> dict[str, Floats]:
+        centre = scaled(records["centre"], records["scale"])
+        half = scaled(records["half"], records["half_scale"])
+        return {
+            "boxes": np.concatenate([centre, half], axis=-1),
+            "radius": records["radius"].astype(np.float32),
+        }
+
+    def log_mass(self, layer: int, q_GmD: Floats, num: int) -> Floats:
+        """See `Columns.log_mass`; as if all keys were at the corner that q likes best."""
+        both = np.concatenate([q_GmD, np.abs(q_GmD)], axis=-1)
+        return both @ self._of("boxes", layer, num).transpose(0, 2, 1)
+
+    def bounds(self, layer: int, q_GmD: Floats, num: int) -> Bounds:
+        """See `Columns.bounds`: of the ball around the centre, for a box also of the box."""
+        boxes = self._of("boxes", layer, num)
+        dim = q_GmD.shape[-1]
+        middle = q_GmD @ boxes[..., :dim].transpose(0, 2, 1)
+        reach = norms(q_GmD)[:, :, None] * self._of("radius", layer, num)[:, None]
+        if self._kind is SummaryKind.BOX:
+            box = np.abs(q_GmD) @ boxes[..., dim:].transpose(0, 2, 1)
+            reach = np.minimum(reach, box)
+        return middle - reach, middle + reach
+
+
+class TokenColumns(Columns):
+    """Something of every key: logits of tokens, from which those of blocks follow."""
+
+    @abstractmethod
+    def token_logits(self, layer: int, q_GmD: Floats, num: int) -> Floats:
+        """[G, m, num, B] estimates."""
+
+    def log_mass(self, layer: int, q_GmD: Floats, num: int) -> Floats:
+        """See `Columns.log_mass`."""
+        logits = self.token_logits(layer, q_GmD, num)
+        top = logits.max(axis=-1)
+        mass: Floats = np.log(np.exp(logits - top[..., None]).sum(axis=-1)) + top
+        return mass
+
+    def token_errors(self, layer: int, num: int) -> Floats:
+        """[G, num, B]: |q| times it bounds the error of a token's logit."""
+        return self._of("errors", layer, num)
+
+    def bounds(self, layer: int, q_GmD: Floats, num: int) -> Bounds:
+        """See `Columns.bounds`."""
+        logits = self.token_logits(layer, q_GmD, num)
+        reach = norms(q_GmD)[:, :, None, None] * self.token_errors(layer, num)[:, None]
+        return (logits - reach).min(axis=-1), (logits + reach).max(axis=-1)
+
+
+class ShadowColumns(TokenColumns):
+    """Dequantised keys."""
+
+    def _prepare(self, records: Records) -> dict[str, Floats]:
+        keys = unpack_codes(records["codes"], SHADOW_BITS[self._kind]).astype(np.float32)
+        keys *= records["scales"].astype(np.float32)[..., None, :]
+        keys += records["zeros"].astype(np.float32)[..., None, :]
+        return {"keys": keys, "errors": records["errors"].astype(np.float32)}
+
+    def token_logits(self, layer: int, q_GmD: Floats, num: int) -> Floats:
+        """See `TokenColumns.token_logits`."""
+        keys = self._of("keys", layer, num)
+        heads, _, tokens, dim = keys.shape
+        flat = keys.reshape(heads, num * tokens, dim)
+        return (q_GmD @ flat.transpose(0, 2, 1)).reshape(heads, -1, num, tokens)
+
+
+class HashColumns(TokenColumns):
+    """Signs of random projections of the keys, as +-1, and their norms."""
+
+    def _prepare(self, records: Records) -> dict[str, Floats]:
+        signs = np.unpackbits(records["bits"], axis=-1, bitorder="little")
+        return {
+            "signs": signs.astype(np.float32) * 2 - 1,
+            "errors": records["norms"].astype(np.float32),
+        }
+
+    def token_logits(self, layer: int, q_GmD: Floats, num: int) -> Floats:
+        """See `TokenColumns.token_logits`: |q| |k| cos(pi / 128 * differing signs)."""
+        signs = self._of("signs", layer, num)
+        heads, _, tokens, bits = signs.shape
+        of_query = np.where(q_GmD @ hash_directions(q_GmD.shape[-1]) >= 0, 1, -1)
+        flat = signs.reshape(heads, num * tokens, bits)
+        agree = of_query.astype(np.float32) @ flat.transpose(0, 2, 1)
+        cosine = np.sin(agree * np.float32(np.pi / 2 / bits)).reshape(heads, -1, num, tokens)
+        size = norms(q_GmD)[:, :, None, None] * self.token_errors(layer, num)[:, None]
+        logits: Floats = cosine * size
+        return logits
+
+    def bounds(self, layer: int, q_GmD: Floats, num: int) -> Bounds:
+        """See `Columns.bounds`: signs bound nothing, norms do."""
+        reach = norms(q_GmD)[:, :, None] * self.token_errors(layer, num).max(axis=-1)[:, None]
+        return -reach, reach
