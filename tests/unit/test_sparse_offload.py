@@ -86,7 +86,15 @@ def test_chunks_and_decodes_equal_dense_attention(
     assert blocks == set(sequence.ids)
 
 
-class Everything:
+class SealsNothing:
+    """Needs no summaries."""
+
+    def seal(self, _slabs: Tensor, /) -> None: ...
+
+    def truncate(self, _num_blocks: int, /) -> None: ...
+
+
+class Everything(SealsNothing):
     """Wants all blocks, as if they had been chosen; the first ones most."""
 
     def choose(self, _layer: int, _q: Tensor, position: int, /) -> Wanted:
@@ -94,7 +102,7 @@ class Everything:
         return Wanted(np.arange(count), np.linspace(1, 0, count, dtype=np.float32))
 
 
-class Some:
+class Some(SealsNothing):
     """Wants the sink, two blocks that change slowly, and the last three."""
 
     def choose(self, layer: int, _q: Tensor, position: int, /) -> Wanted:

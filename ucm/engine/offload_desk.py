@@ -57,6 +57,12 @@ class _Place:
     attention: OffloadedAttention | None = None
     num_attempts: int = 0
 
+    def truncate(self, num_blocks: int) -> None:
+        """Keep the first blocks only."""
+        self.shelf.truncate(num_blocks)
+        if self.chooser is not None:
+            self.chooser.truncate(self.shelf.num_kept)
+
 
 @dataclass(slots=True)
 class _Watched:
@@ -103,7 +109,7 @@ class OffloadDesk:
             self._places[sequence.id] = place
             self.stats.sequences += 1
         # The last token has to be computed in any case: the next one comes from its logits.
-        place.shelf.truncate((sequence.num_tokens - 1) // sequence.block_tokens)
+        place.truncate((sequence.num_tokens - 1) // sequence.block_tokens)
         place.attention = OffloadedAttention(
             self.options, self.pool.tensor, sequence.block_ids, place.shelf, place.chooser
         )
@@ -186,7 +192,7 @@ class OffloadDesk:
         assert self.options is not None
         place = self._places[sequence.id]
         self.leave(sequence)
-        place.shelf.truncate(max(0, num_good))
+        place.truncate(max(0, num_good))
         place.num_attempts += 1
         self.stats.recomputed += 1
         logger.warning("long sequence computed anew: %s", error)

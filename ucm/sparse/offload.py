@@ -95,6 +95,12 @@ class Chooser(Protocol):
     def choose(self, layer: int, q_THD: Tensor, position: int, /) -> Wanted | None:
         """Blocks for one layer of the step at `position`; None for all."""
 
+    def seal(self, slabs: Tensor, /) -> None:
+        """The next blocks are full: [L, n, 2, G, B, D]."""
+
+    def truncate(self, num_blocks: int, /) -> None:
+        """All but the first blocks will be computed again."""
+
 
 @dataclass(slots=True)
 class OffloadStats:
@@ -215,6 +221,8 @@ class OffloadedAttention:
             self.shelf.put(token_ids[: full * self._block_tokens], slabs)
             self.shelf.wait_kept(full)
             self.resident.keep(full)
+            if self._chooser is not None:
+                self._chooser.seal(slabs)
         return range(put, full)
 
     def __call__(self, layer: int, q_THD: Tensor, kv_layer: Tensor, /) -> Tensor:
