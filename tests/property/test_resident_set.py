@@ -60,7 +60,7 @@ class ResidentSetMachine(RuleBasedStateMachine):
             sorted(data.draw(st.sets(st.sampled_from(held or [0])))), dtype=np.int64
         )
         mass = np.zeros(self.set.num_blocks, dtype=np.float32)
-        mass[wanted] = data.draw(st.floats(0.01, 1, width=32))
+        mass[wanted] = data.draw(st.sampled_from([0.125, 0.25, 0.5, 1.0]))
         self.set.want(layer, wanted, mass)
         placed = self.set.place(layer, wanted, protected, is_ahead=is_ahead)
         assert sorted([*placed.blocks, *placed.rest]) == wanted.tolist()

@@ -50,7 +50,7 @@ class Sequence:
     def run(self, count: int, *, queries: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """Compute `count` tokens; returns each layer's result and what it should be."""
         start, stop = self.num_tokens, self.num_tokens + count
-        table = self.attention.begin_pass(start, count)
+        table = self.attention.begin_pass(start, count, is_decode=count == 1)
         results = []
         for layer in range(LAYERS):
             kv = torch.randn(count, 2, KV_HEADS, D, generator=self.random).to(self.pool.dtype)
@@ -142,7 +142,7 @@ def test_a_chosen_subset_is_the_attention_over_it(source: HostSlabSource) -> Non
     for count in (24, 24, 24, 13):
         sequence.run(count)
     position = sequence.num_tokens
-    table = sequence.attention.begin_pass(position, 1)
+    table = sequence.attention.begin_pass(position, 1, is_decode=True)
     kv = torch.randn(2, KV_HEADS, D)
     q = torch.randn(1, HEADS, D)
     for layer in range(LAYERS):
@@ -162,7 +162,7 @@ def test_a_pass_that_failed_is_repeated(source: HostSlabSource) -> None:
     for count in (24, 24, 24):
         check(sequence.run(count))
     for count in (7, 1, 1):
-        sequence.attention.begin_pass(sequence.num_tokens, count)
+        sequence.attention.begin_pass(sequence.num_tokens, count, is_decode=count == 1)
         q = torch.zeros(count, HEADS, D)
         sequence.attention(0, q, sequence.pool[0])
         sequence.run(count)
@@ -174,10 +174,9 @@ def test_a_lost_slab_ends_the_pass_and_spoils_nothing(source: HostSlabSource) ->
         check(sequence.run(count))
     kept = sequence.attention.shelf.num_kept
     sequence.attention.shelf.truncate(2)
-    sequence.attention.begin_pass(sequence.num_tokens, 1)
+    sequence.attention.begin_pass(sequence.num_tokens, 1, is_decode=True)
     with pytest.raises(SlabLostError, match="block"):
-        for layer in range(LAYERS):
-            sequence.attention(layer, torch.zeros(1, HEADS, D), sequence.pool[layer])
+        sequence.attention(0, torch.zeros(1, HEADS, D), sequence.pool[0])
     assert kept > 2
     sequence.attention.stop()
     assert sequence.attention.stream.is_idle

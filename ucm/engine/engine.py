@@ -14,6 +14,7 @@ from types import TracebackType
 
 from ucm.clock import Clock, SystemClock
 from ucm.errors import ConfigError, InvalidArgumentError
+from ucm.sparse.decoding import SparseStats
 from ucm.sparse.slab_source import SlabSource
 
 from .guarded_hook import HookStats
@@ -56,8 +57,10 @@ class Engine:
             ConfigError: offload without a source.
         """
         self.options = options or EngineOptions()
-        if self.options.offload is not None and source is None:
-            raise ConfigError("engine: offload needs a slab source, for example HostSlabSource")
+        if self.options.share is not None and source is None:
+            raise ConfigError(
+                "engine: offload (resident_blocks) needs a slab source, for example HostSlabSource"
+            )
         self._model = model
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
@@ -76,6 +79,11 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters over the engine's life."""
         return self._runner.stats
+
+    @property
+    def sparse_stats(self) -> SparseStats | None:
+        """What sparse attention read and left out; None without it."""
+        return self._runner.sparse_stats
 
     @property
     def hook_stats(self) -> HookStats:
@@ -132,9 +140,10 @@ class Engine:
             block_tokens=self.options.block_tokens,
             num_forks=params.n - 1,
         )
-        if self.options.offload is not None and self._is_long(max_length):
-            sequence.resident_blocks = self.options.offload.resident_blocks
-            sequence.max_chunk_tokens = self.options.offload.max_chunk_tokens(sequence.block_tokens)
+        share = self.options.share
+        if share is not None and self._is_long(max_length):
+            sequence.resident_blocks = share.resident_blocks
+            sequence.max_chunk_tokens = share.max_chunk_tokens(sequence.block_tokens)
         if params.repetition_penalty != 1.0:
             sequence.track_seen(self._model.config.vocab_size)
         request = RequestState(
@@ -246,13 +255,7 @@ class Engine:
 
     def check_integrity(self) -> list[str]:
         """Every violated invariant of pool and sequences, in words; empty when sound."""
-        runner = self._runner
-        faults = runner.pool.check_integrity(
-            [*(item.block_ids for item in runner.running), *runner.loads.owned]
-        )
-        faults += runner.offloads.check_integrity()
-        faults += [f"waiting {item.id} holds blocks" for item in runner.waiting if item.block_ids]
-        return faults
+        return self._runner.check_integrity()
 
     def step(self) -> list[TokenEvent]:
         """Compute one batch; blocks for one forward pass (and the hook's loads).
@@ -365,8 +368,8 @@ class Engine:
 
     def _is_long(self, max_length: int) -> bool:
         """Whether a sequence of this length does not fit its share of the pool."""
-        offload, size = self.options.offload, self.options.block_tokens
-        return offload is not None and -(-(max_length - 1) // size) > offload.resident_blocks
+        share, size = self.options.share, self.options.block_tokens
+        return share is not None and -(-(max_length - 1) // size) > share.resident_blocks
 
     def _new_sample(self, sequence: TokenSequence) -> SampleState:
         stream = self._tokenizer.stream() if self._tokenizer else None

@@ -18,7 +18,7 @@ Envelope: without loads and stores the model is called as if this module were no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,7 @@ from .hook import StepReport
 from .interfaces import DecoderModel
 from .layer_clock import LayerClock
 from .load_queue import Load, LoadQueue
+from .model import ItemAttention
 from .offload_desk import OffloadDesk
 from .pool import KvPool
 from .scheduler import SchedulerOptions, Work
@@ -131,19 +132,28 @@ class ForwardPass:
         self._offloads = parts.offloads
         self._clock = parts.clock
 
-    def run(self, batch: Sequence[Work], options: SchedulerOptions) -> PassResult:
+    def run(
+        self,
+        batch: Sequence[Work],
+        options: SchedulerOptions,
+        attentions: Mapping[str, ItemAttention] | None = None,
+    ) -> PassResult:
         """Compute `batch`, which includes the sequences whose loads have joined.
+
+        `attentions` has those who attend for sequences that are not dense, by their ids; never for
+        one whose load has joined.
 
         Blocks for the pass and for the loads. When it raises (the model failed) the joined loads
         and the stores are as they were before it. When it returns logits, its stores wait for
         `StoreOffers.complete_pass`.
         """
         evicted: list[TokenSequence] = []
+        others = attentions or {}
         while batch:
             progress = self._offers.begin_pass(batch)
             gate = _Gate(self._hook, self._clock, self._loads.joined, progress)
             started_us = self._clock.now_us()
-            logits = self._attempt(batch, gate)
+            logits = self._attempt(batch, gate, others)
             seconds = (self._clock.now_us() - started_us) / 1e6
             cut, lost = self._trim_short(gate) if logits is None else self._end_joined(gate)
             if logits is not None and not cut:
@@ -155,9 +165,11 @@ class ForwardPass:
             batch = _refit([work for work in batch if work.sequence not in lost], cut, options)
         return PassResult(batch, None, evicted)
 
-    def _attempt(self, batch: Sequence[Work], gate: _Gate) -> torch.Tensor | None:
+    def _attempt(
+        self, batch: Sequence[Work], gate: _Gate, others: Mapping[str, ItemAttention]
+    ) -> torch.Tensor | None:
         """Run the model once; None when a layer came short, or a long sequence lost a slab."""
-        items = [self._offloads.item(work) for work in batch]
+        items = [self._offloads.item(work, others.get(work.sequence.id)) for work in batch]
         begun_us, is_watched = tracing.now_us(), tracing.active() is not None
         is_gated = gate.loads or gate.progress is not None or is_watched
         wait_layer = gate.enter if is_gated else None

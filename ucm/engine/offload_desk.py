@@ -1,4 +1,4 @@
-"""Sequences that are longer than their share of the pool: the engine's side of `ucm.sparse.offload`.
+"""`OffloadDesk`: sequences that are longer than their share of the pool.
 
     admitted     owns `resident_blocks` pool blocks, all of them, from the start to the end
     a pass       begin_pass, its own attention, end_pass: what is full goes to the slab source
@@ -22,7 +22,7 @@ from ucm.errors import CapacityError
 from ucm.sparse.offload import Chooser, OffloadedAttention, OffloadOptions
 from ucm.sparse.slab_source import SlabLostError, SlabShelf, SlabSource
 
-from .model import ForwardItem
+from .model import ForwardItem, ItemAttention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from .sequence import TokenSequence
 
 logger = logging.getLogger(__name__)
-
-MakeChooser = Callable[["TokenSequence"], Chooser | None]
 
 
 @dataclass(slots=True)
@@ -81,7 +79,7 @@ class _Watched:
             raise
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class OffloadDesk:
     """Long sequences and where their KV is; see the module. Owned by the engine's thread."""
 
@@ -89,8 +87,8 @@ class OffloadDesk:
     source: SlabSource | None
     options: OffloadOptions | None
     """None: no sequence is offloaded."""
-    make_chooser: MakeChooser = lambda _sequence: None
-    """What decode steps of a sequence read; everything when it makes None."""
+    make_chooser: Callable[[], Chooser] | None
+    """What decode steps of a sequence read; everything when None."""
     stats: DeskStats = field(default_factory=DeskStats)
     failed: list[tuple[TokenSequence, str]] = field(default_factory=list)
     """Sequences that must end, and why; the runner takes them."""
@@ -105,7 +103,8 @@ class OffloadDesk:
         assert self.options is not None
         place = self._places.get(sequence.id)
         if place is None:
-            place = _Place(self.source.open(sequence.id), self.make_chooser(sequence))
+            chooser = self.make_chooser() if self.make_chooser is not None else None
+            place = _Place(self.source.open(sequence.id), chooser)
             self._places[sequence.id] = place
             self.stats.sequences += 1
         # The last token has to be computed in any case: the next one comes from its logits.
@@ -115,15 +114,16 @@ class OffloadDesk:
         )
         sequence.num_computed = place.attention.resident.num_kept * sequence.block_tokens
 
-    def item(self, work: Work) -> ForwardItem:
-        """The sequence's share of a pass."""
+    def item(self, work: Work, other: ItemAttention | None) -> ForwardItem:
+        """The sequence's share of a pass; `other` attends if it is not a long one."""
         sequence = work.sequence
         start = sequence.num_computed
         tokens = sequence.tokens[start : start + work.num_tokens]
         if not sequence.is_offloaded:
-            return ForwardItem(tokens, start, sequence.block_ids)
+            return ForwardItem(tokens, start, sequence.block_ids, other)
         attention = self._attention(sequence)
-        table = attention.begin_pass(start, work.num_tokens)
+        is_decode = work.num_tokens == 1 and start >= sequence.num_prompt
+        table = attention.begin_pass(start, work.num_tokens, is_decode=is_decode)
         return ForwardItem(tokens, start, table, _Watched(sequence, attention, self._lost))
 
     def take_lost(self) -> list[TokenSequence]:
@@ -202,10 +202,8 @@ class OffloadDesk:
         sequence.resident_blocks = 0
         if sequence.num_blocks_for(sequence.max_length - 1) > self.pool.blocks.num_blocks:
             self.stats.failed += 1
-            self.failed.append(
-                (
-                    sequence,
-                    f"its KV was lost {place.num_attempts} times ({error}), and "
-                    f"{self.pool.blocks.num_blocks} pool blocks cannot hold it",
-                )
+            why = (
+                f"its KV was lost {place.num_attempts} times ({error}), and "
+                f"{self.pool.blocks.num_blocks} pool blocks cannot hold it"
             )
+            self.failed.append((sequence, why))

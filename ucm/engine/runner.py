@@ -26,7 +26,9 @@ import torch
 from ucm.clock import Clock
 from ucm.errors import CapacityError, ConfigError
 from ucm.layout import KvLayout
+from ucm.sparse.decoding import SparseStats
 from ucm.sparse.offload import OffloadOptions
+from ucm.sparse.options import SparseOptions
 from ucm.sparse.slab_source import SlabSource
 from ucm.types import LoadOrder
 
@@ -40,6 +42,7 @@ from .pool import TORCH_DTYPES, KvPool
 from .sampling import Draw, sample
 from .scheduler import Admission, SchedulerOptions, Work, plan_step
 from .sequence import TokenSequence
+from .sparse_decode import SparseDecode
 from .store_offers import StoreOffers
 
 _STALL_POLL_S = 0.01
@@ -62,8 +65,23 @@ class EngineOptions:
     later steps, so a slow store never starves the decode."""
     stall_timeout_s: float = 30.0
     """How long to wait for the hook to give pinned blocks back when nothing can run without."""
+    sparse: SparseOptions | None = None
+    """Which blocks decodes of long sequences read; None: all of them, always."""
     offload: OffloadOptions | None = None
-    """How a sequence lives with less of the pool than it needs; None: it must fit."""
+    """How a sequence lives with less of the pool than it needs; None: as `sparse.resident_blocks`
+    says, and without that it must fit."""
+
+    @property
+    def share(self) -> OffloadOptions | None:
+        """What a sequence may own of the pool; None: what it needs."""
+        sparse = self.sparse
+        if self.offload is not None or sparse is None or sparse.resident_blocks is None:
+            return self.offload
+        return OffloadOptions(
+            resident_blocks=sparse.resident_blocks,
+            sink_blocks=sparse.sink_blocks,
+            recent_blocks=sparse.recent_blocks,
+        )
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1 or self.block_tokens < 1:
@@ -71,9 +89,9 @@ class EngineOptions:
                 f"engine: num_blocks is {self.num_blocks} and block_tokens {self.block_tokens}, "
                 "both must be >= 1"
             )
-        if self.offload is not None and self.offload.resident_blocks > self.num_blocks:
+        if self.share is not None and self.share.resident_blocks > self.num_blocks:
             raise ConfigError(
-                f"engine: a sequence is to own {self.offload.resident_blocks} blocks "
+                f"engine: a sequence is to own {self.share.resident_blocks} blocks "
                 f"(resident_blocks), the pool has {self.num_blocks}"
             )
         if not 0.0 < self.max_pinned_share <= 1.0:
@@ -119,11 +137,28 @@ class BatchRunner:
         self.loads = LoadQueue(self.hook, self.pool, options.scheduler, clock)
         max_pinned = max(1, int(options.num_blocks * options.max_pinned_share))
         self._offers = StoreOffers(self.hook, self.pool, self.loads, max_pinned)
-        self.offloads = OffloadDesk(pool=self.pool, source=source, options=options.offload)
+        self._sparse: SparseDecode | None = None
+        if options.sparse is not None:
+            self._sparse = SparseDecode(options.sparse, self.pool, self.loads)
+        make_chooser = self._sparse.chooser if self._sparse else None
+        self.offloads = OffloadDesk(self.pool, source, options.share, make_chooser)
         self._pass = ForwardPass(
             PassParts(model, self.pool, self.hook, self.loads, self._offers, self.offloads, clock)
         )
         self._stalled_since_us: int | None = None
+
+    @property
+    def sparse_stats(self) -> SparseStats | None:
+        """What sparse attention read and left out; None without it."""
+        return None if self._sparse is None else self._sparse.stats
+
+    def check_integrity(self) -> list[str]:
+        """Every violated invariant of pool and sequences, in words; empty when sound."""
+        owners = [*(item.block_ids for item in self.running), *self.loads.owned]
+        faults = self.pool.check_integrity(owners)
+        faults += [f"waiting {item.id} holds blocks" for item in self.waiting if item.block_ids]
+        faults += self.offloads.check_integrity()
+        return faults + (self._sparse.check_integrity(self.running) if self._sparse else [])
 
     def submit(self, sequence: TokenSequence) -> None:
         """Queue a sequence; it starts with the next step that has room."""
@@ -161,7 +196,8 @@ class BatchRunner:
             self._stall()
             return []
         self._stalled_since_us = None
-        result = self._pass.run(batch, options)
+        attentions = self._sparse.begin_pass(batch) if self._sparse is not None else None
+        result = self._pass.run(batch, options, attentions)
         for sequence in result.evicted:
             self._preempt(sequence)
         return [] if result.logits is None else self._finish_step(result.batch, result.logits)
@@ -220,6 +256,8 @@ class BatchRunner:
         """End what is under way for a sequence, and give its blocks back."""
         self.loads.drop(sequence)
         self.offloads.leave(sequence)
+        if self._sparse is not None:
+            self._sparse.drop(sequence)
         self.pool.blocks.release(sequence.rewind())
         self.hook.finish(sequence.id)
 
@@ -314,6 +352,8 @@ class BatchRunner:
         work.sequence.advance(work.num_tokens)
         self.stats.computed_tokens += work.num_tokens
         work.sequence.register_full(self.pool.blocks)
+        if self._sparse is not None:
+            self._sparse.end_pass(work)
 
     def _fork(self, sequence: TokenSequence) -> list[TokenSequence]:
         """Split off a request's other samples, once its prompt is computed."""

@@ -64,6 +64,8 @@ class TokenSequence:
     num_hook_tokens: int = 0
     """Tokens that the hook loaded at the first admission."""
     num_preemptions: int = 0
+    approximate_from: int | None = None
+    """Position from which on KV was computed with blocks left out; None: all of it is exact."""
     seen: npt.NDArray[np.bool_] | None = None
     """[vocab] for the repetition penalty; None when there is none."""
 
@@ -108,6 +110,16 @@ class TokenSequence:
     def num_full_blocks(self) -> int:
         """Blocks whose every row is computed."""
         return self.num_computed // self.block_tokens
+
+    def num_exact_blocks(self, num_tokens: int) -> int:
+        """Full blocks of the first `num_tokens` that hold exactly what their tokens say.
+
+        Only these are shared and stored: whoever finds them asked for the tokens, not for the way
+        they came about.
+        """
+        if self.approximate_from is not None:
+            num_tokens = min(num_tokens, self.approximate_from)
+        return num_tokens // self.block_tokens
 
     @property
     def reusable_chain(self) -> list[ChainLink]:
@@ -162,9 +174,10 @@ class TokenSequence:
         """Make its full blocks findable; their content is final."""
         if self.is_offloaded:
             return
-        for index in range(self.num_registered, self.num_full_blocks):
+        num_exact = self.num_exact_blocks(self.num_computed)
+        for index in range(self.num_registered, num_exact):
             blocks.register(self.block_ids[index], self.chain[index])
-        self.num_registered = self.num_full_blocks
+        self.num_registered = num_exact
 
     def _count_loaded(self, blocks: range) -> None:
         if self.num_preemptions == 0:
@@ -191,6 +204,7 @@ class TokenSequence:
             chain=list(self.chain),
             num_registered=self.num_registered,
             num_offered=self.num_offered,
+            approximate_from=self.approximate_from,
             seen=None if self.seen is None else self.seen.copy(),
         )
 
@@ -202,7 +216,7 @@ class TokenSequence:
         """
         block_ids, self.block_ids = self.block_ids, []
         self.num_computed = self.num_registered = self.num_offered = 0
-        self.loaded_ahead = None
+        self.loaded_ahead = self.approximate_from = None
         return block_ids
 
     def _extend_chain(self) -> None:

@@ -184,15 +184,21 @@ class OffloadedAttention:
         self._ahead: dict[int, _Into] = {}
         self._awaited: tuple[int, _Into] | None = None
         self._start = self._num_tokens = 0
+        self._is_decode = False
 
-    def begin_pass(self, start: int, num_tokens: int) -> list[int]:
+    def begin_pass(self, start: int, num_tokens: int, *, is_decode: bool) -> list[int]:
         """Get ready for a pass over these positions; may be repeated when a pass failed.
+
+        Args:
+            start: the first position.
+            num_tokens: positions.
+            is_decode: whether the pass may leave blocks out: a single token behind the prompt.
 
         Returns:
             A block table for the pass: right at the new positions, -1 before.
         """
         self._abandon()
-        self._start, self._num_tokens = start, num_tokens
+        self._start, self._num_tokens, self._is_decode = start, num_tokens, is_decode
         first, stop = start // self._block_tokens, -(-(start + num_tokens) // self._block_tokens)
         if stop > self.resident.num_blocks:
             self._settle()
@@ -227,7 +233,7 @@ class OffloadedAttention:
 
     def __call__(self, layer: int, q_THD: Tensor, kv_layer: Tensor, /) -> Tensor:
         """See `ItemAttention`."""
-        if self._num_tokens > 1 or self._chooser is None:
+        if not self._is_decode or self._chooser is None:
             if layer == 0:
                 self._expect_all()
             return self._attend_all(layer, q_THD, kv_layer)

@@ -9,7 +9,9 @@ Shapes: L layers, G KV heads, H query heads, B block tokens, D head size.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from .options import SparseOptions
 from .protocols import DecodeStep
 from .selector import SequenceSelector, Settings
 
+if TYPE_CHECKING:
+    from .decoding import SparseStats
+
 
 class SummaryChooser:
     """A `Chooser` of one sequence. Owned by the engine's thread."""
@@ -31,6 +36,7 @@ class SummaryChooser:
         table: SummaryTable,
         options: SparseOptions,
         settings: Callable[[], Settings | None],
+        stats: SparseStats,
     ) -> None:
         """Choose among blocks that are sealed from now on.
 
@@ -38,7 +44,9 @@ class SummaryChooser:
             table: an empty one.
             options: which blocks are always read.
             settings: how the present pass selects; None when it reads everything.
+            stats: the engine's.
         """
+        self._stats = stats
         self._table = table
         self._options = options
         self._settings = settings
@@ -50,8 +58,12 @@ class SummaryChooser:
         is_short = position + 1 < self._options.min_context_tokens
         if settings is None or is_short or layer < self._options.dense_layers:
             return None
-        self._selector.begin(self._step(position), settings)
+        started_s = time.perf_counter()
+        step = self._step(position)
+        self._selector.begin(step, settings)
         selection = self._selector.choose(layer, q_THD)
+        self._stats.count(selection, step.num_blocks, self._table.layout.slab_bytes)
+        self._stats.select_s += time.perf_counter() - started_s
         return Wanted(selection.blocks, selection.shares)
 
     def seal(self, slabs: Tensor, /) -> None:

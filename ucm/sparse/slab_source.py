@@ -164,8 +164,9 @@ class HostSlabSource:
         self.limiter = limiter
         self.read_bytes = 0
         """Bytes that were read back, over its life."""
+        self.kept_bytes = 0
+        """Bytes on all shelves."""
         self._capacity_bytes = capacity_bytes
-        self._kept_bytes = 0
         self._sleep = sleep
         self._changed = threading.Condition()
         self._wanted: deque[_HostRead] = deque()
@@ -193,12 +194,12 @@ class HostSlabSource:
         Raises:
             CapacityError: more than the capacity.
         """
-        if self._kept_bytes + num_bytes > self._capacity_bytes:
+        if self.kept_bytes + num_bytes > self._capacity_bytes:
             raise CapacityError(
-                f"slab source: {num_bytes} bytes more than the {self._kept_bytes} kept pass the "
+                f"slab source: {num_bytes} bytes more than the {self.kept_bytes} kept pass the "
                 f"capacity of {self._capacity_bytes}"
             )
-        self._kept_bytes += num_bytes
+        self.kept_bytes += num_bytes
 
     def submit(
         self, sources: Sequence[Tensor], into: Sequence[Tensor], *, is_ahead: bool
@@ -231,11 +232,9 @@ class HostSlabSource:
         """The read to go on with: one that somebody waits for, if there is; None at the end."""
         with self._changed:
             while not self._is_closing:
-                for reads in (self._wanted, self._ahead):
-                    while reads and (reads[0].is_cancelled or _is_over(reads[0])):
-                        reads.popleft()
-                    if reads:
-                        return reads[0]
+                read = _front(self._wanted) or _front(self._ahead)
+                if read is not None:
+                    return read
                 self._changed.wait()
             return None
 
@@ -250,8 +249,11 @@ class HostSlabSource:
             return read.is_writing
 
 
-def _is_over(read: _HostRead) -> bool:
-    return read.done == len(read.sources)
+def _front(reads: deque[_HostRead]) -> _HostRead | None:
+    """The first that goes on; those before it are forgotten."""
+    while reads and (reads[0].is_cancelled or reads[0].done == len(reads[0].sources)):
+        reads.popleft()
+    return reads[0] if reads else None
 
 
 @dataclass(slots=True)
