@@ -31,6 +31,8 @@ class LeaseKind(enum.Enum):
     STORE = "store"
     PIN = "pin"
     """A load that stays."""
+    SUMMARIES = "summaries"
+    """Summaries of blocks, not the blocks."""
 
 
 @dataclass(frozen=True, slots=True)

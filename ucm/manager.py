@@ -36,6 +36,7 @@ from .metrics import Metrics
 from .namespaces import Namespace, NamespaceTable, TierFactory, tiers_of
 from .pins import PinPath
 from .plan_grants import PlanGrants
+from .selection import Selections
 from .staging import Staging
 from .stores import StorePath
 from .summary_fills import SummaryFills
@@ -104,6 +105,8 @@ class Manager:
         """Layer by layer loads; `begin_load` here is what engines call."""
         self.summaries = SummaryFills(self._state, self._pool, self._loads.waiting_place)
         """Summaries of blocks, for namespaces that are opened with a kind of them."""
+        self.selections = Selections(self._state, self.summaries, self.layer_loads)
+        """Which blocks a query attends to, by their summaries."""
         self._pins = PinPath(self._state, self._loads)
         self._stores = StorePath(self._state, self._write_behind)
         self._session_numbers = itertools.count(1)
@@ -181,8 +184,10 @@ class Manager:
         found = self._state.namespaces.open(spec, use, summary)
         if self._write_behind is not None:
             self._write_behind.trim(found)
+        with self._state.lock:
+            kind = self._state.session_locked(session).summaries.get(found.id)
         limit = self.config.nvme.max_read_bytes_per_s
-        return NamespaceHandle(found.id, found.layout, limit)
+        return NamespaceHandle(found.id, found.layout, limit, kind)
 
     def arena(self, session: SessionId, namespace: NamespaceId) -> Arena:
         """The arena that the offsets of load grants point into; read-only for clients.

@@ -95,6 +95,17 @@ METRICS: Final[tuple[MetricSpec, ...]] = (
     MetricSpec("ucm_summaries_bytes", "gauge", "bytes", (), "Memory that summaries have touched."),
     MetricSpec("ucm_tier_used_bytes", "gauge", "bytes", ("tier",), "Slots in use."),
     MetricSpec("ucm_tier_capacity_bytes", "gauge", "bytes", ("tier",), "Configured capacity."),
+    MetricSpec("ucm_selects_total", "counter", "calls", (), "Selections answered."),
+    MetricSpec(
+        "ucm_select_candidates_total", "counter", "blocks", (), "Blocks to choose from, by layer."
+    ),
+    MetricSpec("ucm_select_chosen_total", "counter", "blocks", (), "Blocks chosen, by layer."),
+    MetricSpec(
+        "ucm_select_duration_seconds", "histogram", "seconds", (), "Time of one selection's scores."
+    ),
+    MetricSpec(
+        "ucm_select_table_bytes", "gauge", "bytes", (), "Tables that selections are scored in."
+    ),
     MetricSpec("ucm_leases", "gauge", "leases", (), "Leases held now."),
     MetricSpec("ucm_leased_bytes", "gauge", "bytes", (), "Bytes that leases pin now."),
     MetricSpec("ucm_pinned_bytes", "gauge", "bytes", (), "Bytes that pins keep in memory now."),
