@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class WatchedIo(GatedIo):
         self.asked: list[tuple[int, int]] = []
         self.open_gate()
 
-    def read_batch(self, requests: list[IoRequest]) -> list[int]:  # type: ignore[override]
+    def read_batch(self, requests: Sequence[IoRequest]) -> list[int]:
         for each in requests:
             self.asked.append((each.offset, sum(len(buffer) for buffer in each.buffers)))
         return super().read_batch(requests)
