@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 
 from ucm.errors import UcmError
+from ucm.storage.format import HEADER_BYTES
 from ucm.storage.nvme import NvmeStore
 from ucm.storage.tier import IoStatus
-from ucm.testing.damaged_store import KIND, NUM_SLOTS, PARENTS, make_sound_store
+from ucm.testing.damaged_store import KIND, NUM_SLOTS, PARENTS, DamagedStore, make_sound_store
 from ucm.testing.lanes import IS_DEEP, LANE, seeds_to_run
 from ucm.testing.nvme import NAMESPACE, nvme_config, quick_folder
-from ucm.testing.tier_conformance import LAYOUT, get, get_summary, make_key
+from ucm.testing.tier_conformance import LAYOUT, get, get_summary, make_key, make_summary
 from ucm.types import SummaryKind
 
 SEEDS = seeds_to_run("UCM_FLIP_SEED", LANE.bit_flips)
@@ -84,12 +85,17 @@ def test_flipped_bits_are_noticed_or_matter_to_nobody(folder: Path) -> None:
         kind = chance.choice(("*.seg", "*.seg", "data.mdb", "data.mdb", "superblock", "clean"))
         if kind != "clean" and chance.random() < 0.5:
             next(path.rglob("clean")).unlink()
-        flip(chance.choice(sorted(path.rglob(kind))), chance)
+        if seed % 10 == 1:
+            kind, name = "summary", chance.choice([name for name in PARENTS if name != 8])
+            summarised = DamagedStore(path, chance, has_summaries=True)
+            summarised.flip(name, HEADER_BYTES, len(make_summary(name, KIND)))
+        else:
+            flip(chance.choice(sorted(path.rglob(kind))), chance)
         print(f"UCM_FLIP_SEED={seed}: {kind}")
         outcome = read_back(path, summary)
         outcomes[f"{kind}: {outcome}"] += 1
         assert kind != "superblock" or outcome == "refused"
+        assert kind != "summary" or outcome == "silent"
         shutil.rmtree(path)
     print(dict(outcomes))
-    assert len(SEEDS) == 1 or outcomes["*.seg: silent"] > 0
     assert len(SEEDS) == 1 or outcomes["*.seg: corrupt"] > len(SEEDS) // 10

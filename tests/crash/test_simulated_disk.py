@@ -9,7 +9,8 @@ Every second four seeds have room for summaries, and some blocks have one.
 
 After every life: opening works, the index is sound, no entry leads to anything but its own bytes
 or a counted miss, nothing deleted is back, and every flushed block is there unless a fault was
-planted in its slot or in one that it hangs on; and so is its summary, and no other. `UCM_DISK_SEED=N` replays one seed.
+planted in its slot or in one that it hangs on; and so is its summary, and no other.
+`UCM_DISK_SEED=N` replays one seed.
 """
 
 from __future__ import annotations
@@ -269,7 +270,5 @@ def test_random_lives_of_a_disk(first: int, folder: Path) -> None:
         shutil.rmtree(folder / str(seed))
     print(dict(outcomes))
     if "UCM_DISK_SEED" not in os.environ:  # else the runs would prove nothing
-        assert (
-            min(outcomes[name] for name in ("PowerCut", "present", "corrupt", "rebuilt", "summary"))
-            > 0
-        )
+        expected = ("PowerCut", "present", "corrupt", "rebuilt", "summary")
+        assert min(outcomes[name] for name in expected) > 0
