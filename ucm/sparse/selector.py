@@ -54,6 +54,8 @@ class _Kept:
     num_blocks: int
     """Blocks of the sequence then."""
     mass: float
+    shares: Floats
+    """[blocks that were scored]"""
 
 
 @dataclass(slots=True)
@@ -117,7 +119,7 @@ class SequenceSelector:
             return known
         kept = self._kept[layer] = self._fresh(layer, q_THD)
         self.num_fresh += 1
-        return Selection(kept.blocks, kept.mass)
+        return Selection(kept.blocks, kept.mass, shares=kept.shares)
 
     def predict(self, layer: int, q_THD: Tensor, /) -> Selection:
         """What `choose` would answer to these queries; changes nothing."""
@@ -125,7 +127,7 @@ class SequenceSelector:
         if known is not None:
             return known
         made = self._fresh(layer, q_THD)
-        return Selection(made.blocks, made.mass)
+        return Selection(made.blocks, made.mass, shares=made.shares)
 
     def _known(self, layer: int) -> Selection | None:
         """What a layer reads whatever its queries are; None when that depends on them."""
@@ -140,7 +142,7 @@ class SequenceSelector:
         if kept.num_blocks < step.num_blocks:
             sealed_since = np.arange(kept.num_blocks, step.num_blocks, dtype=np.int64)
             blocks = np.concatenate((blocks, sealed_since))
-        return Selection(blocks, kept.mass, is_fresh=False)
+        return Selection(blocks, kept.mass, is_fresh=False, shares=kept.shares)
 
     def _fresh(self, layer: int, q_THD: Tensor) -> _Kept:
         step = self._step
@@ -149,9 +151,10 @@ class SequenceSelector:
         log_mass = self.table.log_mass(layer, as_floats(q_THD))[:, :, :num]
         must = step.must | self.table.must(layer)[:num]
         tokens = self.table.layout.block_tokens
-        choice = choose_blocks(shared_mass(log_mass), step.settings.budget, must, tokens)
+        shares = shared_mass(log_mass)
+        choice = choose_blocks(shares, step.settings.budget, must, tokens)
         blocks = np.concatenate((choice.blocks, step.behind))
-        return _Kept(blocks, step.position, step.num_blocks, choice.mass)
+        return _Kept(blocks, step.position, step.num_blocks, choice.mass, shares)
 
 
 def as_floats(q_THD: Tensor) -> Floats:
