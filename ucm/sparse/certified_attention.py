@@ -112,6 +112,11 @@ class StepBlocks:
         return cls(step, min(sink, step.num_blocks), max(end, min(sink, step.num_blocks)))
 
     @property
+    def any_candidate(self) -> bool:
+        """Whether anything can be left out."""
+        return self.end > self.first
+
+    @property
     def always(self) -> BlockIndexes:
         """Blocks that are always read, ascending; the one that is being filled is the last."""
         behind = np.arange(self.end, self.step.num_blocks, dtype=np.int64)
@@ -153,7 +158,7 @@ class CertifiedStep:
         blocks, num_blocks = self.blocks, self.blocks.step.num_blocks
         num_always = num_blocks - (blocks.end - blocks.first)
         q = as_floats(q_THD)
-        if self.options.is_dense or num_always == num_blocks or not np.isfinite(q).all():
+        if self.options.is_dense or not (blocks.any_candidate and np.isfinite(q).all()):
             self.stats.layers += 1
             self.stats.complete += 1
             self.stats.blocks_read += num_blocks
@@ -225,7 +230,7 @@ class ConformalSelector:
 
     def is_audit(self, layer: int, q: F32) -> bool:
         """Whether this step reads everything in `layer` and is learnt from."""
-        if not np.isfinite(q).all() or self.blocks.end == self.blocks.first:
+        if not (self.blocks.any_candidate and np.isfinite(q).all()):
             return False
         due = self.blocks.step.position % self.calibrators.options.audit_stride == 0
         return due or not self.calibrators.of(layer, q.shape[1]).is_ready
@@ -242,7 +247,7 @@ class ConformalSelector:
         num_blocks = self.blocks.step.num_blocks
         everything = Selection(np.arange(num_blocks, dtype=np.int64), 1.0)
         q = as_floats(q_THD)
-        if self.is_audit(layer, q) or not np.isfinite(q).all():
+        if self.is_audit(layer, q) or not (self.blocks.any_candidate and np.isfinite(q).all()):
             return everything
         log_mass, must = self.estimates(layer, q)
         calibrator = self.calibrators.of(layer, q.shape[1])
