@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ucm.api import SlabChecksums, StoreLease
+from ucm.api import SlabChecksums, StoreLease, StoreSlot
 from ucm.errors import CapacityError, UcmError
 from ucm.types import BlockKey, StoreStatus
 
@@ -32,6 +32,10 @@ COPY_ERRORS = (
 BlockFill = Callable[[Sequence[int], Sequence[memoryview]], list[SlabChecksums]]
 """`fill(indexes, slots)` copies the blocks with those indexes of the store into the slots and
 returns the checksums of the blocks that it copied."""
+
+
+Summarise = Callable[[Sequence[tuple[StoreSlot, SlabChecksums]]], int]
+"""`summarise(blocks)` writes summaries of filled slots; says how many. Never raises."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,8 @@ class BackgroundLimits:
     batch_blocks: int
     block_bytes: int
     """Slab bytes of one block, for counting."""
+    summarise: Summarise | None = None
+    """Puts summaries beside staged blocks; None when none are wanted."""
 
 
 class Background:
@@ -182,7 +188,7 @@ class Background:
 
     def _fill_and_complete(self, job: StoreJob, indexes: range, lease: StoreLease) -> int:
         wanted = [
-            (index, slot.key, slot.data)
+            (index, slot, slot.data)
             for index, slot in zip(indexes, lease.slots, strict=True)
             if slot.status is StoreStatus.WANTED and slot.data is not None
         ]
@@ -196,7 +202,10 @@ class Background:
         except COPY_ERRORS:
             self._give_back(lambda connection: connection.cache.release(lease.id))
             raise
-        by_key = {key: sums for (_, key, _), sums in zip(wanted, checksums, strict=True)}
+        filled = [(slot, sums) for (_, slot, _), sums in zip(wanted, checksums, strict=True)]
+        if self._limits.summarise is not None:
+            self._counter.add(summarised_blocks=self._limits.summarise(filled))
+        by_key = {slot.key: sums for slot, sums in filled}
         completed = self._link.attempt(
             self._caller,
             lambda connection: connection.cache.complete_store(lease.id, by_key),

@@ -26,6 +26,7 @@ from ucm.errors import (
     UcmError,
 )
 from ucm.hashing import NamespaceSpec
+from ucm.types import SummaryKind
 
 from .circuit_breaker import BreakerOptions, CircuitBreaker
 from .deadline import DeadlineCaller, Outcome
@@ -63,6 +64,8 @@ class LinkOptions:
     call_timeout_s: float
     """For checking and closing a connection."""
     breaker: BreakerOptions
+    summary: SummaryKind | None = None
+    """Summaries to open the namespace with."""
 
 
 class Link:
@@ -167,7 +170,7 @@ class Link:
         cache = self._options.factory()
         connected = False
         try:
-            namespace = cache.open_namespace(self._options.spec)
+            namespace = cache.open_namespace(self._options.spec, summary=self._options.summary)
             if namespace.layout != self._options.spec.layout:
                 raise LayoutMismatchError(
                     f"the cache opened the namespace with {namespace.layout}, "

@@ -29,9 +29,10 @@ from ucm.clock import Clock, SystemClock
 from ucm.cost_model import CostModel
 from ucm.errors import TierUnavailableError, UcmError
 from ucm.load_decision import Decide, Decision, LoadShape, decide
-from ucm.types import ROOT_KEY, BlockKey, TierKind
+from ucm.types import ROOT_KEY, BlockKey, SummaryKind, TierKind
 
-from .background import Background, BackgroundLimits, BlockFill, StoreJob
+from .background import Background, BackgroundLimits, BlockFill, StoreJob, Summarise
+from .block_summaries import fetch_summaries, write_summaries
 from .circuit_breaker import BreakerOptions, BreakerState
 from .deadline import DeadlineCaller
 from .key_chain import ChainCache
@@ -42,6 +43,7 @@ from .session_stats import SessionStats, StatsCounter
 
 if TYPE_CHECKING:
     from ucm.hashing import NamespaceSpec
+    from ucm.layout import KvLayout
     from ucm.slab_mover import SlabTarget
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class SessionOptions:
     decide: Decide = decide
     """Whether to load, compute, or do both; see `ucm.load_decision`."""
     breaker: BreakerOptions = field(default_factory=BreakerOptions)
+    summary: SummaryKind | None = None
+    """Summaries that are stored with blocks, computed behind the step path; None: none are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +135,7 @@ class CacheSession:
                 connect_timeout_s=self.options.connect_timeout_s,
                 call_timeout_s=self.options.deadline_s,
                 breaker=self.options.breaker,
+                summary=self.options.summary,
             ),
             clock or SystemClock(),
             self._counter,
@@ -143,6 +148,7 @@ class CacheSession:
                 max_queued_blocks=self.options.max_queued_blocks,
                 batch_blocks=_batch_blocks(self.options, spec.layout.block_bytes),
                 block_bytes=spec.layout.num_layers * spec.layout.slab_bytes,
+                summarise=_summarise(spec.layout, self.options.summary),
             ),
         )
         self.loads = LoadDesk(
@@ -279,6 +285,26 @@ class CacheSession:
             self._counter.add(dropped_blocks=len(offered))
             release()
 
+    def summaries(self, token_ids: Sequence[int]) -> list[bytes | None]:
+        """Encoded summaries of the full blocks of `token_ids` that the cache has, in order.
+
+        Blocks for one call to the cache, at most the deadline. Of the step path, as `match` is.
+
+        Returns:
+            One entry a full block; None where there is none, or the cache does not answer.
+        """
+        keys = self._chains.prompt_keys(token_ids)
+        nothing: list[bytes | None] = [None] * len(keys)
+        if not keys or self.options.summary is None or not self._link.takes_calls():
+            return nothing
+        deadline_s = self.options.deadline_s
+        found = self._link.attempt(
+            self._caller,
+            lambda link: fetch_summaries(link, keys, 0.8 * deadline_s),
+            deadline_s,
+        )
+        return nothing if found.value is None else found.value
+
     def finish(self, request_id: str) -> None:
         """Forget a request's chain."""
         self._chains.drop(request_id)
@@ -320,6 +346,12 @@ class CacheSession:
 
 def _lookup(link: Connection, keys: Sequence[BlockKey]) -> LookupResult:
     return link.cache.lookup(link.namespace.id, keys)
+
+
+def _summarise(layout: KvLayout, kind: SummaryKind | None) -> Summarise | None:
+    if kind is None:
+        return None
+    return lambda blocks: write_summaries(layout, kind, blocks)
 
 
 def _batch_blocks(options: SessionOptions, block_bytes: int) -> int:

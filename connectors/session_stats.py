@@ -23,6 +23,8 @@ class SessionStats:
     stored_blocks: int = 0
     """Accepted by the cache."""
     stored_bytes: int = 0
+    summarised_blocks: int = 0
+    """Offered to the cache together with their summary."""
     present_blocks: int = 0
     """Offered, but the cache had them already."""
     dropped_blocks: int = 0

@@ -196,6 +196,11 @@ def decode_summary(
         data: at least the summary's bytes; more may follow (the rest of a slot's area).
         slab_checksums: of the block.
     """
+    return summary_of(layout, data, content_of(slab_checksums))
+
+
+def summary_of(layout: KvLayout, data: bytes | memoryview, content: int) -> BlockSummary | None:
+    """`decode_summary` for who knows the block by `content_of` its checksums."""
     view = memoryview(data).cast("B")
     kind = SummaryKind.from_number(view[6]) if len(view) >= HEADER_BYTES else None
     if kind is None or not _describable(layout, kind):
@@ -204,7 +209,7 @@ def decode_summary(
     if len(view) < size:
         return None
     body = view[HEADER_BYTES:size]
-    head = _header(layout, kind, content_of(slab_checksums), checksum(body))
+    head = _header(layout, kind, content, checksum(body))
     if view[:HEADER_BYTES] != head + _SUM.pack(checksum(head)):
         return None
     records = np.frombuffer(body, layout_dtype(layout, kind))

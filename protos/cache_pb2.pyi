@@ -51,6 +51,32 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_FLOAT32: _ClassVar[Dtype]
     DTYPE_FLOAT16: _ClassVar[Dtype]
     DTYPE_BFLOAT16: _ClassVar[Dtype]
+
+class SummaryKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SUMMARY_KIND_UNSPECIFIED: _ClassVar[SummaryKind]
+    SUMMARY_KIND_GSA_K4: _ClassVar[SummaryKind]
+    SUMMARY_KIND_GSA_2: _ClassVar[SummaryKind]
+    SUMMARY_KIND_SHADOW2: _ClassVar[SummaryKind]
+    SUMMARY_KIND_SHADOW4: _ClassVar[SummaryKind]
+    SUMMARY_KIND_MEAN: _ClassVar[SummaryKind]
+    SUMMARY_KIND_BOX: _ClassVar[SummaryKind]
+    SUMMARY_KIND_CUBOID: _ClassVar[SummaryKind]
+    SUMMARY_KIND_HASH128: _ClassVar[SummaryKind]
+    SUMMARY_KIND_MAXNORM: _ClassVar[SummaryKind]
+
+class SummaryStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SUMMARY_STATUS_UNSPECIFIED: _ClassVar[SummaryStatus]
+    SUMMARY_STATUS_READY: _ClassVar[SummaryStatus]
+    SUMMARY_STATUS_NO_SUMMARY: _ClassVar[SummaryStatus]
+    SUMMARY_STATUS_MISS: _ClassVar[SummaryStatus]
+
+class SelectMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SELECT_MODE_UNSPECIFIED: _ClassVar[SelectMode]
+    SELECT_MODE_SHARED: _ClassVar[SelectMode]
+    SELECT_MODE_PER_HEAD: _ClassVar[SelectMode]
 TIER_UNSPECIFIED: Tier
 TIER_MEMORY: Tier
 TIER_NVME: Tier
@@ -79,6 +105,23 @@ DTYPE_UNSPECIFIED: Dtype
 DTYPE_FLOAT32: Dtype
 DTYPE_FLOAT16: Dtype
 DTYPE_BFLOAT16: Dtype
+SUMMARY_KIND_UNSPECIFIED: SummaryKind
+SUMMARY_KIND_GSA_K4: SummaryKind
+SUMMARY_KIND_GSA_2: SummaryKind
+SUMMARY_KIND_SHADOW2: SummaryKind
+SUMMARY_KIND_SHADOW4: SummaryKind
+SUMMARY_KIND_MEAN: SummaryKind
+SUMMARY_KIND_BOX: SummaryKind
+SUMMARY_KIND_CUBOID: SummaryKind
+SUMMARY_KIND_HASH128: SummaryKind
+SUMMARY_KIND_MAXNORM: SummaryKind
+SUMMARY_STATUS_UNSPECIFIED: SummaryStatus
+SUMMARY_STATUS_READY: SummaryStatus
+SUMMARY_STATUS_NO_SUMMARY: SummaryStatus
+SUMMARY_STATUS_MISS: SummaryStatus
+SELECT_MODE_UNSPECIFIED: SelectMode
+SELECT_MODE_SHARED: SelectMode
+SELECT_MODE_PER_HEAD: SelectMode
 
 class Layout(_message.Message):
     __slots__ = ("num_layers", "num_kv_heads", "head_dim", "block_tokens", "dtype")
@@ -143,16 +186,18 @@ class NamespaceSpec(_message.Message):
     def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ..., kv_quantization: _Optional[str] = ..., slab_layout: _Optional[str] = ..., rope_kind: _Optional[str] = ..., rope_base: _Optional[float] = ..., rope_scaling: _Optional[str] = ..., position_offset: _Optional[int] = ..., attention_kind: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_stage: _Optional[int] = ..., pp_size: _Optional[int] = ..., first_layer: _Optional[int] = ..., kv_group: _Optional[int] = ..., lora_id: _Optional[str] = ..., lora_path: _Optional[str] = ..., cross_layer: _Optional[str] = ..., accepts_lossy: bool = ...) -> None: ...
 
 class DoorRequest(_message.Message):
-    __slots__ = ("hello", "open_namespace", "open_segment", "open_progress")
+    __slots__ = ("hello", "open_namespace", "open_segment", "open_progress", "open_summaries")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OPEN_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     OPEN_SEGMENT_FIELD_NUMBER: _ClassVar[int]
     OPEN_PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_SUMMARIES_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     open_namespace: OpenNamespace
     open_segment: OpenSegment
     open_progress: OpenProgress
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open_namespace: _Optional[_Union[OpenNamespace, _Mapping]] = ..., open_segment: _Optional[_Union[OpenSegment, _Mapping]] = ..., open_progress: _Optional[_Union[OpenProgress, _Mapping]] = ...) -> None: ...
+    open_summaries: OpenSummaries
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open_namespace: _Optional[_Union[OpenNamespace, _Mapping]] = ..., open_segment: _Optional[_Union[OpenSegment, _Mapping]] = ..., open_progress: _Optional[_Union[OpenProgress, _Mapping]] = ..., open_summaries: _Optional[_Union[OpenSummaries, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "client")
@@ -163,12 +208,14 @@ class Hello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
 
 class OpenNamespace(_message.Message):
-    __slots__ = ("spec", "namespace")
+    __slots__ = ("spec", "namespace", "summary")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
     spec: NamespaceSpec
     namespace: bytes
-    def __init__(self, spec: _Optional[_Union[NamespaceSpec, _Mapping]] = ..., namespace: _Optional[bytes] = ...) -> None: ...
+    summary: SummaryKind
+    def __init__(self, spec: _Optional[_Union[NamespaceSpec, _Mapping]] = ..., namespace: _Optional[bytes] = ..., summary: _Optional[_Union[SummaryKind, str]] = ...) -> None: ...
 
 class OpenSegment(_message.Message):
     __slots__ = ("namespace", "segment")
@@ -182,19 +229,27 @@ class OpenProgress(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class OpenSummaries(_message.Message):
+    __slots__ = ("namespace",)
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    def __init__(self, namespace: _Optional[bytes] = ...) -> None: ...
+
 class DoorReply(_message.Message):
-    __slots__ = ("welcome", "opened", "error", "segment", "progress")
+    __slots__ = ("welcome", "opened", "error", "segment", "progress", "summaries")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    SUMMARIES_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     opened: NamespaceOpened
     error: DoorError
     segment: SegmentOpened
     progress: ProgressOpened
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., opened: _Optional[_Union[NamespaceOpened, _Mapping]] = ..., error: _Optional[_Union[DoorError, _Mapping]] = ..., segment: _Optional[_Union[SegmentOpened, _Mapping]] = ..., progress: _Optional[_Union[ProgressOpened, _Mapping]] = ...) -> None: ...
+    summaries: SummariesOpened
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., opened: _Optional[_Union[NamespaceOpened, _Mapping]] = ..., error: _Optional[_Union[DoorError, _Mapping]] = ..., segment: _Optional[_Union[SegmentOpened, _Mapping]] = ..., progress: _Optional[_Union[ProgressOpened, _Mapping]] = ..., summaries: _Optional[_Union[SummariesOpened, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("protocol_version", "daemon_version", "token", "staging_bytes", "max_keys_per_call", "max_message_bytes", "max_read_bytes_per_s")
@@ -215,12 +270,14 @@ class Welcome(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., daemon_version: _Optional[str] = ..., token: _Optional[bytes] = ..., staging_bytes: _Optional[int] = ..., max_keys_per_call: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_read_bytes_per_s: _Optional[int] = ...) -> None: ...
 
 class NamespaceOpened(_message.Message):
-    __slots__ = ("namespace", "arena_bytes")
+    __slots__ = ("namespace", "arena_bytes", "summary")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     arena_bytes: int
-    def __init__(self, namespace: _Optional[bytes] = ..., arena_bytes: _Optional[int] = ...) -> None: ...
+    summary: SummaryKind
+    def __init__(self, namespace: _Optional[bytes] = ..., arena_bytes: _Optional[int] = ..., summary: _Optional[_Union[SummaryKind, str]] = ...) -> None: ...
 
 class SegmentOpened(_message.Message):
     __slots__ = ("file_id", "is_direct")
@@ -231,6 +288,12 @@ class SegmentOpened(_message.Message):
     def __init__(self, file_id: _Optional[int] = ..., is_direct: bool = ...) -> None: ...
 
 class ProgressOpened(_message.Message):
+    __slots__ = ("area_bytes",)
+    AREA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    area_bytes: int
+    def __init__(self, area_bytes: _Optional[int] = ...) -> None: ...
+
+class SummariesOpened(_message.Message):
     __slots__ = ("area_bytes",)
     AREA_BYTES_FIELD_NUMBER: _ClassVar[int]
     area_bytes: int
@@ -311,7 +374,7 @@ class BeginLoadRequest(_message.Message):
     def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., mode: _Optional[_Union[LoadMode, str]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class BeginLoadReply(_message.Message):
-    __slots__ = ("lease_id", "timeout_s", "statuses", "sources", "tiers", "offsets", "checksums", "slots", "segments", "file_ids", "slot_offsets", "generations", "progress_offset", "progress_serial")
+    __slots__ = ("lease_id", "timeout_s", "statuses", "sources", "tiers", "offsets", "checksums", "slots", "segments", "file_ids", "slot_offsets", "generations", "progress_offset", "progress_serial", "summary_bytes")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     STATUSES_FIELD_NUMBER: _ClassVar[int]
@@ -326,6 +389,7 @@ class BeginLoadReply(_message.Message):
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_OFFSET_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_SERIAL_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_BYTES_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
     timeout_s: float
     statuses: bytes
@@ -340,7 +404,8 @@ class BeginLoadReply(_message.Message):
     generations: _containers.RepeatedScalarFieldContainer[int]
     progress_offset: int
     progress_serial: int
-    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., sources: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ..., slots: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., file_ids: _Optional[_Iterable[int]] = ..., slot_offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., progress_offset: _Optional[int] = ..., progress_serial: _Optional[int] = ...) -> None: ...
+    summary_bytes: int
+    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., sources: _Optional[bytes] = ..., tiers: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., checksums: _Optional[bytes] = ..., slots: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., file_ids: _Optional[_Iterable[int]] = ..., slot_offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., progress_offset: _Optional[int] = ..., progress_serial: _Optional[int] = ..., summary_bytes: _Optional[int] = ...) -> None: ...
 
 class CompleteLoadRequest(_message.Message):
     __slots__ = ("lease_id", "corrupt")
@@ -365,16 +430,18 @@ class PrepareStoreRequest(_message.Message):
     def __init__(self, namespace: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class PrepareStoreReply(_message.Message):
-    __slots__ = ("lease_id", "timeout_s", "statuses", "offsets")
+    __slots__ = ("lease_id", "timeout_s", "statuses", "offsets", "summary_bytes")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     STATUSES_FIELD_NUMBER: _ClassVar[int]
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_BYTES_FIELD_NUMBER: _ClassVar[int]
     lease_id: bytes
     timeout_s: float
     statuses: bytes
     offsets: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
+    summary_bytes: int
+    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., summary_bytes: _Optional[int] = ...) -> None: ...
 
 class CompleteStoreRequest(_message.Message):
     __slots__ = ("lease_id", "keys", "checksums")
@@ -413,6 +480,110 @@ class PinReply(_message.Message):
     num_blocks: int
     hold_s: float
     def __init__(self, lease_id: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., hold_s: _Optional[float] = ...) -> None: ...
+
+class Budget(_message.Message):
+    __slots__ = ("ratio", "tokens", "eps", "min_ratio", "max_ratio")
+    RATIO_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    MIN_RATIO_FIELD_NUMBER: _ClassVar[int]
+    MAX_RATIO_FIELD_NUMBER: _ClassVar[int]
+    ratio: float
+    tokens: int
+    eps: float
+    min_ratio: float
+    max_ratio: float
+    def __init__(self, ratio: _Optional[float] = ..., tokens: _Optional[int] = ..., eps: _Optional[float] = ..., min_ratio: _Optional[float] = ..., max_ratio: _Optional[float] = ...) -> None: ...
+
+class SelectRequest(_message.Message):
+    __slots__ = ("namespace", "keys", "layers", "queries", "num_queries", "num_heads", "budget", "must_blocks", "mode", "bounds", "timeout_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_HEADS_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_FIELD_NUMBER: _ClassVar[int]
+    MUST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    keys: bytes
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    queries: bytes
+    num_queries: int
+    num_heads: int
+    budget: Budget
+    must_blocks: _containers.RepeatedScalarFieldContainer[int]
+    mode: SelectMode
+    bounds: bool
+    timeout_s: float
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., layers: _Optional[_Iterable[int]] = ..., queries: _Optional[bytes] = ..., num_queries: _Optional[int] = ..., num_heads: _Optional[int] = ..., budget: _Optional[_Union[Budget, _Mapping]] = ..., must_blocks: _Optional[_Iterable[int]] = ..., mode: _Optional[_Union[SelectMode, str]] = ..., bounds: bool = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class SelectReply(_message.Message):
+    __slots__ = ("statuses", "counts", "blocks", "shares", "masses", "log_masses", "lowers", "uppers", "skipped_uppers")
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    MASSES_FIELD_NUMBER: _ClassVar[int]
+    LOG_MASSES_FIELD_NUMBER: _ClassVar[int]
+    LOWERS_FIELD_NUMBER: _ClassVar[int]
+    UPPERS_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_UPPERS_FIELD_NUMBER: _ClassVar[int]
+    statuses: bytes
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    blocks: bytes
+    shares: bytes
+    masses: bytes
+    log_masses: bytes
+    lowers: bytes
+    uppers: bytes
+    skipped_uppers: bytes
+    def __init__(self, statuses: _Optional[bytes] = ..., counts: _Optional[_Iterable[int]] = ..., blocks: _Optional[bytes] = ..., shares: _Optional[bytes] = ..., masses: _Optional[bytes] = ..., log_masses: _Optional[bytes] = ..., lowers: _Optional[bytes] = ..., uppers: _Optional[bytes] = ..., skipped_uppers: _Optional[bytes] = ...) -> None: ...
+
+class SelectAndLoadRequest(_message.Message):
+    __slots__ = ("select", "mode")
+    SELECT_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    select: SelectRequest
+    mode: LoadMode
+    def __init__(self, select: _Optional[_Union[SelectRequest, _Mapping]] = ..., mode: _Optional[_Union[LoadMode, str]] = ...) -> None: ...
+
+class SelectAndLoadReply(_message.Message):
+    __slots__ = ("selection", "load")
+    SELECTION_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    selection: SelectReply
+    load: BeginLoadReply
+    def __init__(self, selection: _Optional[_Union[SelectReply, _Mapping]] = ..., load: _Optional[_Union[BeginLoadReply, _Mapping]] = ...) -> None: ...
+
+class MapSummariesRequest(_message.Message):
+    __slots__ = ("namespace", "keys", "timeout_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    keys: bytes
+    timeout_s: float
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class MapSummariesReply(_message.Message):
+    __slots__ = ("lease_id", "timeout_s", "statuses", "offsets", "contents", "summary_bytes")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    CONTENTS_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    lease_id: bytes
+    timeout_s: float
+    statuses: bytes
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    contents: _containers.RepeatedScalarFieldContainer[int]
+    summary_bytes: int
+    def __init__(self, lease_id: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., statuses: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ..., contents: _Optional[_Iterable[int]] = ..., summary_bytes: _Optional[int] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("lease_ids",)

@@ -76,6 +76,21 @@ class CacheStub(object):
                 request_serializer=ucm_dot_protos_dot_cache__pb2.PinRequest.SerializeToString,
                 response_deserializer=ucm_dot_protos_dot_cache__pb2.PinReply.FromString,
                 _registered_method=True)
+        self.Select = channel.unary_unary(
+                '/ucm.v1.Cache/Select',
+                request_serializer=ucm_dot_protos_dot_cache__pb2.SelectRequest.SerializeToString,
+                response_deserializer=ucm_dot_protos_dot_cache__pb2.SelectReply.FromString,
+                _registered_method=True)
+        self.SelectAndLoad = channel.unary_unary(
+                '/ucm.v1.Cache/SelectAndLoad',
+                request_serializer=ucm_dot_protos_dot_cache__pb2.SelectAndLoadRequest.SerializeToString,
+                response_deserializer=ucm_dot_protos_dot_cache__pb2.SelectAndLoadReply.FromString,
+                _registered_method=True)
+        self.MapSummaries = channel.unary_unary(
+                '/ucm.v1.Cache/MapSummaries',
+                request_serializer=ucm_dot_protos_dot_cache__pb2.MapSummariesRequest.SerializeToString,
+                response_deserializer=ucm_dot_protos_dot_cache__pb2.MapSummariesReply.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/ucm.v1.Cache/Release',
                 request_serializer=ucm_dot_protos_dot_cache__pb2.ReleaseRequest.SerializeToString,
@@ -147,6 +162,27 @@ class CacheServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Select(self, request, context):
+        """Which blocks of a chain the queries will attend to, by summaries; reads no keys or values.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SelectAndLoad(self, request, context):
+        """The same, and what BeginLoad answers for every block that was chosen.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MapSummaries(self, request, context):
+        """Keep summaries of a chain in place and say where they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """Drop leases of any kind, in any state; unknown ones are ignored.
         """
@@ -203,6 +239,21 @@ def add_CacheServicer_to_server(servicer, server):
                     servicer.Pin,
                     request_deserializer=ucm_dot_protos_dot_cache__pb2.PinRequest.FromString,
                     response_serializer=ucm_dot_protos_dot_cache__pb2.PinReply.SerializeToString,
+            ),
+            'Select': grpc.unary_unary_rpc_method_handler(
+                    servicer.Select,
+                    request_deserializer=ucm_dot_protos_dot_cache__pb2.SelectRequest.FromString,
+                    response_serializer=ucm_dot_protos_dot_cache__pb2.SelectReply.SerializeToString,
+            ),
+            'SelectAndLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.SelectAndLoad,
+                    request_deserializer=ucm_dot_protos_dot_cache__pb2.SelectAndLoadRequest.FromString,
+                    response_serializer=ucm_dot_protos_dot_cache__pb2.SelectAndLoadReply.SerializeToString,
+            ),
+            'MapSummaries': grpc.unary_unary_rpc_method_handler(
+                    servicer.MapSummaries,
+                    request_deserializer=ucm_dot_protos_dot_cache__pb2.MapSummariesRequest.FromString,
+                    response_serializer=ucm_dot_protos_dot_cache__pb2.MapSummariesReply.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -433,6 +484,87 @@ class Cache(object):
             '/ucm.v1.Cache/Pin',
             ucm_dot_protos_dot_cache__pb2.PinRequest.SerializeToString,
             ucm_dot_protos_dot_cache__pb2.PinReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Select(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ucm.v1.Cache/Select',
+            ucm_dot_protos_dot_cache__pb2.SelectRequest.SerializeToString,
+            ucm_dot_protos_dot_cache__pb2.SelectReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SelectAndLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ucm.v1.Cache/SelectAndLoad',
+            ucm_dot_protos_dot_cache__pb2.SelectAndLoadRequest.SerializeToString,
+            ucm_dot_protos_dot_cache__pb2.SelectAndLoadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MapSummaries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ucm.v1.Cache/MapSummaries',
+            ucm_dot_protos_dot_cache__pb2.MapSummariesRequest.SerializeToString,
+            ucm_dot_protos_dot_cache__pb2.MapSummariesReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,12 +31,11 @@ from .encoding import EncodedBlock, decode_block, encode_block
 from .file_io import aligned_buffer
 from .format import HEADER_BYTES, SlotHeader, decode_header, encode_header
 from .slot_io import Piece, SlotIo, status_of_errno, transfer
+from .summary_areas import believed, fill_area
 from .tier import IoStatus, ReadOutcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from ucm.api import SlabChecksums
 
     from .file_io import FileIo
     from .format import Superblock
@@ -129,9 +128,9 @@ class EncodedSlotIo:
             if item.was_lossy and not item.payload and not self._codec.is_lossless:
                 statuses[position] = IoStatus.OVERSIZE
                 continue
-            header, payload = self._nth(scratch, number)
-            check = self._write_check(item, generations[position], (header, payload), oversize)
-            pieces.append(Piece(position, *place, header, payload, check))
+            head, payload = self._nth(scratch, number)
+            check = self._write_check(item, generations[position], (head, payload), oversize)
+            pieces.append(Piece(position, *place, head, payload, check))
         slot_bytes = self._superblock.slot_bytes
         for piece, code in transfer(pieces, self._io.write_batch, slot_bytes):
             is_oversize = items[piece.position].slot in oversize
@@ -145,24 +144,22 @@ class EncodedSlotIo:
         wave: Sequence[int],
         outcomes: list[ReadOutcome],
     ) -> None:
-        found: dict[SlotId, tuple[SlabChecksums, bytes]] = {}
+        found: dict[SlotId, ReadOutcome] = {}
         scratch, pieces = self._take(), []
         for number, position in enumerate(wave):
             item = items[position]
             place = self._segments.locate(item.slot)
             if place is None:
                 continue
-            header, payload = self._nth(scratch, number)
-            check = self._read_check(item, generations[position], (header, payload), found)
-            pieces.append(Piece(position, *place, header, payload, check))
+            head, payload = self._nth(scratch, number)
+            check = self._read_check(item, generations[position], (head, payload), found)
+            pieces.append(Piece(position, *place, head, payload, check))
         slot_bytes = self._superblock.slot_bytes
         for piece, code in transfer(pieces, self._io.read_batch, slot_bytes):
             status = status_of_errno(code)
-            outcomes[piece.position] = ReadOutcome(status)
-            if status is IoStatus.OK:
-                sums, kept = found[items[piece.position].slot]
-                is_lossy = not self._codec.is_lossless
-                outcomes[piece.position] = ReadOutcome(status, sums, is_lossy, kept)
+            is_good = status is IoStatus.OK
+            slot = items[piece.position].slot
+            outcomes[piece.position] = found[slot] if is_good else ReadOutcome(status)
         self._give(scratch)
 
     def _write_check(
@@ -172,13 +169,13 @@ class EncodedSlotIo:
         target: tuple[memoryview, memoryview],
         oversize: set[int],
     ) -> Callable[[], bool]:
-        """Verify what is to be written, encode it, make its header."""
+        """Verify what is to be written, encode it, make its head."""
 
         def check() -> bool:
             taken = memoryview(bytes(item.data))
             if not checksum.verify(self._layout, taken, item.checksums):
                 return False
-            header, payload = target
+            head, payload = target
             if item.payload:
                 encoded = self._copied(item, payload)
             else:
@@ -196,7 +193,9 @@ class EncodedSlotIo:
                 codec=self._superblock.codec,
                 encoded_bytes=encoded.payload_bytes,
             )
-            encode_header(self._superblock, described, header)
+            encode_header(self._superblock, described, head[:HEADER_BYTES])
+            if len(head) > HEADER_BYTES:  # what was lost in the encoding, no summary speaks for
+                fill_area(self._superblock, item.summary, encoded.checksums, head[HEADER_BYTES:])
             return True
 
         return check
@@ -222,32 +221,38 @@ class EncodedSlotIo:
         item: SlotRead,
         generation: int,
         source: tuple[memoryview, memoryview],
-        found: dict[SlotId, tuple[SlabChecksums, bytes]],
+        found: dict[SlotId, ReadOutcome],
     ) -> Callable[[], bool]:
-        """Decode what was read if it is what should be there; note its checksums in `found`."""
+        """Decode what was read if it is what should be there; note its outcome in `found`."""
 
         def check() -> bool:
-            header = decode_header(self._superblock, item.slot, source[0])
+            head, payload = source
+            header = decode_header(self._superblock, item.slot, head[:HEADER_BYTES])
             if header is None or header.codec is not self._superblock.codec:
                 return False
             if (header.key, header.generation) != (item.key, generation):
                 return False
-            payload = source[1][: header.encoded_bytes]
+            payload = payload[: header.encoded_bytes]
             try:
                 decode_block(self._codec, self._layout, payload, item.into)
             except CorruptionError as error:
                 log.warning("slot %d: %s", item.slot, error)
                 return False
-            found[item.slot] = header.checksums, bytes(payload) if item.keep_payload else b""
-            return checksum.verify(self._layout, item.into, header.checksums)
+            if not checksum.verify(self._layout, item.into, header.checksums):
+                return False
+            kept = bytes(payload) if item.keep_payload else b""
+            summary = believed(self._superblock, head[HEADER_BYTES:], header.checksums)
+            sums, is_lossy = header.checksums, not self._codec.is_lossless
+            found[item.slot] = ReadOutcome(IoStatus.OK, sums, is_lossy, kept, summary)
+            return True
 
         return check
 
     def _nth(self, scratch: memoryview, number: int) -> tuple[memoryview, memoryview]:
-        """Header and payload of the n-th slot of a wave."""
-        slot_bytes = self._superblock.slot_bytes
+        """Head and payload of the n-th slot of a wave."""
+        slot_bytes, head_bytes = self._superblock.slot_bytes, self._superblock.head_bytes
         slot = scratch[number * slot_bytes : (number + 1) * slot_bytes]
-        return slot[:HEADER_BYTES], slot[HEADER_BYTES:]
+        return slot[:head_bytes], slot[head_bytes:]
 
     def _take(self) -> memoryview:
         """Memory for one wave, used before if possible: fresh pages cost 5 us each."""

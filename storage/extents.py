@@ -49,6 +49,8 @@ class SlotPlace:
     offset: int
     """Of the slot's header, in bytes."""
     generation: int
+    summary_bytes: int = 0
+    """Between the header and the payload; the same for a whole namespace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class ExtentTable:
     def __init__(self, files: NamespaceFiles, slots: SlotTable, quarantine: Quarantine) -> None:
         """Of open files; `quarantine` bars a slot that does not hold what it should."""
         self._segments = files.segments
+        self._summary_bytes = files.superblock.summary_bytes
         self._slots = slots
         self._quarantine = quarantine
         self._layers = LayerIo(files.superblock, files.segments, slots, files.io)
@@ -85,7 +88,8 @@ class ExtentTable:
             return None
         segment = self._segments.segment_of(slot)
         generation = self._slots.generation(slot)
-        return SlotPlace(slot, segment, self._segments.file_id(segment), found[1], generation)
+        file_id = self._segments.file_id(segment)
+        return SlotPlace(slot, segment, file_id, found[1], generation, self._summary_bytes)
 
     def read_layers(
         self, items: Sequence[LayerRead], first_layer: int, stop_layer: int

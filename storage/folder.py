@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import stat
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ucm.errors import (
@@ -29,7 +30,7 @@ from ucm.errors import (
 from ucm.types import NamespaceId
 
 from .codecs import codec_of
-from .format import SUPERBLOCK_BYTES, decode_superblock, encode_superblock
+from .format import SUPERBLOCK_BYTES, decode_superblock, encode_superblock, new_superblock
 from .segments import NO_SPACE_ERRNOS, segment_files, segment_numbers
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ucm.layout import KvLayout
+    from ucm.types import SummaryKind
 
-    from .codec import CodecId
+    from .codec import Codec
     from .file_io import FileIo
     from .format import Superblock
 
@@ -47,6 +49,19 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"[0-9a-f]{64}")
 
 _OWN_NAMES = frozenset({"lock", "ns", "quarantine", "lost+found"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedNamespace:
+    """What a namespace must be, and how it is made if there is none."""
+
+    namespace: NamespaceId
+    layout: KvLayout
+    codec: Codec
+    """Of a new one; an old one keeps its own."""
+    segment_bytes: int
+    summary: SummaryKind | None = None
+    """What a new one has areas for; an old one keeps what it has."""
 
 
 def current_uid() -> int:
@@ -231,33 +246,39 @@ def survey(root: Path) -> list[tuple[str, int]]:
     return found
 
 
-def open_superblock(
-    folder: Path, namespace: NamespaceId, layout: KvLayout, codec: CodecId
-) -> Superblock:
-    """The superblock of a namespace that is to be opened.
+def find_or_create(folder: Path, wanted: WantedNamespace, io: FileIo) -> Superblock:
+    """The superblock of a namespace that is to be opened; makes the namespace if there is none.
 
-    It keeps its codec whatever is configured by now, which is logged.
-
-    Args:
-        folder: of the namespace.
-        namespace: what it must be.
-        layout: what its blocks must look like.
-        codec: what a new one would get.
+    It keeps its codec whatever is configured by now, which is logged, and its summary areas.
 
     Raises:
+        ConfigError: a block does not fit a segment.
+        CapacityError, TierUnavailableError: the disk is full or failing; nothing was made.
         ConfigError, CorruptionError, TierUnavailableError: as `read_superblock`; CorruptionError
             also when it is another namespace's.
         LayoutMismatchError: it has another layout.
     """
+    if not folder.exists():
+        made = new_superblock(
+            wanted.namespace,
+            wanted.layout,
+            wanted.codec,
+            segment_bytes=wanted.segment_bytes,
+            summary=wanted.summary,
+        )
+        create_namespace(folder, made, io)
     found = read_superblock(folder)
-    if found.namespace != namespace:
+    if found.namespace != wanted.namespace:
         raise CorruptionError(f"{folder} has another namespace's superblock: run `ucm fsck`")
     short = found.namespace.hex()[:8]
-    if found.layout != layout:
+    if found.layout != wanted.layout:
         raise LayoutMismatchError(
-            f"namespace {short} holds blocks of {found.layout}, not of {layout}"
+            f"namespace {short} holds blocks of {found.layout}, not of {wanted.layout}"
         )
-    if found.codec is not codec:
+    if wanted.summary is not None and found.summary is not wanted.summary:
+        kept = found.summary.value if found.summary else "no"
+        log.info("namespace %s keeps %s summaries on the disk", short, kept)
+    if found.codec is not wanted.codec.codec_id:
         log.warning("namespace %s keeps its codec %s", short, codec_of(found.codec).name)
     return found
 

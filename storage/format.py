@@ -12,7 +12,9 @@ slot n     is in segment n // slots_per_segment, as number i = n % slots_per_seg
            | full segment: at i * (4096 + summary_bytes + block bytes); no slot where that does
            |               not fit any more, so its numbers have gaps at the end
            with codec 0 there are only full segments, and slot_bytes is a full slot's
-slot       = header (4096) | summary area (summary_bytes, 0 in version 2) | payload
+slot       = header (4096) | summary area (summary_bytes, may be 0) | payload
+area       | a summary of the payload, of the superblock's kind (`ucm.kernels.summary_record`), and
+           | zeros behind it; or only zeros
 payload    | full slot: the block as it is, num_layers slabs on a distance of slab_stride_bytes
            |            (`ucm.layout`); always codec 0
            | compact slot: the encoded block, see `ucm.storage.encoding`; the superblock's codec
@@ -29,7 +31,8 @@ superblock | offset  bytes  field
            |     80     20  layout: num_layers, num_kv_heads, head_dim, block_tokens (4 each),
            |                dtype (4: 0 float32, 1 float16, 2 bfloat16)
            |    100      4  codec of compact slots (0 raw, 1 bp-zstd, 2 int8, 3 fp8, 4 int4)
-           |    104   3984  zero
+           |    104      4  summary kind (`SummaryKind.number`), 0 without an area
+           |    108   3980  zero
            |   4088      8  xxh3_64 of bytes 0..4087
 
 header     | offset  bytes  field
@@ -53,7 +56,9 @@ header     | offset  bytes  field
            |   4088      8  xxh3_64 of bytes 0..4087
 
 A deleted slot has a header of zeros. A header counts only if every field fits; what lies
-behind it counts only if every slab matches its checksum.
+behind it counts only if every slab matches its checksum. A summary counts only if it is whole by
+its own checksum and names the slab checksums of the header in front of it: one that is torn, stale
+or foreign is as none, and costs nobody the block.
 """
 
 from __future__ import annotations
@@ -64,8 +69,9 @@ from typing import TYPE_CHECKING, Final
 
 from ucm.checksum import checksum
 from ucm.errors import ConfigError, CorruptionError, LayoutMismatchError
+from ucm.kernels.summary_record import area_bytes
 from ucm.layout import ALIGNMENT_BYTES, MAX_LAYERS, KvDtype, KvLayout, round_up
-from ucm.types import BlockKey, NamespaceId
+from ucm.types import BlockKey, NamespaceId, SummaryKind
 
 from .codec import CodecId
 from .codecs import BP_ZSTD, RAW
@@ -77,7 +83,7 @@ if TYPE_CHECKING:
     from .codec import Codec
     from .tier import SlotId
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 """Changes with any change of this page. There is no reading of other versions: it is a cache."""
 
 HEADER_BYTES: Final = ALIGNMENT_BYTES
@@ -87,7 +93,7 @@ BLANK_HEADER: Final = bytes(HEADER_BYTES)
 _SUPER_MAGIC = b"UCMSUPER"
 _SLOT_MAGIC = b"UCMSLOT\0"
 _CHECKED_BYTES = HEADER_BYTES - 8
-_SUPER = struct.Struct("<8sII32sQQQQIIIIII")
+_SUPER = struct.Struct("<8sII32sQQQQIIIIIII")
 _HEADER = struct.Struct("<8sII32s32s32sQQIIIIQQ")
 _CHECKSUMS_OFFSET = 248
 _DTYPES = (KvDtype.FLOAT32, KvDtype.FLOAT16, KvDtype.BFLOAT16)
@@ -101,6 +107,9 @@ class Superblock:
     layout: KvLayout
     segment_bytes: int
     summary_bytes: int = 0
+    """Length of the area in front of each payload, a multiple of 4 KiB; 0 when there is none."""
+    summary: SummaryKind | None = None
+    """What the areas hold; None when there are none."""
     codec: CodecId = CodecId.RAW
     """Of compact slots; RAW when there are none."""
     compact_bytes: int = 0
@@ -114,6 +123,8 @@ class Superblock:
             )
         if self.has_compact_slots == (self.compact_bytes == 0):
             raise ConfigError(f"codec {self.codec.name} with slots for {self.compact_bytes} bytes")
+        if self.summary_bytes < 0 or self.summary_bytes % ALIGNMENT_BYTES:
+            raise ConfigError(f"a summary area cannot have {self.summary_bytes} bytes")
         if self.compact_bytes % ALIGNMENT_BYTES or self.compact_bytes >= self.layout.block_bytes:
             raise ConfigError(f"a compact slot cannot have a payload of {self.compact_bytes} bytes")
 
@@ -123,14 +134,19 @@ class Superblock:
         return self.codec is not CodecId.RAW
 
     @property
+    def head_bytes(self) -> int:
+        """What lies in front of a payload: the header and the summary area."""
+        return HEADER_BYTES + self.summary_bytes
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes from one slot to the next where nothing is said, a multiple of 4 KiB."""
-        return HEADER_BYTES + self.summary_bytes + (self.compact_bytes or self.layout.block_bytes)
+        return self.head_bytes + (self.compact_bytes or self.layout.block_bytes)
 
     @property
     def full_slot_bytes(self) -> int:
         """Bytes from one slot to the next in a full segment."""
-        return HEADER_BYTES + self.summary_bytes + self.layout.block_bytes
+        return self.head_bytes + self.layout.block_bytes
 
     @property
     def slots_per_segment(self) -> int:
@@ -171,9 +187,14 @@ def effective_codec(configured: Codec, layout: KvLayout, *, accepts_lossy: bool)
 
 
 def new_superblock(
-    namespace: NamespaceId, layout: KvLayout, codec: Codec, *, segment_bytes: int
+    namespace: NamespaceId,
+    layout: KvLayout,
+    codec: Codec,
+    *,
+    segment_bytes: int,
+    summary: SummaryKind | None = None,
 ) -> Superblock:
-    """The superblock of a namespace that is about to be made.
+    """The superblock of a namespace that is about to be made, with areas for summaries or without.
 
     Raises:
         ConfigError: a block does not fit a segment.
@@ -182,6 +203,8 @@ def new_superblock(
         namespace=namespace,
         layout=layout,
         segment_bytes=segment_bytes,
+        summary_bytes=area_bytes(layout, summary) if summary else 0,
+        summary=summary,
         codec=codec.codec_id,
         compact_bytes=compact_payload_bytes(layout, codec),
     )
@@ -205,6 +228,7 @@ def encode_superblock(superblock: Superblock) -> bytes:
         layout.block_tokens,
         _DTYPES.index(layout.dtype),
         superblock.codec,
+        superblock.summary.number if superblock.summary else 0,
     )
     return _seal(fixed.ljust(_CHECKED_BYTES, b"\0"))
 
@@ -228,7 +252,7 @@ def decode_superblock(data: bytes, name: str) -> Superblock:
             "deleting it loses no work but time)"
         )
     try:
-        *axes, dtype, codec_number = shape
+        *axes, dtype, codec_number, summary_number = shape
         codec = CodecId(codec_number)
         compact_bytes = slot_bytes - HEADER_BYTES - summary_bytes
         layout = KvLayout(
@@ -243,6 +267,7 @@ def decode_superblock(data: bytes, name: str) -> Superblock:
             layout=layout,
             segment_bytes=segment_bytes,
             summary_bytes=summary_bytes,
+            summary=_summary_kind(summary_number),
             codec=codec,
             compact_bytes=0 if codec is CodecId.RAW else max(0, compact_bytes),
         )
@@ -318,6 +343,13 @@ def decode_header(
         codec=CodecId(codec),
         encoded_bytes=payload_bytes if is_encoded else 0,
     )
+
+
+def _summary_kind(number: int) -> SummaryKind | None:
+    kind = SummaryKind.from_number(number)
+    if number and kind is None:
+        raise ValueError(f"no summaries have the number {number}")
+    return kind
 
 
 def is_blank(data: memoryview | bytes) -> bool:

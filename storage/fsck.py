@@ -6,6 +6,7 @@
     segments     all there, whole, in use                     repair: complete, or delete a retired
     records      each has its slot, header and parent         repair: drop the record
     slabs        each matches its checksum                    repair: drop the record, free the slot
+    summaries    each speaks for its block                    repair: blank the area (harmless)
     slots        nothing but what the index knows             repair: blank the header (harmless)
 
 Repair never invents a block: it ends with fewer of them, and all that are left are right. Nothing
@@ -19,7 +20,6 @@ import contextlib
 import enum
 import logging
 import stat
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ from .index import BlockIndex, IndexRecord
 from .recovery import (
     Dropped,
     NamespaceFiles,
+    causes_of_loss,
     order_by_chain,
     rebuild_index,
     reconcile,
@@ -42,6 +43,7 @@ from .recovery import (
 )
 from .segments import Segments, segment_files, segment_path
 from .stray_files import find_strays, move_aside, put_away, remove
+from .summary_areas import blank_areas, filled_areas
 from .tier import IoStatus, SlotId, SlotRead
 
 if TYPE_CHECKING:
@@ -79,6 +81,8 @@ class FindingKind(enum.StrEnum):
     """A slot that a read found bad before."""
     UNINDEXED = "unindexed"
     """A slot with a header that no record knows: a write that a crash cut short. Harmless."""
+    SUMMARY = "summary"
+    """What lies in front of a good block is no summary of it. Harmless: nobody believes it."""
     MARK = "mark"
     """The mark of a clean end is not about this index file, so opening verifies it. Harmless."""
     FOREIGN = "foreign"
@@ -89,9 +93,8 @@ class FindingKind(enum.StrEnum):
     """Others may write to it."""
 
 
-HARMLESS = frozenset(
-    {FindingKind.UNINDEXED, FindingKind.MARK, FindingKind.FOREIGN, FindingKind.LEFTOVER}
-)
+_HARMLESS_WORDS = ("unindexed", "summary", "mark", "foreign", "leftover")
+HARMLESS = frozenset(FindingKind(word) for word in _HARMLESS_WORDS)
 
 
 @dataclass(slots=True)
@@ -186,27 +189,6 @@ def _check_names(path: Path, report: FsckReport, *, repair: bool) -> None:
             finding.fixed = True
         except OSError as error:
             finding.what += f"; it stays: {error}"
-
-
-def _summarised(
-    found: Sequence[tuple[FindingKind, Dropped]],
-) -> Iterator[tuple[FindingKind, Dropped, int]]:
-    """Every cause of a loss once, with the number of blocks that only hang on it."""
-    parents = {dropped.key: dropped.parent for _, dropped in found}
-    tops: dict[bytes, bytes] = {}
-    for key in parents:
-        top, climbed = key, dict[bytes, None]()
-        while top not in tops:
-            climbed[top] = None
-            parent = parents[top]
-            if parent not in parents or parent in climbed:  # a cause, or records in a circle
-                break
-            top = parent
-        tops.update(dict.fromkeys(climbed, tops.get(top, top)))
-    num_in_all = Counter(tops.values())
-    for kind, dropped in found:
-        if tops[dropped.key] == dropped.key:
-            yield kind, dropped, num_in_all[dropped.key] - 1
 
 
 class _NamespaceCheck:
@@ -406,6 +388,7 @@ class _NamespaceCheck:
         buffer = aligned_buffer(min(per_batch, max(1, len(records))) * block_bytes)
         slot_io = slot_io_for(files.superblock, files.segments, files.io)
         bad: list[Dropped] = []
+        silent: list[IndexRecord] = []
         in_place = sorted(records, key=lambda record: record.slot)
         for start in range(0, len(in_place), per_batch):
             part = in_place[start : start + per_batch]
@@ -419,7 +402,21 @@ class _NamespaceCheck:
                 if outcome.status is not IoStatus.OK:
                     reason = _SLAB_REASONS[outcome.status]
                     bad.append(Dropped(record.key, record.slot, reason))
+                elif not outcome.summary:
+                    silent.append(record)
+        self._check_summaries(files, silent)
         return bad
+
+    def _check_summaries(self, files: NamespaceFiles, silent: Sequence[IndexRecord]) -> None:
+        """Areas of good blocks that hold something, but no summary of theirs."""
+        key_of = {record.slot: record.key for record in silent}
+        filled = filled_areas(files, list(key_of))
+        for slot in filled:
+            finding = self._find(FindingKind.SUMMARY, "it does not speak for its block")
+            finding.slot, finding.key = slot, key_of[slot].hex()[:8]
+            finding.segment, finding.fixed = files.segments.segment_of(slot), self._repair
+        if self._repair:
+            blank_areas(files, filled)
 
     def _settle_dropped(
         self,
@@ -430,7 +427,7 @@ class _NamespaceCheck:
     ) -> None:
         """Report what must go; for repair, forget it and free its slots."""
         findings = []
-        for kind, dropped, num_behind in _summarised(found):
+        for kind, dropped, num_behind in causes_of_loss(found):
             blocks = "block" if num_behind == 1 else "blocks"
             behind = f" (and {num_behind} {blocks} behind it)" if num_behind else ""
             finding = self._find(kind, dropped.reason + behind)

@@ -1,6 +1,6 @@
 """Reading blocks layer by layer: the same layers of several blocks in one batch.
 
-    request  | header | slab 0 ... slab g-1 |    of block 7      layers 0..g-1, the header in front
+    request  | head | slab 0 ... slab g-1 |      of block 7      layers 0..g-1, the head in front
              | slab g ... slab 2g-1 |            of block 7      layers g..2g-1
 
 Adjacent layers of a block are adjacent in its slot, so a request takes as many as make it long
@@ -18,6 +18,7 @@ from .codec import CodecId
 from .file_io import IoRequest, aligned_buffer
 from .format import HEADER_BYTES, decode_header
 from .slot_io import status_of_errno
+from .summary_areas import believed
 from .tier import IoStatus
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class LayerRead:
     """Of its slabs; known once layer 0 was read."""
     generation: int = 0
     """Of the slot, as the table said when layer 0 was read."""
+    summary: bytes = b""
+    """As in `ReadOutcome`; known once layer 0 was read."""
 
 
 def layers_per_request(layout: KvLayout) -> int:
@@ -74,19 +77,20 @@ class LayerIo:
         The layers of an item are read in order, from 0 on, until one is not OK.
         """
         statuses = [IoStatus.IO_ERROR] * len(items)
-        headers = aligned_buffer(len(items) * HEADER_BYTES) if items and not first_layer else None
+        size = self._superblock.head_bytes
+        heads = aligned_buffer(len(items) * size) if items and not first_layer else None
         requests: list[IoRequest] = []
         positions: list[int] = []
         for position, item in enumerate(items):
             place = self._segments.locate(item.slot)
             if place is None:
                 continue
-            header = None
-            if headers is not None:
-                header = headers[position * HEADER_BYTES : (position + 1) * HEADER_BYTES]
+            head = None
+            if heads is not None:
+                head = heads[position * size : (position + 1) * size]
                 item.generation = self._slots.generation(item.slot)
             positions.append(position)
-            requests.append(self._request(item, place, header, range(first_layer, stop_layer)))
+            requests.append(self._request(item, place, head, range(first_layer, stop_layer)))
         for position, code in zip(positions, self._io.read_batch(requests), strict=True):
             statuses[position] = status_of_errno(code)
         return statuses
@@ -95,25 +99,25 @@ class LayerIo:
         self,
         item: LayerRead,
         place: tuple[FileHandle, int],
-        header: memoryview | None,
+        head: memoryview | None,
         layers: range,
     ) -> IoRequest:
         stride = self._layout.slab_stride_bytes
         data = item.into.cast("B")[layers.start * stride : layers.stop * stride]
         file, offset = place
-        check = self._check(item, data, header, layers)
-        if header is not None:
-            return IoRequest(file, offset, (header, data), check)
-        skipped = HEADER_BYTES + self._superblock.summary_bytes + layers.start * stride
+        check = self._check(item, data, head, layers)
+        if head is not None:
+            return IoRequest(file, offset, (head, data), check)
+        skipped = self._superblock.head_bytes + layers.start * stride
         return IoRequest(file, offset + skipped, (data,), check)
 
     def _check(
-        self, item: LayerRead, data: memoryview, header: memoryview | None, layers: range
+        self, item: LayerRead, data: memoryview, head: memoryview | None, layers: range
     ) -> Callable[[], bool]:
         stride, size = self._layout.slab_stride_bytes, self._layout.slab_bytes
 
         def check() -> bool:
-            if header is not None and not self._note_header(item, header):
+            if head is not None and not self._note_head(item, head):
                 return False
             sums = item.checksums[layers.start : layers.stop]
             starts = range(0, len(data), stride)
@@ -121,11 +125,12 @@ class LayerIo:
 
         return check
 
-    def _note_header(self, item: LayerRead, data: memoryview) -> bool:
-        header = decode_header(self._superblock, item.slot, data)
+    def _note_head(self, item: LayerRead, head: memoryview) -> bool:
+        header = decode_header(self._superblock, item.slot, head[:HEADER_BYTES])
         if header is None or header.codec is not CodecId.RAW:
             return False
         if (header.key, header.generation) != (item.key, item.generation):
             return False
         item.checksums = header.checksums
+        item.summary = believed(self._superblock, head[HEADER_BYTES:], header.checksums)
         return True

@@ -185,6 +185,11 @@ class MemoryTier:
         """See `Tier.extents`: memory is no file."""
         return
 
+    @property
+    def summaries(self) -> None:
+        """See `Tier.summaries`: those of blocks in memory are kept by `ucm.summaries`."""
+        return
+
     def check_integrity(self) -> list[str]:
         """See `Tier.check_integrity`."""
         problems = self._arena.slots.check_integrity()

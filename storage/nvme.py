@@ -33,7 +33,7 @@ from ucm.errors import (
     TierUnavailableError,
     UcmError,
 )
-from ucm.types import BlockKey, NamespaceId, TierKind
+from ucm.types import BlockKey, NamespaceId, SummaryKind, TierKind
 
 from .budget import IdleSegments, SegmentBudget
 from .codecs import codec_named, codec_of
@@ -41,22 +41,23 @@ from .encoded_io import slot_io_for
 from .extents import ExtentTable
 from .file_io import PosixFileIo
 from .folder import (
+    WantedNamespace,
     adopt,
     check_folder,
-    create_namespace,
     drop_segment,
+    find_or_create,
     list_namespaces,
     lock_folder,
-    open_superblock,
     survey,
 )
-from .format import effective_codec, new_superblock
+from .format import effective_codec
 from .index import IndexRecord
 from .integrity import find_problems
 from .recovery import NamespaceFiles, append_segment, order_by_chain, recover
 from .segments import Segments
 from .shrink import Shrinker
 from .slots import SlotState
+from .summary_areas import areas_of
 from .tier import IoStatus, ReadOutcome, SlotId, TierEntry, TierUsage
 
 if TYPE_CHECKING:
@@ -67,7 +68,6 @@ if TYPE_CHECKING:
     from ucm.shares import Shares
 
     from .budget import TenantBudget
-    from .codec import Codec
     from .file_io import FileIo
     from .recovery import Recovered
     from .tier import SlotRead, SlotWrite
@@ -91,6 +91,8 @@ class NvmeTier:
         self._shrinker = Shrinker(files.segments, recovered.slots, recovered.index, budget)
         self.extents = ExtentTable(files, recovered.slots, self._quarantine)
         """See `Tier.extents`."""
+        self.summaries = areas_of(files, recovered.slots)
+        """See `Tier.summaries`."""
         self.was_rebuilt = recovered.was_rebuilt
         """Whether this opening had to make a new index from the slot headers."""
         self._unchanged = recovered.table
@@ -399,6 +401,7 @@ class NvmeStore:
         tenant: str = "",
         *,
         accepts_lossy: bool = False,
+        summary: SummaryKind | None = None,
     ) -> NvmeTier:
         """Open a namespace, recovering it if need be, or create it. Its bytes are `tenant`'s.
 
@@ -409,6 +412,7 @@ class NvmeStore:
             layout: of its blocks.
             tenant: who its bytes count for.
             accepts_lossy: whether a new one may lose precision to a codec.
+            summary: what a new one keeps room for; an old one keeps what it has.
 
         Raises:
             LayoutMismatchError: it exists with another layout.
@@ -422,7 +426,14 @@ class NvmeStore:
             tier = self._tiers.get(namespace)
             if tier is None or tier.is_closed:
                 codec = effective_codec(self._codec, layout, accepts_lossy=accepts_lossy)
-                tier = self._tiers[namespace] = self._open(namespace, layout, tenant, codec)
+                wanted = WantedNamespace(
+                    namespace=namespace,
+                    layout=layout,
+                    codec=codec,
+                    segment_bytes=self._config.segment_bytes,
+                    summary=summary,
+                )
+                tier = self._tiers[namespace] = self._open(wanted, tenant)
         if tier.layout != layout:
             raise LayoutMismatchError(
                 f"namespace {namespace.hex()[:8]} holds blocks of {tier.layout}, not of {layout}"
@@ -467,15 +478,9 @@ class NvmeStore:
             in_use = {name for name, tier in self._tiers.items() if not tier.is_closed}
             return ("", 0) if self._lock_fd < 0 else drop_segment(self._root, in_use, tenants)
 
-    def _open(
-        self, namespace: NamespaceId, layout: KvLayout, tenant: str, codec: Codec
-    ) -> NvmeTier:
-        folder = self._root / namespace.hex()
-        if not folder.exists():
-            size = self._config.segment_bytes
-            made = new_superblock(namespace, layout, codec, segment_bytes=size)
-            create_namespace(folder, made, self._io)
-        superblock = open_superblock(folder, namespace, layout, codec.codec_id)
+    def _open(self, wanted: WantedNamespace, tenant: str) -> NvmeTier:
+        folder = self._root / wanted.namespace.hex()
+        superblock = find_or_create(folder, wanted, self._io)
         budget = self._budget.of(tenant)
         for old, size_bytes in adopt(folder, superblock, tenant, self._io):
             self._budget.release(old, size_bytes)

@@ -19,8 +19,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from .segments import Segments
 
 log = logging.getLogger(__name__)
+
+Word = TypeVar("Word")
 
 HEADERS_PER_BATCH = 1024
 """4 MiB of headers in memory at once."""
@@ -219,6 +222,31 @@ def order_by_chain(
             seen.add(current.key)
             admitted.extend(reversed(waiting.pop(current.key, [])))
     return ordered, [record for group in waiting.values() for record in group]
+
+
+def causes_of_loss(
+    found: Sequence[tuple[Word, Dropped]],
+) -> Iterator[tuple[Word, Dropped, int]]:
+    """Every cause of a loss once, with the number of blocks that only hang on it.
+
+    Args:
+        found: what is dropped, each with a word that says how it was found.
+    """
+    parents = {dropped.key: dropped.parent for _, dropped in found}
+    tops: dict[bytes, bytes] = {}
+    for key in parents:
+        top, climbed = key, dict[bytes, None]()
+        while top not in tops:
+            climbed[top] = None
+            parent = parents[top]
+            if parent not in parents or parent in climbed:  # a cause, or records in a circle
+                break
+            top = parent
+        tops.update(dict.fromkeys(climbed, tops.get(top, top)))
+    num_in_all = Counter(tops.values())
+    for word, dropped in found:
+        if tops[dropped.key] == dropped.key:
+            yield word, dropped, num_in_all[dropped.key] - 1
 
 
 def scan_headers(files: NamespaceFiles, slots: Sequence[SlotId]) -> Iterator[ScannedHeader]:

@@ -1,7 +1,9 @@
 """Moving slots between memory and segment files: headers, checks, adjacent slots together.
 
-    request  | header 7 | block 7 | header 8 | block 8 | ...   one preadv / pwritev, by iovecs
-    memory     ours       caller's  ours       caller's        no copy
+    request  | head 7 | block 7 | head 8 | block 8 | ...   one preadv / pwritev, by iovecs
+    memory     ours     caller's  ours     caller's        no copy
+
+A head is the header and, in a namespace that has one, the summary area.
 
 Slots that lie together in a file become one request, of at most `MERGED_BYTES`, and of no more
 than leaves every I/O thread something to do. What happened is said for each block by itself: each
@@ -26,6 +28,7 @@ from .codec import CodecId
 from .file_io import IoRequest, aligned_buffer
 from .format import BLANK_HEADER, HEADER_BYTES, SlotHeader, decode_header, encode_header
 from .segments import NO_SPACE_ERRNOS
+from .summary_areas import believed, fill_area
 from .tier import IoStatus, ReadOutcome
 
 if TYPE_CHECKING:
@@ -49,8 +52,11 @@ MERGED_SLOTS = 256
 REQUESTS_PER_BATCH = 8
 """A batch is not merged into fewer requests than this: the queue depth that fills a device."""
 
-SPARE_HEADERS = 256
-"""Headers in one piece of memory that is kept for the next batch: 1 MiB."""
+SPARE_BYTES = 1 << 20
+"""A piece of memory for heads that is kept for the next batch: 256 of them without summaries..."""
+
+MIN_SPARE_HEADS = 32
+"""...and one job's (`BLOCKS_PER_READ`) with them, whatever their size."""
 
 MAX_SPARES = 8
 """Pieces kept; as many batches as are under way at once."""
@@ -64,7 +70,7 @@ class Piece:
     """In the batch."""
     file: FileHandle
     offset: int
-    header: memoryview
+    head: memoryview
     data: memoryview
     check: Callable[[], bool]
 
@@ -77,14 +83,16 @@ class SlotIo:
         self._layout = superblock.layout
         self._segments = segments
         self._io = io
-        self._spare_headers: list[memoryview] = []
+        self._head_bytes = superblock.head_bytes
+        self._spare_bytes = max(SPARE_BYTES, MIN_SPARE_HEADS * self._head_bytes)
+        self._spare_heads: list[memoryview] = []
 
     def write(self, items: Sequence[SlotWrite], generations: Sequence[int]) -> list[IoStatus]:
         """Verify and transfer blocks with their headers; not durable yet.
 
         A retired place is an IO_ERROR, a block that does not match its checksums is CORRUPT.
         """
-        headers = self._take_headers(len(items))
+        heads = self._take_heads(len(items))
         statuses = [IoStatus.IO_ERROR] * len(items)
         parts = []
         for position, item in enumerate(items):
@@ -94,48 +102,51 @@ class SlotIo:
             if len(item.checksums) != self._layout.num_layers:
                 statuses[position] = IoStatus.CORRUPT
                 continue
-            view = _nth_header(headers, position)
+            view = self._nth(heads, position)
             check = self._write_check(item, generations[position], view)
             parts.append(Piece(position, *place, view, item.data.cast("B"), check))
         slot_bytes = self._superblock.full_slot_bytes
         for part, code in transfer(parts, self._io.write_batch, slot_bytes):
             statuses[part.position] = status_of_errno(code)
-        self._give_headers(headers)
+        self._give_heads(heads)
         return statuses
 
     def read(self, items: Sequence[SlotRead], generations: Sequence[int]) -> list[ReadOutcome]:
         """Transfer blocks into the callers' memory and verify them there."""
-        headers = self._take_headers(len(items))
-        found: list[SlabChecksums] = [()] * len(items)
+        heads = self._take_heads(len(items))
+        found: list[tuple[SlabChecksums, bytes]] = [((), b"")] * len(items)
         outcomes = [ReadOutcome(IoStatus.IO_ERROR)] * len(items)
         parts = []
         for position, item in enumerate(items):
             place = self._segments.locate(item.slot)
             if place is None:
                 continue
-            view = _nth_header(headers, position)
+            view = self._nth(heads, position)
             check = self._read_check(item, generations[position], view, (found, position))
             parts.append(Piece(position, *place, view, item.into.cast("B"), check))
         slot_bytes = self._superblock.full_slot_bytes
         for part, code in transfer(parts, self._io.read_batch, slot_bytes):
             status = status_of_errno(code)
-            sums = found[part.position] if status is IoStatus.OK else ()
-            outcomes[part.position] = ReadOutcome(status, sums)
-        self._give_headers(headers)
+            sums, summary = found[part.position] if status is IoStatus.OK else ((), b"")
+            outcomes[part.position] = ReadOutcome(status, sums, summary=summary)
+        self._give_heads(heads)
         return outcomes
 
-    def _take_headers(self, count: int) -> memoryview:
-        """Memory for `count` headers, used before if possible: fresh pages cost 5 us each."""
+    def _take_heads(self, count: int) -> memoryview:
+        """Memory for `count` heads, used before if possible: fresh pages cost 5 us each."""
         with contextlib.suppress(IndexError):
-            spare = self._spare_headers.pop()
-            if len(spare) >= count * HEADER_BYTES:
+            spare = self._spare_heads.pop()
+            if len(spare) >= count * self._head_bytes:
                 return spare
-        return aligned_buffer(max(count, SPARE_HEADERS) * HEADER_BYTES)
+        return aligned_buffer(max(count * self._head_bytes, self._spare_bytes))
 
-    def _give_headers(self, headers: memoryview) -> None:
+    def _give_heads(self, heads: memoryview) -> None:
         """Keep memory for the next batch; not after an error, when a thread may still use it."""
-        if len(headers) == SPARE_HEADERS * HEADER_BYTES and len(self._spare_headers) < MAX_SPARES:
-            self._spare_headers.append(headers)
+        if len(heads) == self._spare_bytes and len(self._spare_heads) < MAX_SPARES:
+            self._spare_heads.append(heads)
+
+    def _nth(self, heads: memoryview, position: int) -> memoryview:
+        return heads[position * self._head_bytes : (position + 1) * self._head_bytes]
 
     def blank(self, slots: Sequence[SlotId]) -> None:
         """Write zeros over the headers; not durable yet. A place that fails keeps its header."""
@@ -145,14 +156,17 @@ class SlotIo:
         self._io.write_batch([IoRequest(*place, (blank,)) for place in places if place is not None])
 
     def _write_check(
-        self, item: SlotWrite, generation: int, header_view: memoryview
+        self, item: SlotWrite, generation: int, head: memoryview
     ) -> Callable[[], bool]:
-        """Verify what is to be written; make its header, there where others are being written."""
+        """Verify what is to be written; make its head, there where others are being written."""
 
         def check() -> bool:
             if not checksum.verify(self._layout, item.data, item.checksums):
                 return False
-            encode_header(self._superblock, _header_of(item, generation), header_view)
+            header = _header_of(item, generation)
+            encode_header(self._superblock, header, head[:HEADER_BYTES])
+            if len(head) > HEADER_BYTES:
+                fill_area(self._superblock, item.summary, item.checksums, head[HEADER_BYTES:])
             return True
 
         return check
@@ -161,20 +175,23 @@ class SlotIo:
         self,
         item: SlotRead,
         generation: int,
-        header_view: memoryview,
-        found: tuple[list[SlabChecksums], int],
+        head: memoryview,
+        found: tuple[list[tuple[SlabChecksums, bytes]], int],
     ) -> Callable[[], bool]:
-        """Compare what was read with what should be there; note its checksums in `found`."""
+        """Compare what was read with what should be there; note what its head says in `found`."""
 
         def check() -> bool:
-            header = decode_header(self._superblock, item.slot, header_view)
+            header = decode_header(self._superblock, item.slot, head[:HEADER_BYTES])
             if header is None or header.codec is not CodecId.RAW:
                 return False
             if (header.key, header.generation) != (item.key, generation):
                 return False
-            checksums, position = found
-            checksums[position] = header.checksums
-            return checksum.verify(self._layout, item.into, header.checksums)
+            if not checksum.verify(self._layout, item.into, header.checksums):
+                return False
+            noted, position = found
+            area = head[HEADER_BYTES:]
+            noted[position] = header.checksums, believed(self._superblock, area, header.checksums)
+            return True
 
         return check
 
@@ -247,10 +264,6 @@ def adjacent_runs(parts: Sequence[Piece], slot_bytes: int) -> list[list[Piece]]:
 
 def _request_of(run: Sequence[Piece]) -> IoRequest:
     """One request for neighbours; its check fails if that of any of them does."""
-    buffers = tuple(buffer for part in run for buffer in (part.header, part.data))
+    buffers = tuple(buffer for part in run for buffer in (part.head, part.data))
     checks = [part.check for part in run]
     return IoRequest(run[0].file, run[0].offset, buffers, lambda: all(check() for check in checks))
-
-
-def _nth_header(headers: memoryview, position: int) -> memoryview:
-    return headers[position * HEADER_BYTES : (position + 1) * HEADER_BYTES]

@@ -25,6 +25,7 @@ from ucm.types import BlockKey, TierKind
 if TYPE_CHECKING:
     from .extents import ExtentTable
     from .shrink import Shrinker
+    from .summary_areas import SummaryAreas
 
 SlotId = NewType("SlotId", int)
 """Index of a slot in one namespace's tier, 0-based and dense."""
@@ -67,6 +68,8 @@ class SlotWrite:
     """It came back from a lossy codec, which must not be applied to it a second time."""
     payload: bytes = b""
     """What `ReadOutcome.payload` said of the same block: it is written as it was, if it fits."""
+    summary: bytes = b""
+    """The block's encoded summary, for a tier that keeps them (`Tier.summaries`); b"" is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class ReadOutcome:
     """The bytes may be what a lossy codec made of those that were written."""
     payload: bytes = b""
     """The block as it was encoded, if that was asked for and it was."""
+    summary: bytes = b""
+    """The block's encoded summary, if it lay there whole and speaks for this content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +178,10 @@ class Tier(Protocol):
     @property
     def extents(self) -> ExtentTable | None:
         """Where blocks lie in files, for whoever reads them there; None where no files are."""
+
+    @property
+    def summaries(self) -> SummaryAreas | None:
+        """What reads summaries without their blocks; None where there is no room for any."""
 
     def check_integrity(self) -> list[str]:
         """Every violated invariant, in words; empty when sound. Cheap: reads no block data."""

@@ -9,6 +9,7 @@ A call moves names and leases; bytes move through the `memoryview`s that a lease
            begin_load    -> [`ucm.layer_reader`, layer by layer]       -> complete_load
     store  prepare_store -> [copy into lease.slots[i].data, checksum]  -> complete_store
                          or release(lease_id), at any time, in any state
+    select select | select_and_load -> a plan | map_summaries -> [score in place] -> release
 
 Who guarantees what: between prepare and complete the cache keeps the leased bytes in place and
 unchanged; after the lease's deadline, or once it was completed or released, it does not, and a
@@ -29,6 +30,8 @@ from .types import BlockKey, LeaseId, LoadMode, LoadStatus, NamespaceId, StoreSt
 
 if TYPE_CHECKING:
     from .load_plan import LoadPlan
+    from .select_api import SelectRequest, SelectResult, SummaryLease
+    from .types import SummaryKind
 
 SlabChecksums = tuple[int, ...]
 """xxh3_64 (seed 0) of each slab of a block, layer 0 first, padding excluded."""
@@ -43,6 +46,8 @@ class NamespaceHandle:
     max_read_bytes_per_s: int = 0
     """What a client that reads extents itself may read in a second; 0 is no limit. Its plans carry
     the limit, and `ucm.layer_reader` keeps to it."""
+    summary: SummaryKind | None = None
+    """The kind of summaries that this session has of its blocks; None when it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,9 @@ class StoreSlot:
     status: StoreStatus
     data: memoryview | None = None
     """Writable, `layout.block_bytes` long; None unless WANTED."""
+    summary: memoryview | None = None
+    """Writable: where the block's encoded summary may be put, from its first byte on, before the
+    store completes; what follows it carries no meaning. None when no summary is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +129,21 @@ class PinLease:
 class CacheApi(Protocol):
     """A tiered block cache as a client sees it. All sizes in bytes, all times in seconds."""
 
-    def open_namespace(self, spec: NamespaceSpec) -> NamespaceHandle:
+    def open_namespace(
+        self, spec: NamespaceSpec, *, summary: SummaryKind | None = None
+    ) -> NamespaceHandle:
         """Make a namespace usable in this session; create it if it is new.
 
+        Args:
+            spec: identity of the KV.
+            summary: the kind of summaries that this session wants of the blocks. It changes no
+                block: sessions with other kinds, or without, share them. Whoever creates the
+                namespace decides what is kept on NVMe; summaries of another kind are computed
+                again when a block comes to memory. A session keeps the last kind that it named.
+
         Raises:
-            LayoutMismatchError: the namespace exists with another layout.
+            LayoutMismatchError: the namespace exists with another layout, or this kind cannot
+                describe its blocks.
             CapacityError: the limit on open namespaces is reached.
             TierUnavailableError: the daemon does not answer.
         """
@@ -220,6 +238,62 @@ class CacheApi(Protocol):
         Raises:
             CapacityError: more of the namespace's memory would be pinned than is allowed.
             InvalidArgumentError: `hold_s` is not above 0.
+        """
+
+    def select(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        request: SelectRequest,
+        *,
+        timeout_s: float,
+    ) -> SelectResult:
+        """Which blocks of the chain `keys` the queries will attend to; reads no key and no value.
+
+        Waits at most `timeout_s` for summaries that are on NVMe only; a block whose summary is not
+        at hand by then is in every selection, with the status that says so.
+
+        Args:
+            namespace: opened with a kind of summaries.
+            keys: a chain, or a part of one.
+            request: layers, queries, budget.
+            timeout_s: how long the answer may take.
+
+        Raises:
+            InvalidArgumentError: the namespace has no summaries in this session, or the request
+                does not fit it; the message says what to do.
+            CapacityError: too many selections are in service, or there was no time to score.
+        """
+
+    def select_and_load(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        request: SelectRequest,
+        *,
+        mode: LoadMode,
+        timeout_s: float,
+    ) -> tuple[SelectResult, LoadPlan]:
+        """`select`, and `begin_load` of every block that a selection has, in one call.
+
+        Returns:
+            The selections, and the plan: one entry for each index of `SelectResult.union`. None of
+            them is evicted in between. The plan ends like any other.
+
+        Raises:
+            As `select` and `begin_load`.
+        """
+
+    def map_summaries(
+        self, namespace: NamespaceId, keys: Sequence[BlockKey], *, timeout_s: float
+    ) -> SummaryLease:
+        """Keep the encoded summaries of `keys` in place, to be scored in this process.
+
+        Waits as `select` does. Ends by `release`, its deadline, or with the session.
+
+        Raises:
+            InvalidArgumentError: the namespace has no summaries in this session.
+            CapacityError: the session holds too many leases, or too many calls wait for the disk.
         """
 
     def release(self, lease_id: LeaseId) -> None:

@@ -38,7 +38,6 @@ from .api import (
     PinLease,
     SlabChecksums,
     StoreLease,
-    StoreSlot,
 )
 from .door_client import DoorClient, Greeting
 from .errors import (
@@ -48,34 +47,24 @@ from .errors import (
     TierUnavailableError,
     UcmError,
 )
-from .grants import LoadGrants
-from .hashing import NamespaceSpec, check_key
-from .layout import KvLayout
+from .hashing import NamespaceSpec, check_key, check_keys
 from .load_plan import LoadPlan
 from .plan_wire import LOAD_MODE_TO_WIRE
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
+from .remote_leases import OpenNamespace, known_words, load_lease, store_lease
 from .remote_plans import RemotePlans
+from .remote_selections import RemoteSelections
+from .select_api import SelectRequest, SelectResult, SummaryLease
 from .sockets import check_path_length, door_path, grpc_target
-from .types import (
-    BlockKey,
-    LeaseId,
-    LoadMode,
-    LoadStatus,
-    NamespaceId,
-    StoreStatus,
-)
+from .types import BlockKey, LeaseId, LoadMode, NamespaceId, StoreStatus, SummaryKind
 from .wire import (
-    LOAD_STATUS_FROM_WIRE,
     STORE_STATUS_FROM_WIRE,
     TIER_FROM_WIRE,
     TOKEN_METADATA,
-    Word,
-    checksums_from_wire,
     checksums_to_wire,
     error_from_metadata,
     keys_to_wire,
-    words_from_wire,
 )
 
 MIN_RPC_S: Final = 0.25
@@ -95,16 +84,6 @@ _ERROR_BY_CODE: Final[Mapping[grpc.StatusCode, type[UcmError]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.NOT_FOUND: BlockNotFoundError,
 }
-
-
-class _OpenNamespace:
-    """A namespace of this session and its arena."""
-
-    __slots__ = ("arena", "layout")
-
-    def __init__(self, layout: KvLayout, arena: memoryview) -> None:
-        self.layout = layout
-        self.arena = arena
 
 
 _live: weakref.WeakSet[RemoteCache] = weakref.WeakSet()
@@ -135,7 +114,7 @@ class RemoteCache:
         self._timeout_s = timeout_s
         self._pid = os.getpid()
         self._door_lock = threading.Lock()
-        self._namespaces: dict[NamespaceId, _OpenNamespace] = {}
+        self._namespaces: dict[NamespaceId, OpenNamespace] = {}
         self._door = DoorClient(door_path(socket_path), timeout_s=timeout_s)
         self._plans = RemotePlans(self._door, self._at_door)
         try:
@@ -146,6 +125,7 @@ class RemoteCache:
         self._staging: memoryview | None = greeting.staging
         self._max_read_bytes_per_s = greeting.max_read_bytes_per_s
         self._metadata = ((TOKEN_METADATA, greeting.token.hex()),)
+        self._selections = RemoteSelections(self._door, self._at_door, greeting.max_message_bytes)
         self._channel = _open_channel(socket_path, greeting)
         self._stub = pb_grpc.CacheStub(self._channel)
         _live.add(self)
@@ -161,14 +141,19 @@ class RemoteCache:
     ) -> None:
         self.close()
 
-    def open_namespace(self, spec: NamespaceSpec) -> NamespaceHandle:
-        """See `CacheApi.open_namespace`. A repeated call asks the daemon nothing."""
+    def open_namespace(
+        self, spec: NamespaceSpec, *, summary: SummaryKind | None = None
+    ) -> NamespaceHandle:
+        """See `CacheApi.open_namespace`. A call that adds nothing asks the daemon nothing."""
         namespace = spec.fingerprint()
         with self._at_door() as left_s:
-            if namespace not in self._namespaces:
-                arena = self._door.open_namespace(spec, namespace, timeout_s=left_s)
-                self._namespaces[namespace] = _OpenNamespace(spec.layout, arena)
-        return NamespaceHandle(namespace, spec.layout, self._max_read_bytes_per_s)
+            found = self._namespaces.get(namespace)
+            if found is None or summary not in (None, found.handle.summary):
+                opened = self._door.open_namespace(spec, namespace, summary, timeout_s=left_s)
+                limit = self._max_read_bytes_per_s
+                handle = NamespaceHandle(namespace, spec.layout, limit, opened.summary)
+                found = self._namespaces[namespace] = OpenNamespace(handle, opened.arena)
+            return found.handle
 
     @contextlib.contextmanager
     def _at_door(self) -> Iterator[float]:
@@ -186,7 +171,7 @@ class RemoteCache:
         """See `CacheApi.lookup`."""
         request = pb.LookupRequest(namespace=namespace, keys=keys_to_wire(keys))
         reply = self._call(self._stub.Lookup, request)
-        return LookupResult(_words(reply.tiers, TIER_FROM_WIRE))
+        return LookupResult(known_words(reply.tiers, TIER_FROM_WIRE))
 
     def prefetch(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> int:
         """See `CacheApi.prefetch`."""
@@ -201,10 +186,7 @@ class RemoteCache:
             namespace=namespace, keys=keys_to_wire(keys), timeout_s=_daemon_timeout_s(timeout_s)
         )
         reply = self._call(self._stub.PrepareLoad, request, timeout_s=timeout_s)
-        open_namespace = self._namespaces.get(namespace)
-        if open_namespace is None:
-            raise BlockNotFoundError("this namespace is not open in this session")
-        return _load_lease(keys, reply, open_namespace)
+        return load_lease(keys, reply, self._opened(namespace))
 
     def begin_load(
         self,
@@ -222,11 +204,17 @@ class RemoteCache:
             timeout_s=timeout_s,
         )
         reply = self._call(self._stub.BeginLoad, request)
-        try:
+        with self._kept(reply.lease_id):
             return self._plan(namespace, keys, mode, reply)
+
+    @contextlib.contextmanager
+    def _kept(self, lease_id: bytes) -> Iterator[None]:
+        """Give a lease back if the block fails: nobody will know of it."""
+        try:
+            yield
         except UcmError:
             with contextlib.suppress(UcmError):  # else it ends by its deadline, or the session
-                unused = pb.ReleaseRequest(lease_ids=[reply.lease_id])
+                unused = pb.ReleaseRequest(lease_ids=[lease_id])
                 self._call(self._stub.Release, unused, timeout_s=MIN_RPC_S)
             raise
 
@@ -237,12 +225,14 @@ class RemoteCache:
         mode: LoadMode,
         reply: pb.BeginLoadReply,
     ) -> LoadPlan:
-        open_namespace = self._namespaces.get(namespace)
-        if open_namespace is None:
+        found = self._opened(namespace)
+        return self._plans.plan(found.handle, keys, mode, reply, found.arena)
+
+    def _opened(self, namespace: NamespaceId) -> OpenNamespace:
+        found = self._namespaces.get(namespace)
+        if found is None:
             raise BlockNotFoundError("this namespace is not open in this session")
-        limit = self._max_read_bytes_per_s
-        handle = NamespaceHandle(namespace, open_namespace.layout, limit)
-        return self._plans.plan(handle, keys, mode, reply, open_namespace.arena)
+        return found
 
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""
@@ -261,7 +251,7 @@ class RemoteCache:
         staging = self._staging
         if open_namespace is None or staging is None:
             raise TierUnavailableError("the session was closed during the call")
-        return _store_lease(keys, reply, open_namespace.layout, staging)
+        return store_lease(keys, reply, open_namespace.handle.layout, staging)
 
     def complete_store(
         self, lease_id: LeaseId, checksums: Mapping[BlockKey, SlabChecksums]
@@ -279,7 +269,7 @@ class RemoteCache:
             checksums=checksums_to_wire(checksums.values()),
         )
         reply = self._call_patiently(self._stub.CompleteStore, request)
-        return _words(reply.statuses, STORE_STATUS_FROM_WIRE)
+        return known_words(reply.statuses, STORE_STATUS_FROM_WIRE)
 
     def pin(
         self,
@@ -298,6 +288,55 @@ class RemoteCache:
         )
         reply = self._call(self._stub.Pin, request, timeout_s=timeout_s)
         return PinLease(LeaseId(reply.lease_id), reply.num_blocks, reply.hold_s)
+
+    def select(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        request: SelectRequest,
+        *,
+        timeout_s: float,
+    ) -> SelectResult:
+        """See `CacheApi.select`."""
+        layout = self._opened(namespace).handle.layout
+        message = self._selections.message(
+            (namespace, layout), keys, request, _daemon_timeout_s(timeout_s)
+        )
+        reply = self._call(self._stub.Select, message, timeout_s=timeout_s)
+        return self._selections.result(reply, request, layout, len(keys))
+
+    def select_and_load(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        request: SelectRequest,
+        *,
+        mode: LoadMode,
+        timeout_s: float,
+    ) -> tuple[SelectResult, LoadPlan]:
+        """See `CacheApi.select_and_load`. Asks the door for what it needs for the first time."""
+        layout = self._opened(namespace).handle.layout
+        message = self._selections.message(
+            (namespace, layout), keys, request, _daemon_timeout_s(timeout_s)
+        )
+        whole = pb.SelectAndLoadRequest(select=message, mode=LOAD_MODE_TO_WIRE[mode])
+        reply = self._call(self._stub.SelectAndLoad, whole, timeout_s=timeout_s)
+        with self._kept(reply.load.lease_id):
+            result = self._selections.result(reply.selection, request, layout, len(keys))
+            chosen = [keys[index] for index in result.union()]
+            return result, self._plan(namespace, chosen, mode, reply.load)
+
+    def map_summaries(
+        self, namespace: NamespaceId, keys: Sequence[BlockKey], *, timeout_s: float
+    ) -> SummaryLease:
+        """See `CacheApi.map_summaries`. Asks the door for the memory once a namespace."""
+        checked, kind = check_keys(keys), self._opened(namespace).handle.summary
+        message = pb.MapSummariesRequest(
+            namespace=namespace, keys=checked.packed, timeout_s=_daemon_timeout_s(timeout_s)
+        )
+        reply = self._call(self._stub.MapSummaries, message, timeout_s=timeout_s)
+        with self._kept(reply.lease_id):
+            return self._selections.lease((namespace, kind), checked, reply)
 
     def release(self, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""
@@ -328,6 +367,7 @@ class RemoteCache:
         self._staging = None
         self._namespaces.clear()
         self._plans.close()
+        self._selections.close()
         _live.discard(self)
 
     def _check_open(self) -> None:
@@ -417,58 +457,3 @@ def _translated(error: grpc.RpcError) -> UcmError:
         return ours
     kind = _ERROR_BY_CODE.get(error.code(), UcmError)
     return kind(f"the daemon's call failed ({error.code().name}): {details}")
-
-
-def _words(packed: bytes, words: Mapping[int, Word]) -> tuple[Word, ...]:
-    """Enum numbers as words; a number that this release does not know is the daemon's fault."""
-    try:
-        return words_from_wire(packed, words)
-    except InvalidArgumentError as error:
-        raise TierUnavailableError(f"the daemon says what is unknown here: {error}") from error
-
-
-def _views(memory: memoryview, offsets: Sequence[int], layout: KvLayout) -> list[memoryview]:
-    size = layout.block_bytes
-    if offsets and max(offsets) + size > len(memory):
-        raise TierUnavailableError("the daemon granted a block behind the end of its memory")
-    return [memory[offset : offset + size] for offset in offsets]
-
-
-def _load_lease(
-    keys: Sequence[BlockKey], reply: pb.PrepareLoadReply, namespace: _OpenNamespace
-) -> LoadLease:
-    grants = LoadGrants(
-        lease_id=LeaseId(reply.lease_id),
-        statuses=_words(reply.statuses, LOAD_STATUS_FROM_WIRE),
-        tiers=_words(reply.tiers, TIER_FROM_WIRE),
-        offsets=tuple(reply.offsets),
-        checksums=reply.checksums,
-        timeout_s=reply.timeout_s,
-    )
-    statuses, num_ready = grants.statuses, grants.statuses.count(LoadStatus.READY)
-    leading = LoadStatus.READY not in statuses[num_ready:]
-    matching = len(grants.tiers) == len(grants.offsets) == num_ready
-    if len(statuses) != len(keys) or not leading or not matching:
-        raise TierUnavailableError("the daemon's lists do not match the keys asked for")
-    views = _views(namespace.arena, grants.offsets, namespace.layout)
-    try:
-        checksums = checksums_from_wire(reply.checksums, num_blocks=num_ready)
-        blocks = grants.loaded_blocks(keys, views, checksums)
-    except (InvalidArgumentError, ValueError) as error:
-        raise TierUnavailableError(f"the daemon's lists do not match: {error}") from error
-    return LoadLease(grants.lease_id, blocks, grants.timeout_s)
-
-
-def _store_lease(
-    keys: Sequence[BlockKey], reply: pb.PrepareStoreReply, layout: KvLayout, staging: memoryview
-) -> StoreLease:
-    statuses = _words(reply.statuses, STORE_STATUS_FROM_WIRE)
-    views = _views(staging, reply.offsets, layout)
-    if len(statuses) != len(keys) or statuses.count(StoreStatus.WANTED) != len(views):
-        raise TierUnavailableError("the daemon's lists do not match the keys offered")
-    wanted = iter(views)
-    slots = tuple(
-        StoreSlot(key, status, next(wanted) if status is StoreStatus.WANTED else None)
-        for key, status in zip(keys, statuses, strict=True)
-    )
-    return StoreLease(LeaseId(reply.lease_id), slots, reply.timeout_s)

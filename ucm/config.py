@@ -143,6 +143,21 @@ class EvictionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SummariesConfig:
+    """Summaries of blocks, for namespaces that somebody opened with a kind of them."""
+
+    capacity_bytes: int = 256 * MIB
+    """Encoded summaries in memory, over all namespaces; each may use half of what others leave, so
+    that the first does not starve the next. A summary of SmolLM2-135M is 36 KiB, 1/20 of its block.
+    Sparse: costs memory only where it is written."""
+    table_bytes: int = 128 * MIB
+    """Tables that selections are computed from, for the sequences that were asked about last."""
+    max_queued_blocks: int = 1024
+    """Blocks in memory that wait for their summary to be computed; what finds no place is computed
+    when somebody asks for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TransferConfig:
     """Limits on work in flight and on leases."""
 
@@ -201,6 +216,7 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     nvme: NvmeConfig = field(default_factory=NvmeConfig)
     eviction: EvictionConfig = field(default_factory=EvictionConfig)
+    summaries: SummariesConfig = field(default_factory=SummariesConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     log: LogConfig = field(default_factory=LogConfig)

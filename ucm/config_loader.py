@@ -28,6 +28,7 @@ from .config import (
     NvmeConfig,
     QuotaConfig,
     ServiceConfig,
+    SummariesConfig,
     TransferConfig,
 )
 from .config_values import FieldType, Value, check_value, closest, parse_value
@@ -39,6 +40,7 @@ Section = (
     | MemoryConfig
     | NvmeConfig
     | EvictionConfig
+    | SummariesConfig
     | TransferConfig
     | MetricsConfig
     | LogConfig
@@ -49,6 +51,7 @@ SECTIONS: Final[Mapping[str, type[Section]]] = {
     "memory": MemoryConfig,
     "nvme": NvmeConfig,
     "eviction": EvictionConfig,
+    "summaries": SummariesConfig,
     "transfer": TransferConfig,
     "metrics": MetricsConfig,
     "log": LogConfig,

@@ -8,6 +8,7 @@ Who gets what, of the `service.rpc_threads` that answer calls (`ThreadShares`):
 
     half      loads that wait for the disk, and flushes
     quarter   stores that copy into the arena
+    quarter   selections
     the rest  answers at once: lookups, loads from memory, what gives something back
 
 Loads have priority over stores: `Pacer` leaves stores a share of the time while loads go on.
@@ -32,11 +33,13 @@ class ThreadShares:
 
     waiting: int
     copying: int
+    selecting: int
 
     @classmethod
     def of(cls, num_threads: int) -> ThreadShares:
         """The shares of `num_threads`; at least one thread each."""
-        return cls(waiting=max(1, num_threads // 2), copying=max(1, num_threads // 4))
+        quarter = max(1, num_threads // 4)
+        return cls(waiting=max(1, num_threads // 2), copying=quarter, selecting=quarter)
 
 
 class Credit:

@@ -68,7 +68,10 @@ class DevicePlan:
         self._plan = plan
         self._io = io
         self._superblock = Superblock(
-            namespace=plan.namespace, layout=layout, segment_bytes=HEADER_BYTES + layout.block_bytes
+            namespace=plan.namespace,
+            layout=layout,
+            segment_bytes=HEADER_BYTES + plan.summary_bytes + layout.block_bytes,
+            summary_bytes=plan.summary_bytes,
         )
         self._deadline_s = time.monotonic() + plan.timeout_s
         self._files: dict[int, FileHandle] = {}
@@ -108,7 +111,7 @@ class DevicePlan:
         progress = self._plan.progress
         if block.extent is not None:
             file = self._file(block.extent.fd)
-            offset = block.extent.offset + HEADER_BYTES
+            offset = block.extent.payload_offset
             return (
                 FileBlock(file, offset, functools.partial(self._of_header, row)) if file else None
             )
@@ -156,7 +159,9 @@ class DevicePlan:
     def _request(self, row: int, part: memoryview) -> IoRequest:
         block = self.blocks[row]
         assert isinstance(block, FileBlock)
-        return IoRequest(block.file, block.offset - HEADER_BYTES, (part,))
+        extent = self._plan.blocks[row].extent
+        assert extent is not None
+        return IoRequest(block.file, extent.offset, (part,))
 
     def _checked(self, row: int, data: memoryview) -> SlabChecksums:
         block = self._plan.blocks[row]

@@ -15,6 +15,8 @@ long as its recovery; the number of sessions is bounded.
                                          <-      SegmentOpened(file_id) + the file, read-only
     OpenProgress                         ->
                                          <-      ProgressOpened(area_bytes) + memfd + eventfd
+    OpenSummaries(namespace)             ->
+                                         <-      SummariesOpened(area_bytes) + memfd
     close, or death                      ->      end of the session
 
 Anything else gets a `DoorError` and, unless a well-formed request was merely refused, a hang-up.
@@ -49,6 +51,7 @@ from .errors import (
 from .hashing import NamespaceSpec
 from .manager import Manager
 from .protos import cache_pb2 as pb
+from .select_wire import kind_from_wire, kind_to_wire
 from .sockets import SOCKET_MODE
 from .types import NamespaceId, SessionId
 from .wire import PROTOCOL_VERSION, TOKEN_BYTES, spec_from_wire
@@ -266,6 +269,7 @@ class Door:
             "open_namespace": self._open_namespace,
             "open_segment": self._open_segment,
             "open_progress": self._open_progress,
+            "open_summaries": self._open_summaries,
         }.get(kind or "")
         if answer is None:
             refusal = InvalidArgumentError("the door expects a request to open something here")
@@ -283,9 +287,14 @@ class Door:
 
     def _open_namespace(self, session: SessionId, request: pb.DoorRequest) -> _Answer:
         spec = _checked_spec(request.open_namespace)
-        namespace = self._manager.open_namespace(session, spec).id
-        arena = self._manager.arena(session, namespace)
-        opened = pb.NamespaceOpened(namespace=namespace, arena_bytes=arena.size_bytes)
+        kind = kind_from_wire(request.open_namespace.summary)
+        handle = self._manager.open_namespace(session, spec, summary=kind)
+        arena = self._manager.arena(session, handle.id)
+        opened = pb.NamespaceOpened(
+            namespace=handle.id,
+            arena_bytes=arena.size_bytes,
+            summary=kind_to_wire(handle.summary),
+        )
         return pb.DoorReply(opened=opened), contextlib.nullcontext((arena.fd,))
 
     def _open_segment(self, session: SessionId, request: pb.DoorRequest) -> _Answer:
@@ -300,6 +309,12 @@ class Door:
         reply = pb.ProgressOpened(area_bytes=area.arena.size_bytes)
         fds = (area.arena.fd, area.event_fd)
         return pb.DoorReply(progress=reply), contextlib.nullcontext(fds)
+
+    def _open_summaries(self, session: SessionId, request: pb.DoorRequest) -> _Answer:
+        namespace = NamespaceId(request.open_summaries.namespace)
+        arena = self._manager.selections.arena(session, namespace)
+        reply = pb.SummariesOpened(area_bytes=arena.size_bytes)
+        return pb.DoorReply(summaries=reply), contextlib.nullcontext((arena.fd,))
 
 
 @contextlib.contextmanager

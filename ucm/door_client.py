@@ -26,7 +26,8 @@ from .errors import InvalidArgumentError, PermissionDeniedError, TierUnavailable
 from .hashing import NamespaceSpec
 from .mapping import map_shared
 from .protos import cache_pb2 as pb
-from .types import NamespaceId
+from .select_wire import kind_to_wire
+from .types import NamespaceId, SummaryKind
 from .wire import PROTOCOL_VERSION, TOKEN_BYTES, error_from_wire, spec_to_wire
 
 _log = logging.getLogger(__name__)
@@ -45,6 +46,16 @@ class Greeting:
     """For who reads segment files itself; 0 is no limit."""
     staging: memoryview
     """The session's staging memory, writable."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedNamespace:
+    """What the daemon said to `OpenNamespace`."""
+
+    arena: memoryview
+    """Its blocks in memory, read-only."""
+    summary: SummaryKind | None
+    """The kind of summaries that this session has of them."""
 
 
 class DoorClient:
@@ -99,17 +110,37 @@ class DoorClient:
         )
 
     def open_namespace(
-        self, spec: NamespaceSpec, namespace: NamespaceId, *, timeout_s: float
-    ) -> memoryview:
-        """Open a namespace and map its arena, read-only.
+        self,
+        spec: NamespaceSpec,
+        namespace: NamespaceId,
+        summary: SummaryKind | None = None,
+        *,
+        timeout_s: float,
+    ) -> OpenedNamespace:
+        """Open a namespace, with summaries of a kind or without, and map its arena, read-only.
 
         Raises:
             UcmError: whatever the daemon refused it with.
             TierUnavailableError: it does not answer in time; the connection is of no use then.
         """
-        message = pb.OpenNamespace(spec=spec_to_wire(spec), namespace=namespace)
+        message = pb.OpenNamespace(
+            spec=spec_to_wire(spec), namespace=namespace, summary=kind_to_wire(summary)
+        )
         reply, (fd,) = self._ask(pb.DoorRequest(open_namespace=message), timeout_s=timeout_s)
-        return _map(fd, reply.opened.arena_bytes, writable=False)
+        arena = _map(fd, reply.opened.arena_bytes, writable=False)
+        # A daemon that knows no summaries says nothing of them: the session then has none.
+        return OpenedNamespace(arena, SummaryKind.from_number(reply.opened.summary))
+
+    def open_summaries(self, namespace: NamespaceId, *, timeout_s: float) -> memoryview:
+        """The memory of an open namespace's summaries, mapped read-only.
+
+        Raises:
+            UcmError: whatever the daemon refused it with.
+            TierUnavailableError: it does not answer in time; the connection is of no use then.
+        """
+        message = pb.OpenSummaries(namespace=namespace)
+        reply, (fd,) = self._ask(pb.DoorRequest(open_summaries=message), timeout_s=timeout_s)
+        return _map(fd, reply.summaries.area_bytes, writable=False)
 
     def open_segment(self, namespace: NamespaceId, segment: int, *, timeout_s: float) -> SegmentFd:
         """A descriptor of a segment file of an open namespace, read-only; the caller closes it.
@@ -231,6 +262,7 @@ _EXPECTED: Final = {
     "open_namespace": ("opened", 1),
     "open_segment": ("segment", 1),
     "open_progress": ("progress", 2),
+    "open_summaries": ("summaries", 1),
 }
 """The reply to each request, and how many descriptors come with it."""
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -25,19 +25,28 @@ from .api import (
     PinLease,
     SlabChecksums,
     StoreLease,
-    StoreSlot,
 )
 from .clock import SystemClock
 from .config import Config
 from .errors import TierUnavailableError, UcmError
-from .grants import StoreGrant
+from .grants import StoreGrant, store_slot, summary_lease
 from .hashing import NamespaceSpec
 from .load_plan import LoadPlan
 from .manager import Manager
+from .mapping import map_shared
 from .plan_grants import PlanGrants, PlanMemory, planned_blocks
 from .progress import ProgressSignal, SessionProgress
 from .segment_files import SegmentFiles
-from .types import BlockKey, LeaseId, LoadMode, NamespaceId, SourceKind, StoreStatus
+from .select_api import SelectRequest, SelectResult, SummaryLease
+from .types import (
+    BlockKey,
+    LeaseId,
+    LoadMode,
+    NamespaceId,
+    SourceKind,
+    StoreStatus,
+    SummaryKind,
+)
 from .wire import checksums_from_wire
 
 
@@ -56,6 +65,7 @@ class EmbeddedCache:
         self._session = manager.open_session("embedded")
         self._staging = manager.staging(self._session)
         self._arenas: dict[NamespaceId, Arena] = {}
+        self._summary_memory: dict[NamespaceId, tuple[Arena, memoryview]] = {}
         self._files = SegmentFiles(
             lambda namespace, segment: manager.layer_loads.open_segment(
                 self._session, namespace, segment
@@ -77,9 +87,11 @@ class EmbeddedCache:
     ) -> None:
         self.close()
 
-    def open_namespace(self, spec: NamespaceSpec) -> NamespaceHandle:
+    def open_namespace(
+        self, spec: NamespaceSpec, *, summary: SummaryKind | None = None
+    ) -> NamespaceHandle:
         """See `CacheApi.open_namespace`."""
-        handle = self.manager.open_namespace(self._session, spec)
+        handle = self.manager.open_namespace(self._session, spec, summary=summary)
         self._arenas[handle.id] = self.manager.arena(self._session, handle.id)
         return handle
 
@@ -114,11 +126,17 @@ class EmbeddedCache:
         grants = self.manager.begin_load(
             self._session, namespace, keys, mode=mode, timeout_s=timeout_s
         )
-        try:
+        with self._kept(grants.lease_id):
             return self._plan(namespace, keys, mode, grants)
+
+    @contextlib.contextmanager
+    def _kept(self, lease_id: LeaseId) -> Iterator[None]:
+        """Give a lease back if the block fails: nobody will know of it."""
+        try:
+            yield
         except (UcmError, OSError, ValueError):
             with contextlib.suppress(UcmError):  # the session may have ended, and its leases
-                self.manager.release(self._session, grants.lease_id)
+                self.manager.release(self._session, lease_id)
             raise
 
     def _plan(
@@ -155,14 +173,18 @@ class EmbeddedCache:
     ) -> StoreLease:
         """See `CacheApi.prepare_store`."""
         grants = self.manager.prepare_store(self._session, namespace, parent, keys)
-        num_bytes = self._arenas[namespace].slot_bytes
-        slots = tuple(self._store_slot(grant, num_bytes) for grant in grants.slots)
+        block_bytes = self._arenas[namespace].slot_bytes
+        run_bytes = block_bytes + grants.summary_bytes
+        slots = tuple(
+            store_slot(grant.key, grant.status, self._run(grant, run_bytes), block_bytes)
+            for grant in grants.slots
+        )
         return StoreLease(grants.lease_id, slots, grants.timeout_s)
 
-    def _store_slot(self, grant: StoreGrant, num_bytes: int) -> StoreSlot:
+    def _run(self, grant: StoreGrant, num_bytes: int) -> memoryview | None:
         if grant.status is not StoreStatus.WANTED:
-            return StoreSlot(grant.key, grant.status)
-        return StoreSlot(grant.key, grant.status, self._staging.view(grant.offset, num_bytes))
+            return None
+        return self._staging.view(grant.offset, num_bytes)
 
     def complete_store(
         self, lease_id: LeaseId, checksums: Mapping[BlockKey, SlabChecksums]
@@ -181,6 +203,53 @@ class EmbeddedCache:
         """See `CacheApi.pin`."""
         return self.manager.pin(self._session, namespace, keys, hold_s=hold_s, timeout_s=timeout_s)
 
+    def select(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        request: SelectRequest,
+        *,
+        timeout_s: float,
+    ) -> SelectResult:
+        """See `CacheApi.select`."""
+        selections = self.manager.selections
+        return selections.select(self._session, namespace, keys, request, timeout_s=timeout_s)
+
+    def select_and_load(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        request: SelectRequest,
+        *,
+        mode: LoadMode,
+        timeout_s: float,
+    ) -> tuple[SelectResult, LoadPlan]:
+        """See `CacheApi.select_and_load`."""
+        result, grants = self.manager.selections.select_and_load(
+            (self._session, namespace), keys, request, mode=mode, timeout_s=timeout_s
+        )
+        with self._kept(grants.lease_id):
+            chosen = [keys[index] for index in result.union()]
+            return result, self._plan(namespace, chosen, mode, grants)
+
+    def map_summaries(
+        self, namespace: NamespaceId, keys: Sequence[BlockKey], *, timeout_s: float
+    ) -> SummaryLease:
+        """See `CacheApi.map_summaries`."""
+        selections = self.manager.selections
+        grants = selections.map_summaries(self._session, namespace, keys, timeout_s=timeout_s)
+        with self._kept(grants.lease_id):
+            return summary_lease(grants, self._summaries(namespace))
+
+    def _summaries(self, namespace: NamespaceId) -> memoryview:
+        """The memory of the session's summaries of a namespace, mapped once."""
+        arena = self.manager.selections.arena(self._session, namespace)
+        found = self._summary_memory.get(namespace)
+        if found is None or found[0] is not arena:
+            memory = map_shared(arena.fd, arena.size_bytes, writable=False)
+            found = self._summary_memory[namespace] = (arena, memory)
+        return found[1]
+
     def release(self, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""
         self.manager.release(self._session, lease_id)
@@ -198,6 +267,7 @@ class EmbeddedCache:
                 return
             self._closed = True
         self._files.close()
+        self._summary_memory.clear()
         self._progress = None
         self.manager.close_session(self._session)
         if self._owns_manager:

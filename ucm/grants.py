@@ -9,8 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .api import LoadedBlock, SlabChecksums
-from .types import BlockKey, LeaseId, LoadStatus, NamespaceId, StoreStatus, TierKind
+from .api import LoadedBlock, SlabChecksums, StoreSlot
+from .select_api import SummaryLease
+from .types import (
+    BlockKey,
+    LeaseId,
+    LoadStatus,
+    NamespaceId,
+    StoreStatus,
+    SummaryKind,
+    SummaryStatus,
+    TierKind,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,63 @@ class StoreGrants:
     lease_id: LeaseId
     slots: tuple[StoreGrant, ...]
     timeout_s: float
+    summary_bytes: int = 0
+    """Room behind each block in the staging arena for its summary; 0 when none is wanted."""
+
+
+def store_slot(
+    key: BlockKey, status: StoreStatus, run: memoryview | None, block_bytes: int
+) -> StoreSlot:
+    """One key of a store lease for a client.
+
+    Args:
+        key: of the block.
+        status: what was answered for it.
+        run: its bytes in the staging arena, room for the summary included; None unless WANTED.
+        block_bytes: length of the block in it.
+    """
+    if run is None:
+        return StoreSlot(key, status)
+    summary = run[block_bytes:] if len(run) > block_bytes else None
+    return StoreSlot(key, status, run[:block_bytes], summary)
+
+
+@dataclass(frozen=True, slots=True)
+class MappedGrants:
+    """A lease of summaries, in columns. Only the READY keys have an offset and a content."""
+
+    lease_id: LeaseId
+    kind: SummaryKind
+    statuses: tuple[SummaryStatus, ...]
+    """One for every key asked for, in order."""
+    offsets: tuple[int, ...]
+    """Byte offset of each READY one in the memory of the namespace's summaries."""
+    contents: tuple[int, ...]
+    """Of what content each READY one is the summary."""
+    summary_bytes: int
+    """Length of each."""
+    timeout_s: float
+
+
+def summary_lease(grants: MappedGrants, memory: memoryview) -> SummaryLease:
+    """The lease for a client.
+
+    Args:
+        grants: what was granted; as many offsets and contents as READY keys.
+        memory: the namespace's summaries, read-only; every offset lies in it.
+    """
+    places = zip(grants.offsets, grants.contents, strict=True)
+    ready = SummaryStatus.READY
+    found = [next(places) if status is ready else None for status in grants.statuses]
+    size = grants.summary_bytes
+    return SummaryLease(
+        id=grants.lease_id,
+        kind=grants.kind,
+        entries=tuple(memory[each[0] : each[0] + size] if each else None for each in found),
+        statuses=grants.statuses,
+        contents=tuple(each[1] if each else 0 for each in found),
+        timeout_s=grants.timeout_s,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,17 +56,29 @@ class LayerLoads:
         *,
         mode: LoadMode,
         timeout_s: float,
+        chosen: Sequence[int] | None = None,
     ) -> PlanGrants:
-        """See `CacheApi.begin_load`. Reads nothing on this thread."""
+        """See `CacheApi.begin_load`. Reads nothing on this thread.
+
+        Args:
+            session: whose load it is.
+            namespace: of the keys.
+            keys: a chain, or a part of one.
+            mode: see `LoadMode`.
+            timeout_s: see `CacheApi.begin_load`.
+            chosen: indexes of the keys to load, ascending; the plan is of these alone. All if None.
+        """
         state = self._state
         keys = state.checked_keys(keys)
         life_s = min(max(0.0, timeout_s), MAX_WAIT_S) + self._hold_s
         if mode is LoadMode.MAPPED:
             self._relieve(session, namespace, keys)
+        num_wanted = len(keys) if chosen is None else len(chosen)
         with state.lock:
             found, now_us = state.begin_locked(session, namespace)
-            plan = plan_load(found.index, keys)
-            rows = plan.rows
+            rows = plan_load(found.index, keys).rows
+            if chosen is not None:
+                rows = tuple(rows[index] for index in chosen if index < len(rows))
             deadline_us = now_us + int(life_s * US_PER_S)
             lease = state.grant_locked(session, found, LeaseKind.LOAD, deadline_us)
             state.hold_locked(lease, found, rows, now_us)
@@ -74,7 +86,7 @@ class LayerLoads:
             sources = self._sources_locked(found, lease, places)
             grants = self._grants_locked(found, lease, sources, places)
         missing = [LoadStatus.NO_SPACE] * (len(rows) - len(sources))
-        missing += [LoadStatus.MISS] * (len(keys) - len(rows))
+        missing += [LoadStatus.MISS] * (num_wanted - len(rows))
         grants = replace(grants, statuses=(*grants.statuses, *missing), timeout_s=life_s)
         self._count(grants)
         return grants

@@ -31,6 +31,8 @@ class LeaseKind(enum.Enum):
     STORE = "store"
     PIN = "pin"
     """A load that stays."""
+    SUMMARIES = "summaries"
+    """Summaries of blocks, not the blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Offer:
     status: StoreStatus
     staging_offset: int = -1
     """Where in the session's staging arena its bytes go; -1 unless WANTED."""
+    staging_bytes: int = 0
+    """Length of that run: the block, and room for its summary where the session wants any."""
 
 
 @dataclass(slots=True, eq=False)

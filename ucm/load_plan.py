@@ -18,6 +18,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from .layout import ALIGNMENT_BYTES
 from .types import BlockKey, LeaseId, LoadMode, LoadStatus, NamespaceId, SourceKind, TierKind
 
 if TYPE_CHECKING:
@@ -57,6 +58,13 @@ class Extent:
     """Of the slot's header in the file, in bytes."""
     generation: int
     """The header must say the same: else the slot was reused."""
+    summary_bytes: int = 0
+    """Between the header and the first slab; of all extents of a plan the same."""
+
+    @property
+    def payload_offset(self) -> int:
+        """Of the first slab in the file, in bytes."""
+        return self.offset + ALIGNMENT_BYTES + self.summary_bytes
 
     @property
     def fd(self) -> int:
@@ -135,6 +143,12 @@ class LoadPlan:
     """None when no block is PROMOTING."""
     read_limit: TokenBucket | None = None
     """Every read of an extent takes its bytes here first; None when there is no limit."""
+
+    @property
+    def summary_bytes(self) -> int:
+        """Between header and payload of its extents; 0 when there are none."""
+        extents = (block.extent for block in self.blocks if block.extent is not None)
+        return next((extent.summary_bytes for extent in extents), 0)
 
     @property
     def num_ready(self) -> int:

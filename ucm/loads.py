@@ -284,6 +284,8 @@ class LoadPath:
                 promotion.target, promotion.key, outcome.checksums, is_lossy=outcome.is_lossy
             )
             index.place(row, TierKind.MEMORY, promotion.target)
+            if found.summaries is not None:
+                found.summaries.promoted(promotion.key, outcome)
         else:
             found.memory.free([promotion.target])
             corrupt = outcome.status is IoStatus.CORRUPT

@@ -36,10 +36,21 @@ from .metrics import Metrics
 from .namespaces import Namespace, NamespaceTable, TierFactory, tiers_of
 from .pins import PinPath
 from .plan_grants import PlanGrants
+from .selection import Selections
 from .staging import Staging
 from .stores import StorePath
+from .summary_fills import SummaryFills
 from .transfer import TransferPool
-from .types import BlockKey, LeaseId, LoadMode, NamespaceId, SessionId, StoreStatus, TierKind
+from .types import (
+    BlockKey,
+    LeaseId,
+    LoadMode,
+    NamespaceId,
+    SessionId,
+    StoreStatus,
+    SummaryKind,
+    TierKind,
+)
 from .write_behind import WriteBehind
 
 _log = logging.getLogger(__name__)
@@ -92,6 +103,10 @@ class Manager:
         self._loads = LoadPath(self._state, self._pool)
         self.layer_loads = LayerLoads(self._state, self._loads)
         """Layer by layer loads; `begin_load` here is what engines call."""
+        self.summaries = SummaryFills(self._state, self._pool, self._loads.waiting_place)
+        """Summaries of blocks, for namespaces that are opened with a kind of them."""
+        self.selections = Selections(self._state, self.summaries, self.layer_loads)
+        """Which blocks a query attends to, by their summaries."""
         self._pins = PinPath(self._state, self._loads)
         self._stores = StorePath(self._state, self._write_behind)
         self._session_numbers = itertools.count(1)
@@ -150,22 +165,29 @@ class Manager:
 
     # ------------------------------------------------------------ namespaces
 
-    def open_namespace(self, session: SessionId, spec: NamespaceSpec) -> NamespaceHandle:
+    def open_namespace(
+        self, session: SessionId, spec: NamespaceSpec, *, summary: SummaryKind | None = None
+    ) -> NamespaceHandle:
         """See `CacheApi.open_namespace`. Blocks for the recovery of what is on disk."""
         with self._state.lock:
             self._state.session_locked(session)
 
         def use(found: Namespace) -> None:
             owner = self._state.session_locked(session)
+            if summary is not None:
+                self.summaries.open_locked(found, summary)
+                owner.summaries[found.id] = summary
             if found.id not in owner.namespaces:
                 owner.namespaces.add(found.id)
                 found.num_sessions += 1
 
-        found = self._state.namespaces.open(spec, use)
+        found = self._state.namespaces.open(spec, use, summary)
         if self._write_behind is not None:
             self._write_behind.trim(found)
+        with self._state.lock:
+            kind = self._state.session_locked(session).summaries.get(found.id)
         limit = self.config.nvme.max_read_bytes_per_s
-        return NamespaceHandle(found.id, found.layout, limit)
+        return NamespaceHandle(found.id, found.layout, limit, kind)
 
     def arena(self, session: SessionId, namespace: NamespaceId) -> Arena:
         """The arena that the offsets of load grants point into; read-only for clients.
@@ -367,13 +389,14 @@ class Manager:
         for session in sessions:
             self.close_session(session)
         left_s = max(1.0, deadline - time.monotonic())
+        computed = self.summaries.close(timeout_s=left_s)
         with state.lock:
             copied = state.copied.wait_for(
                 lambda: not any(found.num_copying for found in state.namespaces), left_s
             )
         if self._write_behind is not None:
             durable = self._write_behind.close(timeout_s=left_s) and durable
-        if not self._pool.close(timeout_s=left_s) or not copied:
+        if not self._pool.close(timeout_s=left_s) or not copied or not computed:
             _log.warning("transfers still run: the tiers stay open until the process ends")
             return False
         state.namespaces.close()

@@ -19,7 +19,7 @@ from .metrics import Metrics
 from .namespaces import Namespace, NamespaceTable
 from .progress import ProgressArea
 from .staging import Staging
-from .types import BlockKey, NamespaceId, SessionId, TierKind
+from .types import BlockKey, NamespaceId, SessionId, SummaryKind, TierKind
 
 US_PER_S = 1_000_000
 
@@ -37,6 +37,8 @@ class Session:
     progress: ProgressArea | None = None
     """Made at its first use."""
     namespaces: set[NamespaceId] = field(default_factory=set)
+    summaries: dict[NamespaceId, SummaryKind] = field(default_factory=dict)
+    """The kind of summaries that it opened a namespace with, where it did."""
     num_copying: int = 0
     """Stores that read its staging memory now; it is not closed under them."""
     ended: bool = False
@@ -159,7 +161,7 @@ class ManagerState:
         session = self.sessions.get(lease.session)
         for offer in lease.offers:
             if offer.staging_offset >= 0 and session is not None:
-                session.staging.free(offer.staging_offset, namespace.layout.block_bytes)
+                session.staging.free(offer.staging_offset, offer.staging_bytes)
 
     def expire_locked(self, now_us: int) -> None:
         """End every lease whose deadline has passed."""

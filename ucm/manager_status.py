@@ -72,6 +72,8 @@ def check_namespace(found: Namespace) -> list[str]:
     problems = found.index.check_integrity() + found.memory.check_integrity()
     if found.nvme is not None:
         problems += found.nvme.check_integrity()
+    if found.summaries is not None:
+        problems += found.summaries.check_integrity()
     pins = sum(count for count in found.pinned.values())
     if any(found.index.pins(row) < count for row, count in found.pinned.items()):
         problems.append(f"{pins} pins, but not all of their rows are held")

@@ -164,7 +164,8 @@ class LayerJob:
     def _note_locked(self, item: _Item, status: IoStatus, stop: int) -> None:
         promotion, sums = item.promotion, item.read.checksums
         if status is not IoStatus.OK or stop == self._found.layout.num_layers:
-            self._loads.settle_locked(self._found, promotion, ReadOutcome(status, sums))
+            outcome = ReadOutcome(status, sums, summary=item.read.summary)
+            self._loads.settle_locked(self._found, promotion, outcome)
             return
         promotion.num_layers, promotion.checksums = stop, sums
         for wait in promotion.waits:

@@ -68,8 +68,44 @@ METRICS: Final[tuple[MetricSpec, ...]] = (
     MetricSpec(
         "ucm_io_duration_seconds", "histogram", "seconds", ("tier", "op"), "Time of one batch."
     ),
+    MetricSpec(
+        "ucm_summaries_kept_total",
+        "counter",
+        "summaries",
+        ("source",),
+        "Summaries of blocks taken into memory: a client's, read from NVMe, or computed.",
+    ),
+    MetricSpec(
+        "ucm_summaries_refused_total",
+        "counter",
+        "summaries",
+        (),
+        "Summaries that came with a store and did not speak for their block: not used.",
+    ),
+    MetricSpec(
+        "ucm_summaries_evicted_total", "counter", "summaries", (), "Summaries that made room."
+    ),
+    MetricSpec(
+        "ucm_summaries_dropped_total",
+        "counter",
+        "blocks",
+        (),
+        "Blocks that found no place in the queue for computing summaries; asked for, they get one.",
+    ),
+    MetricSpec("ucm_summaries_bytes", "gauge", "bytes", (), "Memory that summaries have touched."),
     MetricSpec("ucm_tier_used_bytes", "gauge", "bytes", ("tier",), "Slots in use."),
     MetricSpec("ucm_tier_capacity_bytes", "gauge", "bytes", ("tier",), "Configured capacity."),
+    MetricSpec("ucm_selects_total", "counter", "calls", (), "Selections answered."),
+    MetricSpec(
+        "ucm_select_candidates_total", "counter", "blocks", (), "Blocks to choose from, by layer."
+    ),
+    MetricSpec("ucm_select_chosen_total", "counter", "blocks", (), "Blocks chosen, by layer."),
+    MetricSpec(
+        "ucm_select_duration_seconds", "histogram", "seconds", (), "Time of one selection's scores."
+    ),
+    MetricSpec(
+        "ucm_select_table_bytes", "gauge", "bytes", (), "Tables that selections are scored in."
+    ),
     MetricSpec("ucm_leases", "gauge", "leases", (), "Leases held now."),
     MetricSpec("ucm_leased_bytes", "gauge", "bytes", (), "Bytes that leases pin now."),
     MetricSpec("ucm_pinned_bytes", "gauge", "bytes", (), "Bytes that pins keep in memory now."),
@@ -84,6 +120,7 @@ METRICS: Final[tuple[MetricSpec, ...]] = (
 KNOWN_LABEL_VALUES: Final[Mapping[str, tuple[str, ...]]] = {
     "tier": tuple(TierKind),
     "op": ("read", "write"),
+    "source": ("client", "nvme", "computed"),
     "status": tuple(status for status in StoreStatus if status is not StoreStatus.WANTED),
 }
 """Series of counters that exist, at 0, from the start: `rate()` cannot see the step from nothing to

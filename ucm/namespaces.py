@@ -36,7 +36,8 @@ from .layout import KvLayout
 from .metrics import Metrics
 from .placement import Victim, evict
 from .shares import memory_shares, nvme_shares
-from .types import BlockKey, LoadStatus, NamespaceId, SessionId, TierKind
+from .summaries import SummaryBudget, SummaryShelf
+from .types import BlockKey, LoadStatus, NamespaceId, SessionId, SummaryKind, TierKind
 
 _log = logging.getLogger(__name__)
 
@@ -124,6 +125,8 @@ class Namespace:
     """Those, and the ones made real ahead of their use: they cost memory."""
     pinned: Counter[int] = field(default_factory=Counter)
     """Rows that pin leases keep in memory, with the number of such leases."""
+    summaries: SummaryShelf | None = None
+    """What is known of its blocks without them; None when nobody asked for summaries."""
     in_place: Counter[int] = field(default_factory=Counter)
     """Rows that clients read in their slots on NVMe now, with the number of such leases."""
     num_sessions: int = 0
@@ -156,10 +159,11 @@ class NvmeStoreLike(Protocol):
         tenant: str = "",
         *,
         accepts_lossy: bool = False,
+        summary: SummaryKind | None = None,
     ) -> Tier:
         """Open or create the namespace's tier; its bytes count as `tenant`'s.
 
-        A new one may lose precision if that is accepted.
+        A new one may lose precision if that is accepted, and has room for such summaries.
         """
 
     def close(self) -> None:
@@ -212,6 +216,7 @@ class NamespaceTable:
             ConfigError: the quotas cannot be kept.
         """
         self.lock = threading.Lock()
+        self.summary_budget = SummaryBudget(config.summaries.capacity_bytes, metrics)
         self.shares = memory_shares(config)
         self.nvme_shares = nvme_shares(config)
         self._watermarks = Watermarks(config.memory.high_watermark, config.memory.low_watermark)
@@ -232,9 +237,15 @@ class NamespaceTable:
         """The open namespace of that id."""
         return self._by_id.get(namespace)
 
-    def open(self, spec: NamespaceSpec, use: Callable[[Namespace], None]) -> Namespace:
+    def open(
+        self,
+        spec: NamespaceSpec,
+        use: Callable[[Namespace], None],
+        summary: SummaryKind | None = None,
+    ) -> Namespace:
         """Open the namespace, or find it open, and call `use` on it under the manager's lock.
 
+        If it is new on NVMe, it is made with room for summaries of the kind `summary`.
         Blocks for as long as the recovery of its NVMe tier takes.
 
         Raises:
@@ -260,14 +271,16 @@ class NamespaceTable:
                     f"{self._max_namespaces} namespaces are in use, the limit: "
                     "raise service.max_namespaces"
                 )
-            opened = self._open_tiers(namespace, spec)
+            opened = self._open_tiers(namespace, spec, summary)
             with self.lock:
                 self._by_id[namespace] = opened
                 self._prefault_locked(opened)
                 use(opened)  # if it raises, nobody has it open: it makes way when room is needed
             return opened
 
-    def _open_tiers(self, namespace: NamespaceId, spec: NamespaceSpec) -> Namespace:
+    def _open_tiers(
+        self, namespace: NamespaceId, spec: NamespaceSpec, summary: SummaryKind | None
+    ) -> Namespace:
         layout, tenant = spec.layout, spec.tenant
         num_slots = self.shares.limit_bytes(tenant) // layout.block_bytes
         if self.shares.of(tenant).quota_bytes and num_slots < 1:
@@ -290,7 +303,7 @@ class NamespaceTable:
             return opened
         try:
             opened.nvme = self._tiers.nvme.open_namespace(
-                namespace, layout, tenant, accepts_lossy=spec.accepts_lossy
+                namespace, layout, tenant, accepts_lossy=spec.accepts_lossy, summary=summary
             )
             opened.index.load(opened.nvme.entries(), TierKind.NVME)
         except LayoutMismatchError:
@@ -440,6 +453,8 @@ def _check_layout(namespace: Namespace, layout: KvLayout) -> None:
 def _close(namespaces: list[Namespace]) -> None:
     for namespace in namespaces:
         namespace.memory.close()
+        if namespace.summaries is not None:
+            namespace.summaries.close()
         _close_nvme(namespace)
 
 

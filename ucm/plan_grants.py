@@ -91,7 +91,7 @@ class _Assembler:
             file = self._memory.file(place)
             if file is None:
                 return None
-            extent = Extent(file, place.slot, place.offset, place.generation)
+            extent = Extent(file, place.slot, place.offset, place.generation, place.summary_bytes)
             return PlannedBlock(key, ready, source, tier, extent=extent)
         data = self._memory.view(next(self._offsets))
         checksums = next(self._checksums) if source is SourceKind.MEMORY else ()

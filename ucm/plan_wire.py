@@ -12,6 +12,7 @@ from ucm.storage.extents import SlotPlace
 from ucm.storage.tier import SlotId
 
 from .errors import InvalidArgumentError
+from .layout import ALIGNMENT_BYTES, MAX_BLOCK_BYTES
 from .plan_grants import PlanGrants
 from .progress import ProgressPlace
 from .protos import cache_pb2 as pb
@@ -67,6 +68,7 @@ def plan_to_wire(grants: PlanGrants) -> pb.BeginLoadReply:
         file_ids=[place.file_id for place in places],
         slot_offsets=[place.offset for place in places],
         generations=[place.generation for place in places],
+        summary_bytes=places[0].summary_bytes if places else 0,
         progress_offset=grants.progress.offset if grants.progress else 0,
         progress_serial=grants.progress.serial if grants.progress else 0,
     )
@@ -99,6 +101,7 @@ def plan_from_wire(reply: pb.BeginLoadReply, *, num_keys: int) -> PlanGrants:
         and len(grants.places) == in_files
         and (grants.progress is not None) == (SourceKind.PROMOTING in grants.sources)
     )
+    is_whole = is_whole and _is_area(reply.summary_bytes)
     if not is_whole:
         raise InvalidArgumentError("the lists of a load plan do not match the keys asked for")
     return grants
@@ -110,11 +113,15 @@ def _progress(reply: pb.BeginLoadReply) -> ProgressPlace | None:
     return ProgressPlace(reply.progress_offset, reply.progress_serial)
 
 
+def _is_area(num_bytes: int) -> bool:
+    return num_bytes % ALIGNMENT_BYTES == 0 and num_bytes <= MAX_BLOCK_BYTES
+
+
 def _places(reply: pb.BeginLoadReply) -> tuple[SlotPlace, ...]:
     columns = (reply.slots, reply.segments, reply.file_ids, reply.slot_offsets, reply.generations)
     try:
         return tuple(
-            SlotPlace(SlotId(slot), segment, file_id, offset, generation)
+            SlotPlace(SlotId(slot), segment, file_id, offset, generation, reply.summary_bytes)
             for slot, segment, file_id, offset, generation in zip(*columns, strict=True)
         )
     except ValueError as error:

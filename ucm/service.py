@@ -29,6 +29,13 @@ from .manager import Manager
 from .plan_wire import mode_from_wire, plan_to_wire
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
+from .select_wire import (
+    AskedSelection,
+    check_reply_size,
+    request_from_wire,
+    result_to_wire,
+    summaries_to_wire,
+)
 from .status_wire import status_to_wire
 from .types import NamespaceId, StoreStatus
 from .wire import (
@@ -58,6 +65,9 @@ disk and its commit, and loads may lose a quarter of their speed to all of it.""
 LOADS_QUIET_S: Final = 0.1
 """No load for so long: stores may take all the time there is."""
 
+SELECT_RETRY_S: Final = 0.01
+"""Hint to a selection that found all places taken: one of 30 layers takes about as long."""
+
 COPY_RETRY_S: Final = 0.01
 """Hint to a store that found all copying places taken: a batch of 64 MiB takes about as long."""
 
@@ -80,6 +90,12 @@ class CacheService(pb_grpc.CacheServicer):
             min(2 * config.service.max_waiting_loads, config.service.rpc_threads),
             "{limit} loads are in service, as many as may; come again or compute",
             retry_after_s=LOAD_RETRY_S,
+        )
+        self._max_message_bytes = config.service.max_message_bytes
+        self._selections = Credit(
+            self._shares.selecting,
+            "{limit} selections are in service, as many as may; come again or attend densely",
+            retry_after_s=SELECT_RETRY_S,
         )
         self._pacer = Pacer(STORE_SHARE, LOADS_QUIET_S)
         self._copies = Credit(
@@ -194,6 +210,7 @@ class CacheService(pb_grpc.CacheServicer):
                     [slot.status for slot in grants.slots], STORE_STATUS_TO_WIRE
                 ),
                 offsets=[slot.offset for slot in grants.slots if slot.status is StoreStatus.WANTED],
+                summary_bytes=grants.summary_bytes,
             )
 
     def CompleteStore(
@@ -229,6 +246,64 @@ class CacheService(pb_grpc.CacheServicer):
             if not context.is_active():
                 self._manager.release(session, pin.id)
             return pb.PinReply(lease_id=pin.id, num_blocks=pin.num_blocks, hold_s=pin.hold_s)
+
+    def Select(self, request: pb.SelectRequest, context: grpc.ServicerContext) -> pb.SelectReply:
+        """Choose blocks by their summaries."""
+        with self._serving(context) as session:
+            asked = self._asked(request)
+            with self._selections_taken():
+                result = self._manager.selections.select(
+                    session,
+                    NamespaceId(request.namespace),
+                    asked.keys,
+                    asked.request,
+                    timeout_s=asked.timeout_s,
+                )
+            return result_to_wire(result)
+
+    def SelectAndLoad(
+        self, request: pb.SelectAndLoadRequest, context: grpc.ServicerContext
+    ) -> pb.SelectAndLoadReply:
+        """Choose blocks and pin what was chosen where it is."""
+        with self._serving(context) as session:
+            asked, mode = self._asked(request.select), mode_from_wire(request.mode)
+            with self._loading(), self._selections_taken():
+                result, grants = self._manager.selections.select_and_load(
+                    (session, NamespaceId(request.select.namespace)),
+                    asked.keys,
+                    asked.request,
+                    mode=mode,
+                    timeout_s=asked.timeout_s,
+                )
+            if not context.is_active():
+                self._manager.release(session, grants.lease_id)
+            return pb.SelectAndLoadReply(
+                selection=result_to_wire(result), load=plan_to_wire(grants)
+            )
+
+    def MapSummaries(
+        self, request: pb.MapSummariesRequest, context: grpc.ServicerContext
+    ) -> pb.MapSummariesReply:
+        """Pin summaries where they are."""
+        with self._serving(context) as session:
+            keys = keys_from_wire(request.keys, limit=self._max_keys)
+            timeout_s = _checked_timeout(request.timeout_s)
+            with self._selections_taken():
+                grants = self._manager.selections.map_summaries(
+                    session, NamespaceId(request.namespace), keys, timeout_s=timeout_s
+                )
+            if not context.is_active():
+                self._manager.release(session, grants.lease_id)
+            return summaries_to_wire(grants)
+
+    def _asked(self, request: pb.SelectRequest) -> AskedSelection:
+        keys = keys_from_wire(request.keys, limit=self._max_keys)
+        asked = request_from_wire(request)
+        check_reply_size(asked, len(keys), self._max_message_bytes)
+        return AskedSelection(keys, asked, _checked_timeout(request.timeout_s))
+
+    def _selections_taken(self) -> contextlib.AbstractContextManager[None]:
+        return self._selections.taken()
 
     def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:
         """Drop leases."""

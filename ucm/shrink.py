@@ -236,7 +236,16 @@ class Shrinking:
 def _write_of(slot: SlotId, entry: TierEntry, view: memoryview, outcome: ReadOutcome) -> SlotWrite:
     """The write that puts a block that was read into another slot."""
     sums, is_lossy = outcome.checksums, outcome.is_lossy
-    return SlotWrite(slot, entry.key, entry.parent, view, sums, is_lossy, outcome.payload)
+    return SlotWrite(
+        slot,
+        entry.key,
+        entry.parent,
+        view,
+        sums,
+        is_lossy,
+        payload=outcome.payload,
+        summary=outcome.summary,
+    )
 
 
 def _held_bytes(found: Namespace) -> int:

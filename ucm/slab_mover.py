@@ -1,6 +1,6 @@
 """What one step of a layer by layer reader does: bytes into the target, verified there.
 
-    EXTENT    read | header | slab 0 ...   straight into the target where it is page-aligned and
+    EXTENT    read | head | slab 0 ...     straight into the target where it is page-aligned and
               has no padding, else into scratch and over; then header, key, generation, checksums
     others    copy out of the arena, then checksums
 
@@ -181,13 +181,13 @@ class SlabMover:
         assert extent is not None, "an EXTENT block has one"
         offset = extent.offset
         if step.first_layer == 0:
-            buffers = [scratch.header, *buffers]
+            buffers = [scratch.head(self._superblock.head_bytes), *buffers]
         else:
-            offset += HEADER_BYTES + step.first_layer * self._layout.slab_stride_bytes
+            offset = extent.payload_offset + step.first_layer * self._layout.slab_stride_bytes
         request = IoRequest(FileHandle(extent.fd), offset, tuple(buffers))
         if self._io.read_batch([request])[0]:
             return Outcome(index, is_good=False, is_suspect=True)
-        if step.first_layer == 0 and not self._note_header(index, block, scratch.header):
+        if step.first_layer == 0 and not self._note_header(index, block, buffers[0]):
             return Outcome(index, is_good=False, is_suspect=True)
         return None
 
@@ -195,7 +195,7 @@ class SlabMover:
         """Whether the header is that of the block; its checksums count from now on."""
         extent = block.extent
         assert extent is not None, "an EXTENT block has one"
-        header = decode_header(self._superblock, SlotId(extent.slot), data)
+        header = decode_header(self._superblock, SlotId(extent.slot), data[:HEADER_BYTES])
         if header is None or (header.key, header.generation) != (block.key, extent.generation):
             return False
         self.checksums[index] = header.checksums
@@ -206,8 +206,14 @@ class Scratch:
     """One thread's memory for headers and for what cannot be read into the target."""
 
     def __init__(self) -> None:
-        self.header = aligned_buffer(HEADER_BYTES)
+        self._head = aligned_buffer(HEADER_BYTES)
         self._payload: memoryview | None = None
+
+    def head(self, num_bytes: int) -> memoryview:
+        """A header and its summary area, on a page boundary; the same memory every time."""
+        if len(self._head) < num_bytes:
+            self._head = aligned_buffer(num_bytes)
+        return self._head[:num_bytes]
 
     def payload(self, num_bytes: int) -> memoryview:
         """`num_bytes` on a page boundary; the same memory every time."""
@@ -218,8 +224,12 @@ class Scratch:
 
 def _plain_superblock(plan: LoadPlan, layout: KvLayout) -> Superblock:
     """What the header of a block that lies as it is must agree with."""
-    segment_bytes = HEADER_BYTES + layout.block_bytes
-    return Superblock(namespace=plan.namespace, layout=layout, segment_bytes=segment_bytes)
+    return Superblock(
+        namespace=plan.namespace,
+        layout=layout,
+        segment_bytes=HEADER_BYTES + plan.summary_bytes + layout.block_bytes,
+        summary_bytes=plan.summary_bytes,
+    )
 
 
 def _ranks(blocks: Sequence[PlannedBlock]) -> dict[int, int]:

@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ucm.kernels.summary_record import HEADER_BYTES as SUMMARY_HEADER_BYTES
+from ucm.kernels.summary_record import decode_summary
 from ucm.storage.tier import IoStatus, SlotId, SlotWrite
 
 from .api import SlabChecksums
@@ -26,6 +28,7 @@ from .manager_state import US_PER_S, ManagerState, Session
 from .namespaces import Namespace
 from .placement import StorePlan, plan_store
 from .staging import Staging
+from .summaries import SummaryBook, SummarySource
 from .types import ROOT_KEY, BlockKey, LeaseId, NamespaceId, SessionId, StoreStatus, TierKind
 from .write_behind import WriteBehind
 
@@ -38,6 +41,8 @@ class _Copy:
     parent: BlockKey
     status: StoreStatus
     slot: SlotId | None = None
+    summary: bytes = b""
+    """What came with it and was believed."""
 
 
 class StorePath:
@@ -69,16 +74,18 @@ class StorePath:
                 self._write_behind.use_locked(found, again)
             wanted = StoreStatus.WANTED in plan.statuses
             refused = wanted and self._refuses_locked(found, now_us)
-            staging = None if refused else state.session_locked(session).staging
+            owner = state.session_locked(session)
+            book = _book(found, owner)
+            room = _Room(found.layout.block_bytes, book.slot_bytes if book is not None else 0)
             lease.parent = parent
-            lease.offers = self._offers(found, staging, plan, keys)
-            granted = sum(offer.staging_offset >= 0 for offer in lease.offers)
-            lease.num_bytes = granted * found.layout.block_bytes
+            lease.offers = self._offers(None if refused else owner.staging, room, plan, keys)
+            lease.num_bytes = sum(offer.staging_bytes for offer in lease.offers)
         self._count(offer.status for offer in lease.offers if offer.staging_offset < 0)
         slots = tuple(
             StoreGrant(offer.key, offer.status, offer.staging_offset) for offer in lease.offers
         )
-        return StoreGrants(lease.id, slots, state.config.transfer.lease_timeout_s)
+        summary_bytes = book.summary_bytes if book is not None else 0
+        return StoreGrants(lease.id, slots, state.config.transfer.lease_timeout_s, summary_bytes)
 
     def _refuses_locked(self, found: Namespace, now_us: int) -> bool:
         if self._state.draining:
@@ -88,7 +95,7 @@ class StorePath:
         return not self._write_behind.health.admits_store(now_us)
 
     def _offers(
-        self, found: Namespace, staging: Staging | None, plan: StorePlan, keys: Sequence[BlockKey]
+        self, staging: Staging | None, room: _Room, plan: StorePlan, keys: Sequence[BlockKey]
     ) -> tuple[Offer, ...]:
         """Reserve staging for what is wanted; None refuses, and the first that fails ends it."""
         offers: list[Offer] = []
@@ -100,10 +107,11 @@ class StorePath:
             if staging is None:
                 offers.append(Offer(key, StoreStatus.REFUSED))
                 continue
-            offset = None if full else staging.reserve(found.layout.block_bytes)
+            offset = None if full else room.reserve(staging)
             full = offset is None
             no_space = Offer(key, StoreStatus.NO_SPACE)
-            offers.append(no_space if offset is None else Offer(key, status, offset))
+            taken = no_space if offset is None else Offer(key, status, offset, room.num_bytes)
+            offers.append(taken)
         return tuple(offers)
 
     def complete_store(
@@ -122,7 +130,7 @@ class StorePath:
             self._copy(owner, found, copies, given)
         finally:
             with state.lock:
-                self._accept_locked(found, copies)
+                self._accept_locked(found, owner, copies)
                 state.undo_locked(lease)
                 found.num_copying -= 1
                 owner.num_copying -= 1
@@ -197,10 +205,36 @@ class StorePath:
         for (copy, _), status in zip(moving, written, strict=True):
             good = status is IoStatus.OK
             copy.status = StoreStatus.ACCEPTED if good else StoreStatus.CORRUPT
+        book = _book(found, owner)
+        if book is not None:
+            self._take_summaries(owner, book, [copy for copy, _ in moving], given)
 
-    def _accept_locked(self, found: Namespace, copies: list[_Copy]) -> None:
+    def _take_summaries(
+        self,
+        owner: Session,
+        book: SummaryBook,
+        copies: Sequence[_Copy],
+        given: Mapping[BlockKey, SlabChecksums],
+    ) -> None:
+        """Copy the summaries that came with good blocks, and believe those that speak for them."""
+        num_refused = 0
+        for copy in copies:
+            if copy.status is not StoreStatus.ACCEPTED:
+                continue
+            start = copy.offer.staging_offset + book.layout.block_bytes
+            data = bytes(owner.staging.view(start, book.summary_bytes))
+            decoded = decode_summary(book.layout, data, given[copy.offer.key])
+            if decoded is not None and decoded.kind is book.kind:
+                copy.summary = data
+            else:
+                num_refused += any(data[:SUMMARY_HEADER_BYTES])  # zeros: none was written
+        if num_refused:
+            self._state.metrics.add("ucm_summaries_refused_total", num_refused)
+
+    def _accept_locked(self, found: Namespace, owner: Session, copies: list[_Copy]) -> None:
         """Make what arrived well visible, parents first; give back every other slot."""
         now_us = self._state.clock.now_us()
+        kind = owner.summaries.get(found.id)
         for copy in copies:
             if copy.slot is None:
                 continue
@@ -210,6 +244,10 @@ class StorePath:
             copy.status = self._place_locked(found, copy, copy.slot, now_us)
             if copy.status is not StoreStatus.ACCEPTED:
                 found.memory.delete([(copy.slot, copy.offer.key)])
+            elif found.summaries is not None:
+                came = (kind, copy.summary) if kind and copy.summary else None
+                sums = found.memory.checksums(copy.slot)
+                found.summaries.arrived(copy.offer.key, sums, came, SummarySource.CLIENT)
 
     def _place_locked(
         self, found: Namespace, copy: _Copy, slot: SlotId, now_us: int
@@ -234,6 +272,33 @@ class StorePath:
     def _count(self, statuses: Iterable[StoreStatus]) -> None:
         for status, count in Counter(statuses).items():
             self._state.metrics.add("ucm_stored_blocks_total", count, status=status.value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What one block takes in a staging arena."""
+
+    block_bytes: int
+    summary_bytes: int
+    """Whole pages behind the block; 0 without summaries."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.block_bytes + self.summary_bytes
+
+    def reserve(self, staging: Staging) -> int | None:
+        """A run for one block, with no summary in it; None when there is no room."""
+        offset = staging.reserve(self.num_bytes)
+        if offset is not None and self.summary_bytes:
+            size = SUMMARY_HEADER_BYTES
+            staging.view(offset + self.block_bytes, size)[:] = bytes(size)
+        return offset
+
+
+def _book(found: Namespace, owner: Session) -> SummaryBook | None:
+    """The book of the summaries that the session's stores bring along."""
+    kind = owner.summaries.get(found.id)
+    return found.summaries.books.get(kind) if kind and found.summaries is not None else None
 
 
 def _copies_of(

@@ -127,6 +127,16 @@ class SummaryKind(enum.StrEnum):
         return _SUMMARY_KINDS.get(number)
 
 
+class SummaryStatus(enum.StrEnum):
+    """What can be known of one block without reading it."""
+
+    READY = "ready"
+    """Its summary is in memory and speaks for the block's present bytes."""
+    NO_SUMMARY = "no_summary"
+    """The block is cached, its summary cannot be had now: the block has to be read."""
+    MISS = "miss"
+
+
 _SUMMARY_NUMBERS = {
     SummaryKind.GSA_K4: 1,
     SummaryKind.GSA_2: 2,

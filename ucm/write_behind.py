@@ -339,7 +339,11 @@ class WriteBehind:
                 if source != NO_SLOT and key not in skip:
                     data, checksums = memory.view(source), memory.checksums(source)
                     parent, was_lossy = index.parent_key(row), memory.was_lossy(source)
-                    items.append(SlotWrite(slot, key, parent, data, checksums, was_lossy))
+                    item = SlotWrite(slot, key, parent, data, checksums, was_lossy)
+                    if found.summaries is not None:
+                        summary = found.summaries.to_store(key, checksums)
+                        item = replace(item, summary=summary)
+                    items.append(item)
         return items
 
     def _write(self, found: Namespace, items: list[SlotWrite]) -> list[IoStatus]:

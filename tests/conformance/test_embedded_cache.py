@@ -17,6 +17,7 @@ from ucm.testing.blocks import TINY_LAYOUT
 from ucm.testing.cache_conformance import MEMORY_BLOCKS, CacheApiTests, CacheHarness
 from ucm.testing.load_plan_conformance import LoadPlanTests
 from ucm.testing.partial_conformance import PartialResultTests
+from ucm.testing.select_conformance import SelectTests
 
 
 class EmbeddedHarness:
@@ -68,7 +69,7 @@ class EmbeddedHarness:
         assert time.monotonic() - start < 10
 
 
-class TestEmbeddedCache(CacheApiTests, PartialResultTests, LoadPlanTests):
+class TestEmbeddedCache(CacheApiTests, PartialResultTests, LoadPlanTests, SelectTests):
     @pytest.fixture
     def harness(self, tmp_path: Path) -> Iterator[CacheHarness]:
         harness = EmbeddedHarness(tmp_path / "store")

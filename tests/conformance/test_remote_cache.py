@@ -18,6 +18,7 @@ from ucm.testing.cache_conformance import MEMORY_BLOCKS, CacheApiTests, CacheHar
 from ucm.testing.daemon import running_daemon, short_folder, small_config
 from ucm.testing.load_plan_conformance import LoadPlanTests
 from ucm.testing.partial_conformance import PartialResultTests
+from ucm.testing.select_conformance import SelectTests
 
 LEASE_TIMEOUT_S = 30.0
 MAX_LEASES_PER_SESSION = 8
@@ -73,7 +74,7 @@ def tiny_config(folder: Path) -> Config:
     )
 
 
-class TestRemoteCache(CacheApiTests, PartialResultTests, LoadPlanTests):
+class TestRemoteCache(CacheApiTests, PartialResultTests, LoadPlanTests, SelectTests):
     @pytest.fixture
     def harness(self) -> Iterator[CacheHarness]:
         clock = SimClock()

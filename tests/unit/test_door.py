@@ -115,7 +115,7 @@ def test_hello_gives_a_token_and_staging_memory(house: House) -> None:
 def test_a_namespace_comes_with_its_arena_read_only(house: House) -> None:
     client = house.connect()
     client.hello(timeout_s=5)
-    arena = client.open_namespace(SPEC, SPEC.fingerprint(), timeout_s=5)
+    arena = client.open_namespace(SPEC, SPEC.fingerprint(), timeout_s=5).arena
     assert arena.readonly
     assert len(arena) == house.manager.config.memory.capacity_bytes // LAYOUT.block_bytes * (
         LAYOUT.block_bytes

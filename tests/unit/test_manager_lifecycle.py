@@ -39,6 +39,7 @@ from ucm.types import (
     BlockKey,
     NamespaceId,
     StoreStatus,
+    SummaryKind,
     TierKind,
 )
 
@@ -125,6 +126,7 @@ class TestNamespaces:
                 tenant: str = "",
                 *,
                 accepts_lossy: bool = False,
+                summary: SummaryKind | None = None,
             ) -> FakeTier:
                 if namespace == tiny_spec("slow").fingerprint():
                     entered.set()

@@ -395,8 +395,8 @@ def test_a_mistake_is_said_at_once_and_not_waited_for() -> None:
 
 def test_another_layout_is_refused() -> None:
     class OtherLayout(FakeCache):
-        def open_namespace(self, spec: NamespaceSpec):  # type: ignore[no-untyped-def]
-            handle = super().open_namespace(spec)
+        def open_namespace(self, spec: NamespaceSpec, **options):  # type: ignore[no-untyped-def]
+            handle = super().open_namespace(spec, **options)
             wrong = KvLayout(
                 num_layers=1, num_kv_heads=1, head_dim=8, block_tokens=4, dtype=KvDtype.FLOAT16
             )

@@ -13,7 +13,7 @@ from ucm.checksum import checksum
 from ucm.errors import ConfigError, CorruptionError, LayoutMismatchError
 from ucm.layout import MAX_LAYERS, KvDtype, KvLayout
 from ucm.storage.codec import CodecId
-from ucm.storage.codecs import CODEC_NAMES, codec_named
+from ucm.storage.codecs import CODEC_NAMES, RAW, codec_named
 from ucm.storage.format import (
     BLANK_HEADER,
     HEADER_BYTES,
@@ -26,9 +26,10 @@ from ucm.storage.format import (
     encode_header,
     encode_superblock,
     is_blank,
+    new_superblock,
 )
 from ucm.storage.tier import SlotId
-from ucm.types import BlockKey, NamespaceId
+from ucm.types import BlockKey, NamespaceId, SummaryKind
 
 LAYOUT = KvLayout(
     num_layers=30, num_kv_heads=3, head_dim=64, block_tokens=32, dtype=KvDtype.FLOAT32
@@ -53,7 +54,7 @@ def encoded(header: SlotHeader = HEADER, superblock: Superblock = SUPERBLOCK) ->
 
 def test_golden_superblock() -> None:
     data = encode_superblock(SUPERBLOCK)
-    assert data[:16].hex() == "55434d53555045520200000000100000"
+    assert data[:16].hex() == "55434d53555045520300000000100000"
     assert struct.unpack_from("<QQQQ", data, 48) == (64 << 20, 1478656, 45, 0)
     assert struct.unpack_from("<IIIII", data, 80) == (30, 3, 64, 32, 0)
     assert hashlib.sha256(data).hexdigest() == SUPERBLOCK_SHA256
@@ -62,7 +63,7 @@ def test_golden_superblock() -> None:
 
 def test_golden_header() -> None:
     data = bytes(encoded())
-    assert data[:16].hex() == "55434d534c4f54000200000000000000"
+    assert data[:16].hex() == "55434d534c4f54000300000000000000"
     assert data[48:112] == HEADER.key + HEADER.parent
     assert struct.unpack_from("<QQIIIIQQ", data, 112) == (
         (1 << 40) + 5, 41, 30, 49152, 49152, 0, 0, 1474560,
@@ -72,8 +73,29 @@ def test_golden_header() -> None:
     assert decode_header(SUPERBLOCK, HEADER.slot, data) == HEADER
 
 
-SUPERBLOCK_SHA256 = "65fb5e08f4da6f6284b7af9e80751118995a73c250d65d17a8da708e21af505f"
-HEADER_SHA256 = "08b1fba4019c0d3f4327f8f5b0b136c74ed515249af7a74f93226ba09ad81853"
+SUPERBLOCK_SHA256 = "a8a16838b10863c85dbba0a95ed3af00f00fd19fc068c2500fd33f1a524c079d"
+HEADER_SHA256 = "b8b8730a25d59e6c1eb0d0e1fd718fa414d2f7d868f74e70ca5a4338141dc1f3"
+
+
+SUMMARISED = new_superblock(
+    SUPERBLOCK.namespace, LAYOUT, RAW, segment_bytes=64 << 20, summary=SummaryKind.GSA_K4
+)
+
+
+def test_golden_superblock_and_header_with_summary_areas() -> None:
+    data, header = encode_superblock(SUMMARISED), bytes(encoded(HEADER, SUMMARISED))
+    assert struct.unpack_from("<QQQQ", data, 48) == (64 << 20, 1511424, 44, 32768)
+    assert struct.unpack_from("<I", data, 104) == (SummaryKind.GSA_K4.number,)
+    assert struct.unpack_from("<Q", header, 144) == (32768,)
+    assert hashlib.sha256(data).hexdigest() == SUMMARISED_SHA256
+    assert hashlib.sha256(header).hexdigest() == SUMMARISED_HEADER_SHA256
+    assert decode_superblock(data, "it") == SUMMARISED
+    assert decode_header(SUMMARISED, HEADER.slot, header) == HEADER
+    assert decode_header(SUPERBLOCK, HEADER.slot, header) is None, "this namespace has no areas"
+
+
+SUMMARISED_SHA256 = "586a4417f2bd9aa6eb144cd81ee6d4647119b73c9fa46d0645de54b14f8f6259"
+SUMMARISED_HEADER_SHA256 = "12cd5208eb8b3bff98f22fc4e614ca436ac92eeaa1bcd6c5ec04b43880c07442"
 
 
 def test_every_flipped_bit_is_noticed() -> None:
@@ -111,12 +133,22 @@ def test_another_version_says_what_to_do() -> None:
     data = bytearray(encode_superblock(SUPERBLOCK))
     struct.pack_into("<I", data, 8, 1)
     struct.pack_into("<Q", data, 4088, checksum(bytes(data[:4088])))
-    with pytest.raises(ConfigError, match=r"format 1.* 2: .*empty data folder"):
+    with pytest.raises(ConfigError, match=r"format 1.* 3: .*empty data folder"):
         decode_superblock(bytes(data), "it")
 
 
 def test_a_sealed_superblock_that_makes_no_sense_is_damaged() -> None:
-    for offset, value in ((80, 0), (96, 9), (56, 1), (64, 1), (48, 5), (100, 1), (100, 9)):
+    for offset, value in (
+        (80, 0),
+        (96, 9),
+        (56, 1),
+        (64, 1),
+        (48, 5),
+        (100, 1),
+        (100, 9),
+        (72, 1),
+        (104, 99),
+    ):
         data = bytearray(encode_superblock(SUPERBLOCK))
         struct.pack_into("<I", data, offset, value)
         struct.pack_into("<Q", data, 4088, checksum(bytes(data[:4088])))
@@ -179,7 +211,7 @@ def test_golden_encoded_header() -> None:
     assert decode_header(SUPERBLOCK, HEADER.slot, data) is None, "this namespace has no codec"
 
 
-COMPACT_SHA256 = "647706cf53cfbca7cf941ea0b0dfac0ad4ffa5ce11fc8c943e1e92b103bb105d"
+COMPACT_SHA256 = "150dc3ee659b25cd5783fec011f99b012af482c8dcb6b7d811c9a61d5cd971df"
 
 
 def test_headers_of_another_codec_or_length_are_not_ours() -> None:

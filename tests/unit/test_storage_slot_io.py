@@ -191,9 +191,9 @@ def test_a_retired_segment_fails_its_own_blocks(slot_io: SlotIo, segments: Segme
     assert write(slot_io, range(NUM_SLOTS)) == expected
 
 
-def test_memory_for_headers_is_used_again(slot_io: SlotIo) -> None:
+def test_memory_for_heads_is_used_again(slot_io: SlotIo) -> None:
     write(slot_io, range(NUM_SLOTS))
-    (kept,) = slot_io._spare_headers
+    (kept,) = slot_io._spare_heads
     read(slot_io, range(NUM_SLOTS))
-    assert slot_io._spare_headers == [kept]
-    assert slot_io._spare_headers[0] is kept
+    assert slot_io._spare_heads == [kept]
+    assert slot_io._spare_heads[0] is kept

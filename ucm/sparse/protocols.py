@@ -58,6 +58,9 @@ class Selection:
     """Share of the attention mass that they are estimated to hold; 1.0 for all blocks."""
     is_fresh: bool = True
     """Whether it was made for this step's query; stale ones were kept from an earlier step."""
+    shares: npt.NDArray[np.float32] | None = None
+    """[leading blocks] the share of the mass that each, chosen or not, is estimated to hold; None
+    where nobody estimated it."""
 
 
 class BlockSelector(Protocol):
@@ -75,12 +78,7 @@ class ItemAttention(Protocol):
 
 
 class QueriesAhead(Protocol):
-    """Told about a layer's queries before they are known exactly."""
+    """As `ucm.engine.model.QueriesAhead`: told a layer's queries before they are known exactly."""
 
     def __call__(self, layer: int, q_THD: Tensor, /) -> None:
-        """Take the predicted, rotated queries [T, H, D] of `layer`.
-
-        Called before layer `layer - 1` attends. The prediction is InfiniGen's (arXiv 2406.19707):
-        the next layer's norm and query weights applied to this layer's input, which differs from
-        the next layer's input by what one layer adds to the residual stream.
-        """
+        """Take the predicted, rotated queries [T, H, D] of `layer`, before the layer before it."""

@@ -54,6 +54,8 @@ class _Kept:
     num_blocks: int
     """Blocks of the sequence then."""
     mass: float
+    shares: Floats
+    """[blocks that were scored]"""
 
 
 @dataclass(slots=True)
@@ -111,37 +113,48 @@ class SequenceSelector:
 
     def choose(self, layer: int, q_THD: Tensor, /) -> Selection:
         """See `BlockSelector.choose`; between `begin`s, each layer once."""
+        known = self._known(layer)
+        if known is not None:
+            self.num_stale += not known.is_fresh
+            return known
+        kept = self._kept[layer] = self._fresh(layer, q_THD)
+        self.num_fresh += 1
+        return Selection(kept.blocks, kept.mass, shares=kept.shares)
+
+    def predict(self, layer: int, q_THD: Tensor, /) -> Selection:
+        """What `choose` would answer to these queries; changes nothing."""
+        known = self._known(layer)
+        if known is not None:
+            return known
+        made = self._fresh(layer, q_THD)
+        return Selection(made.blocks, made.mass, shares=made.shares)
+
+    def _known(self, layer: int) -> Selection | None:
+        """What a layer reads whatever its queries are; None when that depends on them."""
         step, kept = self._step, self._kept[layer]
         assert step is not None, "begin comes first"
         if layer < self._options.dense_layers:
             return Selection(np.arange(step.num_blocks, dtype=np.int64), 1.0)
         stride = step.settings.stride
         if kept is None or kept.position // stride != step.position // stride:
-            kept = self._kept[layer] = self._fresh(step, layer, q_THD)
-            self.num_fresh += 1
-            return Selection(kept.blocks, kept.mass)
-        self.num_stale += 1
-        if kept.num_blocks == step.num_blocks:
-            return Selection(kept.blocks, kept.mass, is_fresh=False)
-        sealed_since = np.arange(kept.num_blocks, step.num_blocks, dtype=np.int64)
-        blocks = np.concatenate((kept.blocks, sealed_since))
-        return Selection(blocks, kept.mass, is_fresh=False)
+            return None
+        blocks = kept.blocks
+        if kept.num_blocks < step.num_blocks:
+            sealed_since = np.arange(kept.num_blocks, step.num_blocks, dtype=np.int64)
+            blocks = np.concatenate((blocks, sealed_since))
+        return Selection(blocks, kept.mass, is_fresh=False, shares=kept.shares)
 
-    def predict(self, layer: int, q_THD: Tensor, /) -> Selection:
-        """What `choose` would answer to these queries; changes nothing."""
+    def _fresh(self, layer: int, q_THD: Tensor) -> _Kept:
         step = self._step
-        assert step is not None, "begin comes first"
-        kept = self._fresh(step, layer, q_THD)
-        return Selection(kept.blocks, kept.mass)
-
-    def _fresh(self, step: _Step, layer: int, q_THD: Tensor) -> _Kept:
+        assert step is not None
         num = step.num_scored
         log_mass = self.table.log_mass(layer, as_floats(q_THD))[:, :, :num]
         must = step.must | self.table.must(layer)[:num]
         tokens = self.table.layout.block_tokens
-        choice = choose_blocks(shared_mass(log_mass), step.settings.budget, must, tokens)
+        shares = shared_mass(log_mass)
+        choice = choose_blocks(shares, step.settings.budget, must, tokens)
         blocks = np.concatenate((choice.blocks, step.behind))
-        return _Kept(blocks, step.position, step.num_blocks, choice.mass)
+        return _Kept(blocks, step.position, step.num_blocks, choice.mass, shares)
 
 
 def as_floats(q_THD: Tensor) -> Floats:

@@ -20,17 +20,20 @@ from ucm.storage.fsck import FindingKind as Kind
 from ucm.storage.index import BlockIndex, IndexRecord
 from ucm.storage.nvme import NvmeStore
 from ucm.storage.tier import IoStatus, SlotId
-from ucm.types import ROOT_KEY
+from ucm.types import ROOT_KEY, SummaryKind
 
-from .nvme import NAMESPACE, SLOT_BYTES, nvme_config
-from .tier_conformance import LAYOUT, make_key, make_write
+from .nvme import NAMESPACE, head_bytes, nvme_config
+from .tier_conformance import LAYOUT, make_key, make_summary, make_write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ucm.config import NvmeConfig
+
 SLOTS_PER_SEGMENT: Final = 4
 NUM_SLOTS: Final = 12
-SEGMENT_BYTES: Final = SLOTS_PER_SEGMENT * SLOT_BYTES
+KIND: Final = SummaryKind.GSA_K4
+"""Of the summaries in those stores that have any; block number 8 lies there without."""
 PARENTS: Final[dict[int, int | None]] = {
     0: None, 1: 0, 2: 1, 3: 2, 4: None, 5: 4, 6: None, 7: 6, 8: None, 9: 8,
 }  # fmt: skip
@@ -59,10 +62,26 @@ class DamagedStore:
 
     path: Path
     random: random.Random
+    has_summaries: bool = False
     planted: list[Planted] = field(default_factory=list)
     free_names: list[int] = field(default_factory=lambda: list(PARENTS))
     """Blocks that no defect has hit yet."""
     free_slots: list[int] = field(default_factory=lambda: [10, 11])
+
+    @property
+    def head_bytes(self) -> int:
+        """What lies in front of a block."""
+        return head_bytes(KIND if self.has_summaries else None)
+
+    @property
+    def slot_bytes(self) -> int:
+        """From one slot to the next."""
+        return self.head_bytes + LAYOUT.block_bytes
+
+    @property
+    def config(self) -> NvmeConfig:
+        """How it is opened."""
+        return nvme_config(self.path, NUM_SLOTS, summary=KIND if self.has_summaries else None)
 
     @property
     def folder(self) -> Path:
@@ -75,6 +94,11 @@ class DamagedStore:
         self.free_names.remove(name)
         return name
 
+    def take_summarised(self) -> int:
+        """As `take`, a block that has a summary."""
+        self.free_names = [name for name in self.free_names if name != 8] or self.free_names
+        return self.take()
+
     def take_free_slot(self) -> int:
         """A slot without a block that no other defect uses; far out when there is none left."""
         return self.free_slots.pop() if self.free_slots else 1 << 20
@@ -86,13 +110,14 @@ class DamagedStore:
     def overwrite(self, slot: int, offset: int, data: bytes) -> None:
         """Write into a slot behind the store's back."""
         with self.segment(slot // SLOTS_PER_SEGMENT).open("r+b") as file:
-            file.seek(slot % SLOTS_PER_SEGMENT * SLOT_BYTES + offset)
+            file.seek(slot % SLOTS_PER_SEGMENT * self.slot_bytes + offset)
             file.write(data)
 
     def read_slot(self, slot: int) -> bytes:
         """A slot's bytes."""
-        start = slot % SLOTS_PER_SEGMENT * SLOT_BYTES
-        return self.segment(slot // SLOTS_PER_SEGMENT).read_bytes()[start : start + SLOT_BYTES]
+        start = slot % SLOTS_PER_SEGMENT * self.slot_bytes
+        data = self.segment(slot // SLOTS_PER_SEGMENT).read_bytes()
+        return data[start : start + self.slot_bytes]
 
     def flip(self, slot: int, start: int, length: int) -> None:
         """Flip one bit in a range of a slot."""
@@ -111,25 +136,32 @@ class DamagedStore:
         index.close(clean=True)
 
 
-def make_sound_store(path: Path) -> None:
+def make_sound_store(path: Path, *, has_summaries: bool = False) -> None:
     """The store that the corpus is made of."""
-    store = NvmeStore(nvme_config(path, NUM_SLOTS))
-    tier = store.open_namespace(NAMESPACE, LAYOUT)
+    kind = KIND if has_summaries else None
+    store = NvmeStore(nvme_config(path, NUM_SLOTS, summary=kind))
+    tier = store.open_namespace(NAMESPACE, LAYOUT, summary=kind)
     slots = tier.allocate(len(PARENTS))
     assert slots == list(PARENTS)
-    items = [make_write(SlotId(name), name, parent) for name, parent in PARENTS.items()]
+    items = [
+        make_write(SlotId(name), name, parent, summary=None if name == 8 else kind)
+        for name, parent in PARENTS.items()
+    ]
     assert tier.write(items) == [IoStatus.OK] * len(items)
     store.close()
 
 
-def make_damaged_store(sound: Path, path: Path, seed: int) -> DamagedStore:
-    """A copy of `sound` with the defects of one seed."""
+def make_damaged_store(
+    sound: Path, path: Path, seed: int, *, has_summaries: bool = False
+) -> DamagedStore:
+    """A copy of `sound`, which has summaries or not, with the defects of one seed."""
     shutil.copytree(sound, path)
-    store = DamagedStore(path, random.Random(seed))
+    store = DamagedStore(path, random.Random(seed), has_summaries)
     if store.random.random() < 0.3:
         plants = [store.random.choice(COARSE)]
     else:
-        plants = store.random.sample(FINE, store.random.randint(1, 3))
+        fine = FINE + OF_SUMMARIES if has_summaries else FINE
+        plants = store.random.sample(fine, store.random.randint(1, 3))
     plants.sort(key=ORDER.index)
     store.planted = [plant(store) for plant in plants]
     return store
@@ -146,7 +178,7 @@ def with_descendants(names: set[int]) -> set[int]:
 
 def _slab_flip(store: DamagedStore) -> Planted:
     name, layer = store.take(), store.random.randrange(LAYOUT.num_layers)
-    start = HEADER_BYTES + layer * LAYOUT.slab_stride_bytes
+    start = store.head_bytes + layer * LAYOUT.slab_stride_bytes
     store.flip(name, start, LAYOUT.slab_bytes)
     return Planted("slab flip", (Kind.CHECKSUM, Kind.RECORD), frozenset({name}), name)
 
@@ -236,7 +268,7 @@ def _names_of(segment: int) -> frozenset[int]:
 
 def _segment_truncated(store: DamagedStore) -> Planted:
     number = store.random.randrange(3)
-    size = store.random.randrange(SEGMENT_BYTES)
+    size = store.random.randrange(SLOTS_PER_SEGMENT * store.slot_bytes)
     os.truncate(store.segment(number), size)
     return Planted("truncated segment", (Kind.SEGMENT,), _names_of(number))
 
@@ -397,6 +429,29 @@ def _index_page(store: DamagedStore) -> Planted:
     return Planted("index: sectors", kinds, may_lose_all=True, is_damage=False)
 
 
+OF_SUMMARY: Final = (Kind.SUMMARY, Kind.RECORD, Kind.CHECKSUM)
+"""What explains a bad summary: itself, or that its block is lost with another defect's."""
+
+
+def _summary_flip(store: DamagedStore) -> Planted:
+    name = store.take_summarised()
+    store.flip(name, HEADER_BYTES, len(make_summary(name, KIND)))
+    return Planted("summary flip", OF_SUMMARY, slot=name, is_damage=False)
+
+
+def _another_blocks_summary(store: DamagedStore) -> Planted:
+    name = store.take_summarised()
+    store.overwrite(name, HEADER_BYTES, make_summary((name + 1) % len(PARENTS), KIND))
+    return Planted("another block's summary", OF_SUMMARY, slot=name, is_damage=False)
+
+
+def _summary_garbage(store: DamagedStore) -> Planted:
+    name = store.take()
+    size = store.head_bytes - HEADER_BYTES
+    store.overwrite(name, HEADER_BYTES, store.random.randbytes(size))
+    return Planted("garbage for a summary", OF_SUMMARY, slot=name, is_damage=False)
+
+
 FINE: Final[list[Callable[[DamagedStore], Planted]]] = [
     _record_garbage, _wrong_place, _wrong_generation, _two_for_one, _orphan, _lost_record,
     _quarantined, _slab_flip, _header_flip, _header_blank, _misdirected,
@@ -411,5 +466,10 @@ COARSE: Final[list[Callable[[DamagedStore], Planted]]] = [
 ]  # fmt: skip
 """Defects that hide others or make them moot: one a store."""
 
-ORDER: Final = [*FINE, *COARSE]
+OF_SUMMARIES: Final[list[Callable[[DamagedStore], Planted]]] = [
+    _summary_flip, _another_blocks_summary, _summary_garbage,
+]  # fmt: skip
+"""Fine defects of a store with summaries: no block is lost by them."""
+
+ORDER: Final = [*FINE, *OF_SUMMARIES, *COARSE]
 """Those that open the index come first: opening it would mend what others plant."""

@@ -27,10 +27,13 @@ from ucm.api import (
     StoreSlot,
 )
 from ucm.checksum import block_checksums
-from ucm.errors import LeaseExpiredError, UcmError
+from ucm.errors import InvalidArgumentError, LeaseExpiredError, UcmError
+from ucm.grants import store_slot
 from ucm.hashing import NamespaceSpec
+from ucm.kernels.summary_record import content_of, decode_summary, summary_bytes
 from ucm.layout import KvLayout
 from ucm.load_plan import LoadPlan, plan_of_lease
+from ucm.select_api import SelectRequest, SelectResult, SummaryLease
 from ucm.types import (
     ROOT_KEY,
     BlockKey,
@@ -39,6 +42,8 @@ from ucm.types import (
     LoadStatus,
     NamespaceId,
     StoreStatus,
+    SummaryKind,
+    SummaryStatus,
     TierKind,
 )
 
@@ -50,6 +55,7 @@ HANG_LIMIT_S = 30.0
 class _Stored:
     data: bytearray
     checksums: SlabChecksums
+    summary: bytes = b""
 
 
 class FakeCache:
@@ -67,6 +73,7 @@ class FakeCache:
         self.leases: dict[LeaseId, tuple[StoreSlot, ...]] = {}
         self.is_closed = False
         self._staging_blocks = staging_blocks
+        self.summary: SummaryKind | None = None
         self._layout: KvLayout | None = None
         self._numbers = itertools.count(1)
 
@@ -85,11 +92,14 @@ class FakeCache:
     def _lease_id(self) -> LeaseId:
         return LeaseId(next(self._numbers).to_bytes(16, "little"))
 
-    def open_namespace(self, spec: NamespaceSpec) -> NamespaceHandle:
+    def open_namespace(
+        self, spec: NamespaceSpec, *, summary: SummaryKind | None = None
+    ) -> NamespaceHandle:
         """See `CacheApi.open_namespace`."""
         self._enter("open_namespace")
         self._layout = spec.layout
-        return NamespaceHandle(spec.fingerprint(), spec.layout)
+        self.summary = summary
+        return NamespaceHandle(spec.fingerprint(), spec.layout, 0, summary)
 
     def lookup(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> LookupResult:
         """See `CacheApi.lookup`."""
@@ -160,8 +170,9 @@ class FakeCache:
                 slots.append(StoreSlot(key, StoreStatus.NO_SPACE))
             else:
                 num_granted += 1
-                data = memoryview(bytearray(self._layout.block_bytes))
-                slots.append(StoreSlot(key, StoreStatus.WANTED, data))
+                size = summary_bytes(self._layout, self.summary) if self.summary else 0
+                run = memoryview(bytearray(self._layout.block_bytes + size))
+                slots.append(store_slot(key, StoreStatus.WANTED, run, self._layout.block_bytes))
         lease = StoreLease(self._lease_id(), tuple(slots), LEASE_TIMEOUT_S)
         self.leases[lease.id] = lease.slots
         return lease
@@ -182,7 +193,10 @@ class FakeCache:
             return slot.status
         if block_checksums(self._layout, slot.data) != checksums:
             return StoreStatus.CORRUPT
-        self.blocks[slot.key] = _Stored(bytearray(slot.data), checksums)
+        given = bytes(slot.summary or b"")
+        if given and decode_summary(self._layout, given, checksums) is None:
+            given = b""
+        self.blocks[slot.key] = _Stored(bytearray(slot.data), checksums, given)
         return StoreStatus.ACCEPTED
 
     def pin(
@@ -200,6 +214,54 @@ class FakeCache:
         self.leases[lease.id] = ()
         return lease
 
+    def select(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        request: SelectRequest,
+        *,
+        timeout_s: float,
+    ) -> SelectResult:
+        """See `CacheApi.select`. Made for who asks for selections of a real cache: none here."""
+        self._enter("select")
+        raise InvalidArgumentError("this cache selects nothing")
+
+    def select_and_load(
+        self,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        request: SelectRequest,
+        *,
+        mode: LoadMode,
+        timeout_s: float,
+    ) -> tuple[SelectResult, LoadPlan]:
+        """See `CacheApi.select_and_load`; as `select`."""
+        self._enter("select_and_load")
+        raise InvalidArgumentError("this cache selects nothing")
+
+    def map_summaries(
+        self, namespace: NamespaceId, keys: Sequence[BlockKey], *, timeout_s: float
+    ) -> SummaryLease:
+        """See `CacheApi.map_summaries`."""
+        self._enter("map_summaries")
+        if self.summary is None:
+            raise InvalidArgumentError("this session has no summaries")
+        found = [self.blocks.get(key) for key in keys]
+        lease_id = self._lease_id()
+        self.leases[lease_id] = ()
+        return SummaryLease(
+            id=lease_id,
+            kind=self.summary,
+            entries=tuple(
+                memoryview(each.summary) if each and each.summary else None for each in found
+            ),
+            statuses=tuple(_summary_status(each) for each in found),
+            contents=tuple(
+                content_of(each.checksums) if each and each.summary else 0 for each in found
+            ),
+            timeout_s=LEASE_TIMEOUT_S,
+        )
+
     def release(self, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""
         self._enter("release")
@@ -215,3 +277,9 @@ class FakeCache:
         self._enter("close")
         self.is_closed = True
         self.leases.clear()
+
+
+def _summary_status(stored: _Stored | None) -> SummaryStatus:
+    if stored is None:
+        return SummaryStatus.MISS
+    return SummaryStatus.READY if stored.summary else SummaryStatus.NO_SUMMARY

@@ -23,7 +23,7 @@ from ucm.storage.tier import (
     TierEntry,
     TierUsage,
 )
-from ucm.types import ROOT_KEY, BlockKey, NamespaceId, TierKind
+from ucm.types import ROOT_KEY, BlockKey, NamespaceId, SummaryKind, TierKind
 
 
 @dataclass(slots=True)
@@ -182,6 +182,11 @@ class FakeTier:
         return
 
     @property
+    def summaries(self) -> None:
+        """See `Tier.summaries`."""
+        return
+
+    @property
     def extents(self) -> None:
         """See `Tier.extents`."""
         return
@@ -226,9 +231,10 @@ class FakeDisk:
         tenant: str = "",
         *,
         accepts_lossy: bool = False,
+        summary: SummaryKind | None = None,
     ) -> FakeTier:
         """Open or create a namespace's tier; it keeps every bit, whatever is accepted."""
-        del accepts_lossy
+        del accepts_lossy, summary
         self.tenants[namespace] = tenant
         if self.open_error is not None:
             raise self.open_error

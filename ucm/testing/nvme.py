@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ucm.config import NvmeConfig
+from ucm.kernels.summary_record import area_bytes
 from ucm.storage.codecs import codec_named
 from ucm.storage.format import HEADER_BYTES, compact_payload_bytes
-from ucm.types import NamespaceId
+from ucm.types import NamespaceId, SummaryKind
 
 from .tier_conformance import LAYOUT
 
@@ -22,16 +23,27 @@ NAMESPACE = NamespaceId(b"conformance tests' namespace, id")
 SLOT_BYTES = HEADER_BYTES + LAYOUT.block_bytes
 
 
+def head_bytes(summary: SummaryKind | None) -> int:
+    """What lies in front of a block of the test layout."""
+    return HEADER_BYTES + (area_bytes(LAYOUT, summary) if summary else 0)
+
+
 def nvme_config(
-    path: Path, num_slots: int, *, slots_per_segment: int = 4, codec: str = "raw"
+    path: Path,
+    num_slots: int,
+    *,
+    slots_per_segment: int = 4,
+    codec: str = "raw",
+    summary: SummaryKind | None = None,
 ) -> NvmeConfig:
     """A store of `num_slots` slots of the test layout, a multiple of `slots_per_segment`.
 
-    With a codec they are compact ones, and a segment has room for a full slot at least.
+    With a codec they are compact ones, and a segment has room for a full slot at least; with
+    `summary` there is room for such summaries.
     """
     assert num_slots % slots_per_segment == 0, (num_slots, slots_per_segment)
     compact_bytes = compact_payload_bytes(LAYOUT, codec_named(codec))
-    slot_bytes = HEADER_BYTES + (compact_bytes or LAYOUT.block_bytes)
+    slot_bytes = head_bytes(summary) + (compact_bytes or LAYOUT.block_bytes)
     return NvmeConfig(
         path=path,
         codec=codec,

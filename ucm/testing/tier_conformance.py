@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import functools
 import hashlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +18,11 @@ import pytest
 
 from ucm.checksum import block_checksums
 from ucm.errors import LayoutMismatchError, UcmError
+from ucm.kernels.summarize import summarize_blocks
+from ucm.kernels.summary_record import encode_summary
 from ucm.layout import KvDtype, KvLayout
 from ucm.storage.tier import IoStatus, SlotId, SlotRead, SlotWrite
-from ucm.types import ROOT_KEY, BlockKey
+from ucm.types import ROOT_KEY, BlockKey, SummaryKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,11 +60,26 @@ def make_block(name: int | str, layout: KvLayout = LAYOUT) -> memoryview:
     return memoryview(block.tobytes())
 
 
-def make_write(slot: SlotId, name: int | str, parent: int | str | None = None) -> SlotWrite:
-    """A write of `make_block(name)` under `make_key(name)`."""
+def make_write(
+    slot: SlotId,
+    name: int | str,
+    parent: int | str | None = None,
+    *,
+    summary: SummaryKind | None = None,
+) -> SlotWrite:
+    """A write of `make_block(name)` under `make_key(name)`, with its summary if a kind is named."""
     data = make_block(name)
     parent_key = ROOT_KEY if parent is None else make_key(parent)
-    return SlotWrite(slot, make_key(name), parent_key, data, block_checksums(LAYOUT, data))
+    item = SlotWrite(slot, make_key(name), parent_key, data, block_checksums(LAYOUT, data))
+    return replace(item, summary=make_summary(name, summary)) if summary else item
+
+
+@functools.cache
+def make_summary(name: int | str, kind: SummaryKind) -> bytes:
+    """The encoded summary of `make_block(name)`."""
+    data = make_block(name)
+    records = summarize_blocks(LAYOUT, kind, [data])[0]
+    return encode_summary(LAYOUT, kind, records, block_checksums(LAYOUT, data))
 
 
 def slabs(data: memoryview | bytes, layout: KvLayout = LAYOUT) -> list[bytes]:
@@ -79,13 +97,27 @@ def put(tier: Tier, names: Sequence[int | str]) -> dict[int | str, SlotId]:
 
 
 def get(tier: Tier, slot: SlotId, name: int | str) -> IoStatus:
-    """Read one block; when the tier says OK the bytes must be right."""
+    """Read one block; when the tier says OK the bytes must be right, and the summary or none."""
     into = memoryview(bytearray(LAYOUT.block_bytes))
     (outcome,) = tier.read([SlotRead(slot, make_key(name), into)])
     if outcome.status is IoStatus.OK:
         assert slabs(into) == slabs(make_block(name))
         assert outcome.checksums == block_checksums(LAYOUT, make_block(name))
+        if outcome.summary:
+            assert tier.summaries is not None
+            assert outcome.summary == make_summary(name, tier.summaries.kind)
     return outcome.status
+
+
+def get_summary(tier: Tier, slot: SlotId, name: int | str) -> bytes:
+    """What the tier has as the summary of a block, without reading it: the right one, or b""."""
+    areas = tier.summaries
+    (found,) = areas.read([(slot, make_key(name))]) if areas is not None else (None,)
+    if areas is None or found is None:
+        return b""
+    assert found.data == make_summary(name, areas.kind)
+    assert found.checksums == block_checksums(LAYOUT, make_block(name))
+    return found.data
 
 
 class TierTests(abc.ABC):

@@ -1,0 +1,97 @@
+"""Leases of a session with a daemon: its answers, joined with the memory that the door handed out.
+
+What does not fit together in an answer is the daemon's fault: `TierUnavailableError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .api import LoadLease, NamespaceHandle, StoreLease
+from .errors import InvalidArgumentError, TierUnavailableError
+from .grants import LoadGrants, store_slot
+from .layout import KvLayout
+from .protos import cache_pb2 as pb
+from .types import BlockKey, LeaseId, LoadStatus, StoreStatus
+from .wire import (
+    LOAD_STATUS_FROM_WIRE,
+    STORE_STATUS_FROM_WIRE,
+    TIER_FROM_WIRE,
+    Word,
+    checksums_from_wire,
+    words_from_wire,
+)
+
+
+class OpenNamespace:
+    """A namespace of a session and its arena."""
+
+    __slots__ = ("arena", "handle")
+
+    def __init__(self, handle: NamespaceHandle, arena: memoryview) -> None:
+        self.handle = handle
+        self.arena = arena
+
+
+def known_words(packed: bytes, words: Mapping[int, Word]) -> tuple[Word, ...]:
+    """Enum numbers as words; a number that this release does not know is the daemon's fault."""
+    try:
+        return words_from_wire(packed, words)
+    except InvalidArgumentError as error:
+        raise TierUnavailableError(f"the daemon says what is unknown here: {error}") from error
+
+
+def _views(memory: memoryview, offsets: Sequence[int], size: int) -> list[memoryview]:
+    if offsets and max(offsets) + size > len(memory):
+        raise TierUnavailableError("the daemon granted a block behind the end of its memory")
+    return [memory[offset : offset + size] for offset in offsets]
+
+
+def load_lease(
+    keys: Sequence[BlockKey], reply: pb.PrepareLoadReply, namespace: OpenNamespace
+) -> LoadLease:
+    """The lease that the daemon granted for `keys`.
+
+    Raises:
+        TierUnavailableError: its answer is garbled.
+    """
+    grants = LoadGrants(
+        lease_id=LeaseId(reply.lease_id),
+        statuses=known_words(reply.statuses, LOAD_STATUS_FROM_WIRE),
+        tiers=known_words(reply.tiers, TIER_FROM_WIRE),
+        offsets=tuple(reply.offsets),
+        checksums=reply.checksums,
+        timeout_s=reply.timeout_s,
+    )
+    statuses, num_ready = grants.statuses, grants.statuses.count(LoadStatus.READY)
+    leading = LoadStatus.READY not in statuses[num_ready:]
+    matching = len(grants.tiers) == len(grants.offsets) == num_ready
+    if len(statuses) != len(keys) or not leading or not matching:
+        raise TierUnavailableError("the daemon's lists do not match the keys asked for")
+    views = _views(namespace.arena, grants.offsets, namespace.handle.layout.block_bytes)
+    try:
+        checksums = checksums_from_wire(reply.checksums, num_blocks=num_ready)
+        blocks = grants.loaded_blocks(keys, views, checksums)
+    except (InvalidArgumentError, ValueError) as error:
+        raise TierUnavailableError(f"the daemon's lists do not match: {error}") from error
+    return LoadLease(grants.lease_id, blocks, grants.timeout_s)
+
+
+def store_lease(
+    keys: Sequence[BlockKey], reply: pb.PrepareStoreReply, layout: KvLayout, staging: memoryview
+) -> StoreLease:
+    """The lease that the daemon granted for `keys`; the slots are in `staging`.
+
+    Raises:
+        TierUnavailableError: its answer is garbled.
+    """
+    statuses = known_words(reply.statuses, STORE_STATUS_FROM_WIRE)
+    views = _views(staging, reply.offsets, layout.block_bytes + reply.summary_bytes)
+    if len(statuses) != len(keys) or statuses.count(StoreStatus.WANTED) != len(views):
+        raise TierUnavailableError("the daemon's lists do not match the keys offered")
+    wanted, size = iter(views), layout.block_bytes
+    slots = tuple(
+        store_slot(key, status, next(wanted) if status is StoreStatus.WANTED else None, size)
+        for key, status in zip(keys, statuses, strict=True)
+    )
+    return StoreLease(LeaseId(reply.lease_id), slots, reply.timeout_s)
