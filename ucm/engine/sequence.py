@@ -42,6 +42,11 @@ class TokenSequence:
     max_length: int
     """Tokens, prompt included, at which the sample ends."""
     block_tokens: int
+    resident_blocks: int = 0
+    """Pool blocks that it owns when it is longer than its share of the pool; 0: what it needs. The
+    block ids are then those of its share, in no order."""
+    max_chunk_tokens: int = 0
+    """Most tokens of one pass when it has a share; it must hold what the pass computes."""
     num_forks: int = 0
     """Samples that are split off when the prompt is computed; each needs a place in the batch."""
     num_computed: int = 0
@@ -83,8 +88,15 @@ class TokenSequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def is_offloaded(self) -> bool:
+        """Whether most of its KV lies below the pool."""
+        return self.resident_blocks > 0
+
+    @property
     def num_computable(self) -> int:
-        """Tokens of these that come before what was loaded ahead."""
+        """Tokens of these that come before what was loaded ahead, and that a pass may compute."""
+        if self.is_offloaded:
+            return min(len(self.tokens) - self.num_computed, self.max_chunk_tokens)
         if self.loaded_ahead is None:
             return len(self.tokens) - self.num_computed
         return self.loaded_ahead[0] * self.block_tokens - self.num_computed
@@ -115,11 +127,13 @@ class TokenSequence:
 
         The last token has to be computed in any case, because the next one comes from its logits.
         """
-        return self.chain[: (len(self.tokens) - 1) // self.block_tokens]
+        return (
+            [] if self.is_offloaded else self.chain[: (len(self.tokens) - 1) // self.block_tokens]
+        )
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` positions."""
-        return -(-num_tokens // self.block_tokens)
+        """Pool blocks that it owns when it has `num_tokens`."""
+        return self.resident_blocks or -(-num_tokens // self.block_tokens)
 
     def append(self, token_id: int) -> None:
         """Add a sampled token; O(1), and one hash when it fills a block."""
@@ -158,6 +172,8 @@ class TokenSequence:
 
     def register_full(self, blocks: BlockAllocator) -> None:
         """Make its full blocks findable; their content is final."""
+        if self.is_offloaded:
+            return
         num_exact = self.num_exact_blocks(self.num_computed)
         for index in range(self.num_registered, num_exact):
             blocks.register(self.block_ids[index], self.chain[index])

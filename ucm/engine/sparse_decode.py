@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from ucm.sparse.decoding import SparseDecoding, SparseStats
 from ucm.sparse.mode_policy import LoadSignals
+from ucm.sparse.offload_chooser import SummaryChooser
 from ucm.sparse.options import SparseOptions
 from ucm.sparse.protocols import DecodeStep, ItemAttention
 
@@ -54,11 +55,13 @@ class SparseDecode:
         self._decoding.begin_pass(self._signals(decodes))
         attentions = {}
         for sequence in decodes:
-            attention = self._decoding.attention(_step_of(sequence), self._pool.tensor)
-            if attention is None:
-                continue
-            attentions[sequence.id] = attention
-            if sequence.approximate_from is None:
+            if sequence.is_offloaded:  # it has a chooser of its own
+                is_sparse = self._decoding.settings is not None
+            else:
+                attention = self._decoding.attention(_step_of(sequence), self._pool.tensor)
+                is_sparse = attention is not None
+                attentions.update({sequence.id: attention} if attention is not None else {})
+            if is_sparse and sequence.approximate_from is None:
                 sequence.approximate_from = sequence.num_computed
         return attentions
 
@@ -69,11 +72,16 @@ class SparseDecode:
         """
         sequence = work.sequence
         is_short = sequence.max_length < self._options.min_context_tokens
-        if is_short or work.num_tokens == 1 or not self._decoding.may_select:
+        is_done = is_short or work.num_tokens == 1 or sequence.is_offloaded
+        if is_done or not self._decoding.may_select:
             return
         num_known = self._decoding.num_fed(sequence.id)
         last = min(sequence.num_full_blocks, num_known + sequence.num_blocks_for(work.num_tokens))
         self._decoding.feed(sequence.id, sequence.block_ids[:last], self._pool.tensor)
+
+    def chooser(self) -> SummaryChooser:
+        """Chooses for a sequence whose KV lies below the pool."""
+        return self._decoding.chooser()
 
     def drop(self, sequence: TokenSequence) -> None:
         """The sequence gives its blocks up."""

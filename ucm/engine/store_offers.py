@@ -89,6 +89,8 @@ class StoreOffers:
             sequence: it has no load.
             num_wanted: blocks that must be available at once when it has left.
         """
+        if sequence.is_offloaded:
+            return
         num_new = sequence.num_exact_blocks(sequence.num_computed) - sequence.num_offered
         if num_new <= 0 or not self._hook.should_swap_out(sequence.num_computed):
             return
@@ -102,7 +104,7 @@ class StoreOffers:
         sequence = work.sequence
         last = sequence.num_exact_blocks(sequence.num_computed + work.num_tokens)
         before = sequence.num_offered
-        if last <= before:
+        if last <= before or sequence.is_offloaded:
             return
         num_final = sequence.num_exact_blocks(sequence.num_computed)
         load = self._loads.get(sequence)

@@ -28,8 +28,9 @@ from ucm.kernels.attention import AttentionFn, PagedSequence, runs_of, select_at
 from ucm.layout import KvLayout
 
 from .mode_policy import LoadSignals, ModePolicy, SparseMode
+from .offload_chooser import SummaryChooser
 from .options import SparseOptions
-from .protocols import BlockIndexes, DecodeStep, ItemAttention
+from .protocols import BlockIndexes, DecodeStep, ItemAttention, Selection
 from .selector import SequenceSelector, Settings
 from .table import Lives, PoolSummaries
 
@@ -59,6 +60,16 @@ class SparseStats:
     mode_switches: int = 0
     mode: SparseMode = SparseMode.REUSE
     """Of the last step."""
+
+    def count(self, selection: Selection, num_blocks: int, slab_bytes: int) -> None:
+        """Add one layer's selection, of a sequence of `num_blocks`."""
+        num = len(selection.blocks)
+        self.fresh_selections += selection.is_fresh
+        self.stale_selections += not selection.is_fresh
+        self.blocks_read += num
+        self.blocks_dense += num_blocks
+        self.bytes_read += num * slab_bytes
+        self.bytes_dense += num_blocks * slab_bytes
 
 
 class SparseDecoding:
@@ -135,6 +146,11 @@ class SparseDecoding:
         self.stats.sparse_steps += 1
         return _SparseStep(step, selector, self.stats, self._layout)
 
+    def chooser(self) -> SummaryChooser:
+        """Chooses for a sequence whose KV lies below the pool, as the mode says."""
+        table = self._summaries.table()
+        return SummaryChooser(table, self.options, lambda: self.settings, self.stats)
+
     def num_fed(self, sequence_id: str) -> int:
         """Leading blocks of a sequence that it was fed."""
         selector = self._selectors.get(sequence_id)
@@ -197,12 +213,7 @@ class _SparseStep:
         selection = self.selector.choose(layer, q_THD)
         stats, num = self.stats, len(selection.blocks)
         stats.select_s += time.perf_counter() - started_s
-        stats.fresh_selections += selection.is_fresh
-        stats.stale_selections += not selection.is_fresh
-        stats.blocks_read += num
-        stats.blocks_dense += self.step.num_blocks
-        stats.bytes_read += num * self.layout.slab_bytes
-        stats.bytes_dense += self.step.num_blocks * self.layout.slab_bytes
+        stats.count(selection, self.step.num_blocks, self.layout.slab_bytes)
         if num == self.step.num_blocks:
             sequence = self._everything(kv_layer)
         else:

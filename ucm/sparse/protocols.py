@@ -58,6 +58,9 @@ class Selection:
     """Share of the attention mass that they are estimated to hold; 1.0 for all blocks."""
     is_fresh: bool = True
     """Whether it was made for this step's query; stale ones were kept from an earlier step."""
+    shares: npt.NDArray[np.float32] | None = None
+    """[leading blocks] the share of the mass that each, chosen or not, is estimated to hold; None
+    where nobody estimated it."""
 
 
 class BlockSelector(Protocol):

@@ -54,6 +54,8 @@ class _Kept:
     num_blocks: int
     """Blocks of the sequence then."""
     mass: float
+    shares: Floats
+    """[blocks that were scored]"""
 
 
 @dataclass(slots=True)
@@ -119,29 +121,30 @@ class SequenceSelector:
         if kept is None or kept.position // stride != step.position // stride:
             kept = self._kept[layer] = self._fresh(step, layer, q_THD)
             self.num_fresh += 1
-            return Selection(kept.blocks, kept.mass)
+            return Selection(kept.blocks, kept.mass, shares=kept.shares)
         self.num_stale += 1
         if kept.num_blocks == step.num_blocks:
-            return Selection(kept.blocks, kept.mass, is_fresh=False)
+            return Selection(kept.blocks, kept.mass, is_fresh=False, shares=kept.shares)
         sealed_since = np.arange(kept.num_blocks, step.num_blocks, dtype=np.int64)
         blocks = np.concatenate((kept.blocks, sealed_since))
-        return Selection(blocks, kept.mass, is_fresh=False)
+        return Selection(blocks, kept.mass, is_fresh=False, shares=kept.shares)
 
     def predict(self, layer: int, q_THD: Tensor, /) -> Selection:
         """What `choose` would answer to these queries; changes nothing."""
         step = self._step
         assert step is not None, "begin comes first"
         kept = self._fresh(step, layer, q_THD)
-        return Selection(kept.blocks, kept.mass)
+        return Selection(kept.blocks, kept.mass, shares=kept.shares)
 
     def _fresh(self, step: _Step, layer: int, q_THD: Tensor) -> _Kept:
         num = step.num_scored
         log_mass = self.table.log_mass(layer, as_floats(q_THD))[:, :, :num]
         must = step.must | self.table.must(layer)[:num]
         tokens = self.table.layout.block_tokens
-        choice = choose_blocks(shared_mass(log_mass), step.settings.budget, must, tokens)
+        shares = shared_mass(log_mass)
+        choice = choose_blocks(shares, step.settings.budget, must, tokens)
         blocks = np.concatenate((choice.blocks, step.behind))
-        return _Kept(blocks, step.position, step.num_blocks, choice.mass)
+        return _Kept(blocks, step.position, step.num_blocks, choice.mass, shares)
 
 
 def as_floats(q_THD: Tensor) -> Floats:
