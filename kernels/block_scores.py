@@ -24,7 +24,7 @@ from ucm.errors import InvalidArgumentError
 from ucm.layout import KvLayout
 from ucm.types import SummaryKind
 
-from .score_columns import TokenColumns, make_columns, norms
+from .score_columns import TokenColumns, make_columns, sizes
 from .summary_record import MUST, WITH_VALUES, Records, layout_dtype
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -174,7 +174,7 @@ class SummaryTable:
         if not self._length:
             return np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         logits = self._columns.token_logits(layer, rows, self._length)
-        reach = norms(rows)[:, :, None, None]
+        reach = sizes(rows)[:, :, None, None]
         errors = reach * self._columns.token_errors(layer, self._length)[:, None]
         errors[:, :, self._must[layer]] = np.inf
         return self._heads(logits, q), self._heads(errors, q)

@@ -26,10 +26,14 @@ Floats: TypeAlias = NDArray[np.float32]
 Bounds: TypeAlias = tuple[Floats, Floats]
 
 INITIAL_BLOCKS = 64
+MAX_SPREAD = 6.0
+"""Logits: a normal distribution's moment says nothing about the far tail of 30 keys."""
 
 
 def make_columns(kind: SummaryKind, layout: KvLayout) -> Columns:
     """The columns that summaries of `kind` are held in."""
+    if kind is SummaryKind.GSA_2:
+        return AxisColumns(kind, layout)
     if kind in NUM_CENTROIDS:
         return CentroidColumns(kind, layout)
     if kind in SHADOW_BITS:
@@ -102,6 +106,14 @@ def norms(vectors: Floats) -> Floats:
     return found
 
 
+def sizes(queries: Floats) -> Floats:
+    """Euclidean norms over the last axis that neither underflow nor overflow; never too small."""
+    largest = np.abs(queries).max(axis=-1)
+    unit = queries / np.where(largest > 0, largest, 1)[..., None]
+    found: Floats = norms(unit) * largest * np.float32(1 + 1e-6)
+    return found
+
+
 def scaled(codes: NDArray[np.generic], scales: NDArray[np.generic]) -> Floats:
     """Codes [..., D] times their scale [...], as float32."""
     return codes.astype(np.float32) * scales.astype(np.float32)[..., None]
@@ -156,8 +168,54 @@ class CentroidColumns(Columns):
     def bounds(self, layer: int, q_GmD: Floats, num: int) -> Bounds:
         """See `Columns.bounds`."""
         logits = self._logits(layer, q_GmD, num)
-        reach = norms(q_GmD)[:, :, None, None] * self._of("radii", layer, num)[:, None]
+        reach = sizes(q_GmD)[:, :, None, None] * self._of("radii", layer, num)[:, None]
         return (logits - reach).min(axis=-1), (logits + reach).max(axis=-1)
+
+
+class AxisColumns(CentroidColumns):
+    """Clusters, and of the first the directions in which its keys spread (gsa-2)."""
+
+    def _prepare(self, records: Records) -> dict[str, Floats]:
+        parts = super()._prepare(records)
+        parts["axes"] = scaled(records["axes"], records["axis_scales"])
+        squares = [records["sigmas"], records["rest_sigma"][..., None]]
+        parts["variances"] = np.concatenate(squares, axis=-1).astype(np.float32) ** 2
+        parts["lows"] = records["lows"].astype(np.float32)
+        parts["highs"] = records["highs"].astype(np.float32)
+        parts["rest_radii"] = records["rest_radius"].astype(np.float32)
+        return parts
+
+    def _along(self, layer: int, q_GmD: Floats, num: int) -> Floats:
+        """[G, m, num, 2] of the query along each block's axes."""
+        axes = self._of("axes", layer, num)
+        heads, _, each, dim = axes.shape
+        flat = axes.reshape(heads, num * each, dim)
+        return (q_GmD @ flat.transpose(0, 2, 1)).reshape(heads, -1, num, each)
+
+    def log_mass(self, layer: int, q_GmD: Floats, num: int) -> Floats:
+        """See `Columns.log_mass`: the spread adds half the logits' variance to the mean's term."""
+        terms = self._logits(layer, q_GmD, num) + self._of("bias", layer, num)[:, None]
+        square = self._along(layer, q_GmD, num) ** 2
+        left = np.maximum(sizes(q_GmD)[:, :, None] ** 2 - square.sum(axis=-1), 0)
+        variances = self._of("variances", layer, num)[:, None]
+        spread = (square * variances[..., :2]).sum(axis=-1) + left * variances[..., 2]
+        terms[..., 0] += np.minimum(spread / 2, MAX_SPREAD)
+        return log_sum(terms)
+
+    def bounds(self, layer: int, q_GmD: Floats, num: int) -> Bounds:
+        """See `Columns.bounds`: of the first cluster the ball's or the box's along the axes."""
+        logits = self._logits(layer, q_GmD, num)
+        size = sizes(q_GmD)[:, :, None]
+        reach = size[..., None] * self._of("radii", layer, num)[:, None]
+        lower, upper = logits - reach, logits + reach
+        along = self._along(layer, q_GmD, num)
+        ends = [along * self._of(name, layer, num)[:, None] for name in ("lows", "highs")]
+        rest = size * self._of("rest_radii", layer, num)[:, None]
+        box_low = logits[..., 0] + np.minimum(*ends).sum(axis=-1) - rest
+        box_high = logits[..., 0] + np.maximum(*ends).sum(axis=-1) + rest
+        lower[..., 0] = np.maximum(lower[..., 0], box_low)
+        upper[..., 0] = np.minimum(upper[..., 0], box_high)
+        return lower.min(axis=-1), upper.max(axis=-1)
 
 
 class BoxColumns(Columns):
@@ -181,7 +239,7 @@ class BoxColumns(Columns):
         boxes = self._of("boxes", layer, num)
         dim = q_GmD.shape[-1]
         middle = q_GmD @ boxes[..., :dim].transpose(0, 2, 1)
-        reach = norms(q_GmD)[:, :, None] * self._of("radius", layer, num)[:, None]
+        reach = sizes(q_GmD)[:, :, None] * self._of("radius", layer, num)[:, None]
         if self._kind is SummaryKind.BOX:
             box = np.abs(q_GmD) @ boxes[..., dim:].transpose(0, 2, 1)
             reach = np.minimum(reach, box)
@@ -209,7 +267,7 @@ class TokenColumns(Columns):
     def bounds(self, layer: int, q_GmD: Floats, num: int) -> Bounds:
         """See `Columns.bounds`."""
         logits = self.token_logits(layer, q_GmD, num)
-        reach = norms(q_GmD)[:, :, None, None] * self.token_errors(layer, num)[:, None]
+        reach = sizes(q_GmD)[:, :, None, None] * self.token_errors(layer, num)[:, None]
         return (logits - reach).min(axis=-1), (logits + reach).max(axis=-1)
 
 
@@ -248,11 +306,11 @@ class HashColumns(TokenColumns):
         flat = signs.reshape(heads, num * tokens, bits)
         agree = of_query.astype(np.float32) @ flat.transpose(0, 2, 1)
         cosine = np.sin(agree * np.float32(np.pi / 2 / bits)).reshape(heads, -1, num, tokens)
-        size = norms(q_GmD)[:, :, None, None] * self.token_errors(layer, num)[:, None]
+        size = sizes(q_GmD)[:, :, None, None] * self.token_errors(layer, num)[:, None]
         logits: Floats = cosine * size
         return logits
 
     def bounds(self, layer: int, q_GmD: Floats, num: int) -> Bounds:
         """See `Columns.bounds`: signs bound nothing, norms do."""
-        reach = norms(q_GmD)[:, :, None] * self.token_errors(layer, num).max(axis=-1)[:, None]
+        reach = sizes(q_GmD)[:, :, None] * self.token_errors(layer, num).max(axis=-1)[:, None]
         return -reach, reach
