@@ -14,7 +14,9 @@ sampled, so that all selectors see the same text), against dense attention over 
 
 Always read: the first block, the last two full ones, the one being filled. One selection a layer is
 shared by its heads, made anew for every token. `geomean` is over documents; its `dnll` is the mean
-of the absolute values. The probes (`passkey`, `copy_probe`) are in `gsa_probes`.
+of the absolute values. The probes (`passkey`, `copy_probe`) are in `gsa_probes`, `certified` and
+`conformal` in `gsa_certificates`, `offload` in `gsa_offload`; what these measure besides is in
+`details`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,16 @@ from ucm.engine.loading import LoadedModel, default_model_folder, load_model
 from ucm.errors import ConfigError
 from ucm.kernels.block_scores import Budget
 
+from .gsa_certificates import CertificateBenchOptions, capture, measure_certificates
 from .gsa_documents import (
     SOURCES,
     Document,
     check_document,
     own_document,
+    own_text,
     read_documents,
 )
+from .gsa_offload import OffloadCase, measure_offload
 from .gsa_probes import (
     COPY_TOKENS,
     DENSE,
@@ -57,6 +62,12 @@ Result = dict[str, Any]
 
 ANSWER_TOKENS = 32
 """Room for a question's answer behind a pass-key prompt."""
+PARTS = {
+    "certified": ("eps", "max_error_over_bound", "blocks_read_ratio"),
+    "conformal": ("delta", "violation_rate", "blocks_read_ratio"),
+    "offload": ("bandwidth_mb_s", "context_tokens", "dense_tokens_s", "gsa_tokens_s", "dnll"),
+}
+"""What the result says of the other modules' measurements."""
 LEAST_KL = 1e-9
 """Smaller ones count as this in a geometric mean."""
 
@@ -82,22 +93,34 @@ class GsaBenchOptions:
     """Decode steps that are timed, two more not counted."""
     passkey_tokens: int = 2048
     passkey_depths: int = 10
-    is_quick: bool = False
-    """Small parts of what is not about documents."""
+    certificates: CertificateBenchOptions = field(default_factory=CertificateBenchOptions)
+    certificate_documents: int = 3
+    """The first ones; conformal selection learns from the others."""
+    certificate_tokens: int = 2048
+    """Of each of these."""
+    offload: OffloadCase = field(default_factory=OffloadCase)
 
     def quick(self) -> GsaBenchOptions:
-        """One short document, one depth in three: below 50 s."""
+        """One short document, three pass-keys, little of all else: below 50 s."""
         return replace(
             self,
             own_documents=("prose",),
-            documents=self.documents,
             max_tokens=768,
             own_max_tokens=768,
             window_tokens=48,
             step_tokens=4,
             passkey_tokens=384,
             passkey_depths=3,
-            is_quick=True,
+            certificates=self.certificates.quick(),
+            certificate_documents=1,
+            certificate_tokens=512,
+            offload=replace(
+                self.offload,
+                context_tokens=1024,
+                resident_tokens=320,
+                num_tokens=8,
+                num_dense=1,
+            ),
         )
 
     @property
@@ -149,6 +172,13 @@ def run_gsa_bench(options: GsaBenchOptions, progress: Progress | None = None) ->
         "passkey": _passkey(loaded, options, say),
         "passkey_prompts": options.passkey_depths,
     }
+    details = {
+        **_certificates(loaded, documents, options, say),
+        "offload": _offload(loaded, options, say),
+    }
+    for part, names in PARTS.items():
+        result[part] = {name: details[part].pop(name) for name in names}
+    result["details"] = details
     return {**result, "targets": targets_of(result)}
 
 
@@ -281,3 +311,25 @@ def _passkey(loaded: LoadedModel, options: GsaBenchOptions, say: Progress) -> di
         raise ConfigError(f"the model's context is too short for prompts of {longest} tokens")
     builder = ContextBuilder.of(loaded.model, longest)
     return count_passkeys(builder, passkeys, Budget(ratio=options.budgets[0]), say)
+
+
+def _certificates(
+    loaded: LoadedModel, documents: Sequence[Document], options: GsaBenchOptions, say: Progress
+) -> Result:
+    captured = {}
+    for document in documents[: options.certificate_documents]:
+        say(f"certificates: reading {document.name}")
+        tokens = document.token_ids[: options.certificate_tokens]
+        # A short document is all window but for the first blocks.
+        window = min(options.certificates.window_tokens, len(tokens) // 2)
+        captured[document.name] = capture(loaded.model, tokens, window)
+    return measure_certificates(captured, options.certificates, say)
+
+
+def _offload(loaded: LoadedModel, options: GsaBenchOptions, say: Progress) -> Result:
+    """On a text of our own, which is long enough."""
+    text = own_text("manual", loaded.tokenizer)
+    case = options.offload
+    room = loaded.config.max_context_tokens - case.num_tokens - 1
+    case = replace(case, context_tokens=min(case.context_tokens, room))
+    return dict(measure_offload(loaded.model, text, case, lambda line: say(f"offload: {line}")))

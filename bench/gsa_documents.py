@@ -3,7 +3,7 @@
 What they are made of is on every machine that the product is installed on:
 
     name     tokens   text                                                    licence
-    prose     3,400   the demo's handbook and how it began, see `gsa_texts`   of this project
+    prose     3,300   the demo's handbook and how it began, see `gsa_texts`   of this project
     code      4,000   `argparse.py` of Python's standard library              PSF-2.0
     german    3,700   a story in German, see `gsa_texts`                      of this project
     tables    4,000   ledgers and logs that a seeded generator writes         of this project
@@ -60,9 +60,13 @@ def own_document(name: str, encoder: Encoder, max_tokens: int) -> Document:
         encoder: of the model.
         max_tokens: cut to this, if the table does not say less.
     """
-    source = SOURCES[name]
-    tokens = encoder.encode(source.make())
-    return Document(name, tuple(tokens[: min(max_tokens, source.num_tokens)]))
+    limit = min(max_tokens, SOURCES[name].num_tokens)
+    return Document(name, tuple(own_text(name, encoder)[:limit]))
+
+
+def own_text(name: str, encoder: Encoder) -> list[int]:
+    """All tokens of the text that one of our own documents is cut from."""
+    return encoder.encode(SOURCES[name].make())
 
 
 def read_documents(
