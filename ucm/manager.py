@@ -343,6 +343,7 @@ class Manager:
         self._interrupted = True
         with self._state.lock:
             self._loads.end_waits_locked()
+            self.summaries.end_waits_locked()
 
     # ------------------------------------------------------------- lifecycle
 

@@ -161,8 +161,14 @@ class SummaryFills:
         with state.lock:
             found, _ = state.begin_locked(session, namespace)
             book = self.book_locked(session, found)
-            found.num_copying += 1  # it is not closed meanwhile
-            wait = self._ask_locked(found, book, checked)
+            found.num_copying += 1  # it is not closed until `release`
+            grants = self._grants_locked(found, book, checked)
+            pairs = zip(checked, grants.statuses, strict=True)
+            missing = [key for key, status in pairs if status is SummaryStatus.NO_SUMMARY]
+            if not missing:
+                return grants
+            wait = self._ask_locked(found, book, missing)
+            book.unpin(grants.ready_slots)
         try:
             self._wait(wait, timeout_s)
         finally:
@@ -216,14 +222,11 @@ class SummaryFills:
         book.pin(grants.ready_slots)
         return grants
 
-    def _ask_locked(self, found: Namespace, book: SummaryBook, keys: CheckedKeys) -> _Wait:
-        """Have what is missing read or computed."""
+    def _ask_locked(self, found: Namespace, book: SummaryBook, keys: Sequence[BlockKey]) -> _Wait:
+        """Have the summaries of blocks that lack one read or computed."""
         wait, to_read = _Wait(), list[BlockKey]()
         for key in keys:
-            row = found.index.find(key)
-            if row == NO_ROW or _entry(found, book, key, row) is not None:
-                continue
-            wanted = (found.id, key)
+            row, wanted = found.index.find(key), (found.id, key)
             if self._can_read(found, book, key, row):
                 if wanted not in self._reading:
                     to_read.append(key)
@@ -388,12 +391,16 @@ class SummaryFills:
         self._settle_locked((found.id, task.key))
         self._end_use_locked(found)
 
+    def end_waits_locked(self) -> None:
+        """Let everybody who waits answer now, and nobody wait any more."""
+        self._closed = True
+        for wanted in list(self._waits):
+            self._settle_locked(wanted)
+
     def close(self, *, timeout_s: float) -> bool:
         """Compute no more and let everybody who waits answer; False on time-out."""
         with self._state.lock:
-            self._closed = True
-            for wanted in list(self._waits):
-                self._settle_locked(wanted)
+            self.end_waits_locked()
         return self._computing is None or self._computing.close(timeout_s=timeout_s)
 
 
