@@ -156,7 +156,7 @@ class CentroidColumns(Columns):
             radii = np.concatenate([radii, rest], axis=-1)
             counts = np.concatenate([counts, np.zeros_like(rest)], axis=-1)
             centres = np.concatenate([centres, np.zeros_like(centres[..., :1, :])], axis=-2)
-        else:
+        elif (counts == 0).any():
             # An empty cluster repeats the fullest: it changes no bound.
             source = np.where(counts > 0, np.arange(counts.shape[-1]), fullest)
             centres = np.take_along_axis(centres, source[..., None], axis=-2)
