@@ -27,7 +27,7 @@ OTHERS = [
     for size in (17, 150, 260)
 ]
 GREEDY = SamplingParams(max_tokens=20, ignore_eos=True)
-LATENCY = SparseOptions(min_context_tokens=64, budget=Budget(ratio=0.2), recent_blocks=1)
+LATENCY = SparseOptions(min_context_tokens=64, budget=Budget(ratio=0.2), recent_blocks=1, stride=1)
 CONCURRENCY = SparseOptions(
     mode=SparseMode.CONCURRENCY, min_context_tokens=64, concurrency_stride=4, catch_up_blocks=5
 )

@@ -187,3 +187,16 @@ def test_selections_do_not_depend_on_summaries_behind_what_is_scored() -> None:
 def test_options_that_cannot_be(settings: dict[str, int], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         SparseOptions(**settings)  # type: ignore[arg-type]
+
+
+def test_layers_take_turns_within_a_stride() -> None:
+    selector = SequenceSelector(table_of(slabs_of(40)), OPTIONS)
+    every_three = Settings(Budget(ratio=0.25), 3)
+    selector.begin(step_at(40 * B), every_three)
+    assert all(selector.choose(layer, query(0)).is_fresh for layer in range(LAYERS))
+    turns = []
+    for position in range(40 * B + 1, 40 * B + 7):
+        selector.begin(step_at(position), every_three)
+        fresh = [layer for layer in range(LAYERS) if selector.choose(layer, query(1)).is_fresh]
+        turns.append((position, fresh))
+    assert all(fresh == [-position % 3] for position, fresh in turns)
