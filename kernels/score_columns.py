@@ -123,7 +123,7 @@ def norms(vectors: Floats) -> Floats:
 def sizes(queries: Floats) -> Floats:
     """Euclidean norms over the last axis that neither underflow nor overflow; never too small."""
     largest = np.abs(queries).max(axis=-1)
-    unit: Floats = queries / np.where(largest > 0, largest, np.float32(1))[..., None]
+    unit = queries / np.maximum(largest, np.float32(1e-45))[..., None]
     found: Floats = norms(unit) * largest * np.float32(1 + 1e-6)
     return found
 

@@ -142,6 +142,7 @@ class LlamaModel:
         *,
         wait_layer: Callable[[int], None] | None = None,
         attention: str | None = None,
+        every_token: bool = False,
     ) -> Tensor:
         """Compute the items' tokens, write their KV, return the logits of each item's last token.
 
@@ -154,9 +155,10 @@ class LlamaModel:
                 pool and when all earlier layers' KV is written; may block. What it raises ends the
                 pass and is passed on; the pass can then be repeated.
             attention: name of the attention implementation, for tests.
+            every_token: return the logits of all tokens of all items, in order.
 
         Returns:
-            [len(items), vocab_size] fp32.
+            [len(items), vocab_size] fp32; a row for each token where `every_token` is set.
 
         Raises:
             LayoutMismatchError: the pool or an item does not fit the model.
@@ -168,8 +170,9 @@ class LlamaModel:
             x_TC = self._embedding[torch.tensor(tokens, dtype=torch.int64)]
             for index, layer in enumerate(self._layers):
                 x_TC = self._run_layer(layer, x_TC, kv_pool[index], step, index)
-            last = x_TC[[rows.stop - 1 for rows, _ in step.parts]]
-            logits = self._head(self._final_norm(last))
+            if not every_token:
+                x_TC = x_TC[[rows.stop - 1 for rows, _ in step.parts]]
+            logits = self._head(self._final_norm(x_TC))
         # A copy made outside inference mode is an ordinary tensor: samplers may write to it.
         return logits.to(torch.float32, copy=True)
 

@@ -27,10 +27,11 @@ from torch import Tensor
 from ucm.kernels.attention import AttentionFn, PagedSequence, runs_of, select_attention
 from ucm.layout import KvLayout
 
+from .certified_attention import Promises, StepBlocks
 from .mode_policy import LoadSignals, ModePolicy, SparseMode
 from .offload_chooser import SummaryChooser
 from .options import SparseOptions
-from .protocols import BlockIndexes, DecodeStep, ItemAttention, Selection
+from .protocols import BlockIndexes, BlockSelector, DecodeStep, ItemAttention, Selection
 from .selector import SequenceSelector, Settings
 from .table import Lives, PoolSummaries
 
@@ -99,6 +100,7 @@ class SparseDecoding:
         self._policy = ModePolicy(options.thresholds)
         self._summaries = PoolSummaries(options.kind, layout, num_blocks, life_of)
         self._selectors: dict[str, SequenceSelector] = {}
+        self.promises = None if options.certificate is None else Promises(options.certificate)
 
     def begin_pass(self, signals: LoadSignals) -> SparseMode:
         """Settle the mode of the next pass."""
@@ -142,8 +144,16 @@ class SparseDecoding:
             return None
         selector = self._selector(step.sequence_id)
         self.feed(step.sequence_id, step.block_ids[: selector.num_scored(step)], kv_pool)
-        selector.begin(step, settings)
         self.stats.sparse_steps += 1
+        if self.promises is not None:
+            options, num_scored = self.options, selector.num_scored(step)
+            blocks = StepBlocks.of(step, num_scored, options.sink_blocks, options.recent_blocks)
+            return self.promises.attention(
+                blocks,
+                selector.table,
+                lambda chosen: _SparseStep(step, chosen, self.stats, self._layout),
+            )
+        selector.begin(step, settings)
         return _SparseStep(step, selector, self.stats, self._layout)
 
     def chooser(self) -> SummaryChooser:
@@ -195,7 +205,7 @@ class _SparseStep:
     """An `ItemAttention`: one sequence's decode step over chosen blocks."""
 
     step: DecodeStep
-    selector: SequenceSelector
+    selector: BlockSelector
     stats: SparseStats
     layout: KvLayout
     _pool_ids: BlockIndexes = field(init=False)

@@ -8,7 +8,12 @@ from ucm.errors import ConfigError
 from ucm.kernels.block_scores import Budget
 from ucm.types import SummaryKind
 
+from .certificates import CertifiedOptions
+from .conformal import ConformalOptions
 from .mode_policy import ModeThresholds, SparseMode
+
+SHADOWS = frozenset({SummaryKind.SHADOW2, SummaryKind.SHADOW4})
+"""Kinds that bound the logit of every single key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,9 @@ class SparseOptions:
     meanwhile."""
     thresholds: ModeThresholds = field(default_factory=ModeThresholds)
     """Of the mode `auto`."""
+    certificate: CertifiedOptions | ConformalOptions | None = None
+    """A promise that decides how much is read, in the place of the budget and the stride; None
+    promises nothing. `CertifiedOptions` needs a kind that is a shadow."""
     resident_blocks: int | None = None
     """Pool blocks that a sequence may own at most, the rest lying in a slab source; None: all."""
 
@@ -52,6 +60,11 @@ class SparseOptions:
         for name in ("dense_layers", "recent_blocks", "min_context_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"sparse: {name} is {getattr(self, name)}, must be >= 0")
+        if isinstance(self.certificate, CertifiedOptions) and self.kind not in SHADOWS:
+            raise ConfigError(
+                f"sparse: certified attention needs summaries of kind shadow4 or shadow2, not "
+                f"{self.kind}"
+            )
         least = self.sink_blocks + self.recent_blocks + 2
         if self.resident_blocks is not None and self.resident_blocks < least:
             raise ConfigError(
