@@ -94,7 +94,8 @@ class ForcedSequence:
         start = self.num_computed
         new = list(tokens[start:])
         table = self.attention.begin_pass(start, len(new), is_decode=is_decode)
-        item = ForwardItem(new, start, table, self.attention)
+        look_ahead = self.attention.look_ahead if is_decode else None
+        item = ForwardItem(new, start, table, self.attention, look_ahead)
         logits = self._model.forward([item], self._pool.tensor)[0]
         self.attention.end_pass(tokens, len(tokens), 0)
         self.num_computed = len(tokens)

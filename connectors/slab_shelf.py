@@ -16,7 +16,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from ucm.api import SlabChecksums
     from ucm.layout import KvLayout
     from ucm.load_plan import LoadPlan
-    from ucm.storage.file_io import FileIo
 
 
 class Errands(Protocol):
@@ -213,15 +212,20 @@ class Run:
     It is the target and the gate of its own `SlabMover`.
     """
 
-    def __init__(self, plan: LoadPlan, layout: KvLayout, io: FileIo, generation: int) -> None:
+    def __init__(
+        self,
+        plan: LoadPlan,
+        layout: KvLayout,
+        generation: int,
+        make_mover: Callable[[Run], SlabMover],
+    ) -> None:
         """Read by `plan`, which was granted just now by connection number `generation`."""
         self.plan = plan
         self.generation = generation
         self.renew_s = time.monotonic() + plan.timeout_s / 2
         """From when on another lease is to be had."""
         self.corrupt: list[BlockKey] = []
-        self._layout = layout
-        self._mover = SlabMover(plan, layout, self, io, self)
+        self._mover = make_mover(self)
         self._read: CacheRead | None = None
         self._view = memoryview(b"")
         self._own = memoryview(bytearray(layout.slab_bytes))

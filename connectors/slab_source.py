@@ -32,7 +32,7 @@ from ucm.api import SlabChecksums, StoreLease
 from ucm.checksum import checksum
 from ucm.errors import LayoutMismatchError, UcmError
 from ucm.reader_io import open_reader_io
-from ucm.slab_mover import Scratch
+from ucm.slab_mover import Scratch, SlabMover
 from ucm.sparse.slab_source import SlabLostError
 from ucm.types import BlockKey, LoadMode, StoreStatus
 
@@ -201,7 +201,10 @@ class CacheSlabSource:
             mode=LoadMode.DIRECT,
             timeout_s=self.options.lease_s,
         )
-        run = shelf.runs[number] = Run(plan, self._spec.layout, self._io, self._generation)
+        layout = self._spec.layout
+        run = shelf.runs[number] = Run(
+            plan, layout, self._generation, lambda run: SlabMover(plan, layout, run, self._io, run)
+        )
         self._shelves.add(shelf)
         return run
 

@@ -59,6 +59,8 @@ class Sequence:
                 self.pool[layer, table[block], :, :, offset] = kv[row]
                 self.whole[layer, block, :, :, offset] = kv[row]
             q = torch.randn(count, HEADS, D, generator=self.random).to(self.pool.dtype)
+            if layer + 1 < LAYERS:
+                self.attention.look_ahead(layer + 1, q)
             got = self.attention(layer, q, self.pool[layer])
             whole = PagedSequence.build(start, count, range(64), self.whole[layer])
             results.append((got, tiled_attention(q, self.whole[layer], whole)[0]))
@@ -88,6 +90,9 @@ def test_chunks_and_decodes_equal_dense_attention(
 
 class SealsNothing:
     """Needs no summaries."""
+
+    def predict(self, _layer: int, _q: Tensor, _position: int, /) -> Wanted | None:
+        return None
 
     def seal(self, _slabs: Tensor, /) -> None: ...
 
@@ -135,6 +140,25 @@ def test_chosen_blocks_are_attended_to_and_stay(source: HostSlabSource) -> None:
     stats = sequence.attention.resident.stats
     assert stats.hits > 3 * stats.misses > 0
     assert stats.useful_ahead + stats.late_ahead > 0
+
+
+class Foretold(Some):
+    """Knows beforehand what it will choose."""
+
+    def predict(self, layer: int, q: Tensor, position: int, /) -> Wanted | None:
+        return self.choose(layer, q, position)
+
+
+def test_what_is_foretold_is_read_ahead(source: HostSlabSource) -> None:
+    ahead = []
+    for chooser in (Some(), Foretold()):
+        sequence = Sequence(source, chooser)
+        for count in (24, 24, 24, 13, *[1] * 60):
+            sequence.run(count)
+        stats = sequence.attention.resident.stats
+        ahead.append(stats.useful_ahead + stats.late_ahead)
+        sequence.attention.stop()
+    assert ahead[1] > ahead[0]
 
 
 def test_a_chosen_subset_is_the_attention_over_it(source: HostSlabSource) -> None:

@@ -78,6 +78,14 @@ class _Watched:
             self.lost.append((self.sequence, error))
             raise
 
+    def look_ahead(self, layer: int, q_THD: Tensor, /) -> None:
+        """See `QueriesAhead`."""
+        try:
+            self.attention.look_ahead(layer, q_THD)
+        except SlabLostError as error:
+            self.lost.append((self.sequence, error))
+            raise
+
 
 @dataclass(slots=True)
 class OffloadDesk:
@@ -124,7 +132,9 @@ class OffloadDesk:
         attention = self._attention(sequence)
         is_decode = work.num_tokens == 1 and start >= sequence.num_prompt
         table = attention.begin_pass(start, work.num_tokens, is_decode=is_decode)
-        return ForwardItem(tokens, start, table, _Watched(sequence, attention, self._lost))
+        watched = _Watched(sequence, attention, self._lost)
+        look_ahead = watched.look_ahead if is_decode and self.make_chooser is not None else None
+        return ForwardItem(tokens, start, table, watched, look_ahead)
 
     def take_lost(self) -> list[TokenSequence]:
         """Sequences whose slabs the pass that just ended could not have."""

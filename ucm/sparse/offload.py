@@ -18,6 +18,7 @@ Shapes: T query tokens, H query heads, G KV heads, B block tokens, D head size, 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -94,6 +95,9 @@ class Chooser(Protocol):
 
     def choose(self, layer: int, q_THD: Tensor, position: int, /) -> Wanted | None:
         """Blocks for one layer of the step at `position`; None for all."""
+
+    def predict(self, layer: int, q_THD: Tensor, position: int, /) -> Wanted | None:
+        """What `choose` would say to these queries; changes nothing."""
 
     def seal(self, slabs: Tensor, /) -> None:
         """The next blocks are full: [L, n, 2, G, B, D]."""
@@ -181,7 +185,7 @@ class OffloadedAttention:
         self._chooser = chooser
         scratch = kv_pool.new_empty((options.num_waves, options.wave_blocks, *kv_pool.shape[2:]))
         self.stream = WaveStream(shelf, scratch)
-        self._ahead: dict[int, _Into] = {}
+        self._ahead: defaultdict[int, list[_Into]] = defaultdict(list)
         self._awaited: tuple[int, _Into] | None = None
         self._start = self._num_tokens = 0
         self._is_decode = False
@@ -315,29 +319,46 @@ class OffloadedAttention:
             parts.add(attend_blocks(q_THD, kv_layer[ids.to(kv_layer.device)]))
         for wave in self.stream.waves(layer):
             parts.add(attend_blocks(q_THD, wave))
-        if wanted.mass is not None:
-            self.read_ahead(layer, wanted.mass, kv_layer, protected=blocks)
+        if wanted.mass is not None and self._options.prefetch_blocks:
+            self._prefetch(layer, wanted.mass, protected=blocks)
         return parts.result()
 
-    def read_ahead(self, layer: int, mass: Mass, kv_layer: Tensor, protected: Indexes) -> None:
-        """Begin to read the next best blocks of a layer, while nobody waits for the source.
+    def look_ahead(self, layer: int, q_THD: Tensor, /) -> None:
+        """See `QueriesAhead`: read what the next layer will probably want, while this one attends.
+
+        Raises:
+            SlabLostError: the shelf has lost a block.
+        """
+        if not self._is_decode or self._chooser is None:
+            return
+        wanted = self._chooser.predict(layer, q_THD, self._start)
+        if wanted is None or wanted.mass is None:
+            return
+        resident, past = self.resident, wanted.blocks[:-1]
+        missing = past[~(resident.is_loading(layer, past) | (resident.slots_of(layer, past) >= 0))]
+        self._read_ahead(layer, missing, wanted.mass, wanted.blocks)
+
+    def _prefetch(self, layer: int, mass: Mass, protected: Indexes) -> None:
+        """Read the next best blocks of a layer for the next step."""
+        best = self.resident.best_missing(layer, mass, self._options.prefetch_blocks)
+        best = best[best < self._start // self._block_tokens]
+        self._read_ahead(layer, best, mass, protected)
+
+    def _read_ahead(self, layer: int, blocks: Indexes, mass: Mass, protected: Indexes) -> None:
+        """Begin to read blocks into the pool, behind all reads that somebody waits for.
 
         Args:
             layer: the layer.
+            blocks: kept, neither there nor on their way.
             mass: [at most the blocks of the sequence] what they are estimated to hold.
-            kv_layer: the pool's layer.
             protected: blocks that may not leave the layer for them.
         """
-        count = self._options.prefetch_blocks
-        if count == 0 or layer in self._ahead:
-            return
-        best = self.resident.best_missing(layer, mass, count)
-        best = best[best < self._start // self._block_tokens]
-        self.resident.note_mass(layer, best, mass[best])
-        placement = self.resident.place(layer, best, protected=protected, is_ahead=True)
-        read = self._read(layer, placement, kv_layer, is_ahead=True)
+        blocks = blocks[blocks < len(mass)]
+        self.resident.note_mass(layer, blocks, mass[blocks])
+        placement = self.resident.place(layer, blocks, protected=protected, is_ahead=True)
+        read = self._read(layer, placement, self._kv_pool[layer], is_ahead=True)
         if read is not None:
-            self._ahead[layer] = read
+            self._ahead[layer].append(read)
 
     def _read(
         self, layer: int, placement: Placement, kv_layer: Tensor, *, is_ahead: bool = False
@@ -374,8 +395,7 @@ class OffloadedAttention:
 
     def _collect(self, layer: int) -> None:
         """End what was read ahead for a layer: what has not come yet is asked for anew."""
-        ahead = self._ahead.pop(layer, None)
-        if ahead is not None:
+        for ahead in self._ahead.pop(layer, ()):
             self.stats.ahead_slabs += self._end(layer, ahead)
 
     def _end(self, layer: int, arriving: _Into) -> int:

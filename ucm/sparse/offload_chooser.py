@@ -54,15 +54,21 @@ class SummaryChooser:
 
     def choose(self, layer: int, q_THD: Tensor, position: int, /) -> Wanted | None:
         """See `Chooser.choose`."""
-        settings = self._settings()
-        is_short = position + 1 < self._options.min_context_tokens
-        if settings is None or is_short or layer < self._options.dense_layers:
-            return None
         started_s = time.perf_counter()
-        step = self._step(position)
-        self._selector.begin(step, settings)
+        step = self._begin(layer, position)
+        if step is None:
+            return None
         selection = self._selector.choose(layer, q_THD)
         self._stats.count(selection, step.num_blocks, self._table.layout.slab_bytes)
+        self._stats.select_s += time.perf_counter() - started_s
+        return Wanted(selection.blocks, selection.shares)
+
+    def predict(self, layer: int, q_THD: Tensor, position: int, /) -> Wanted | None:
+        """See `Chooser.predict`."""
+        started_s = time.perf_counter()
+        if self._begin(layer, position) is None:
+            return None
+        selection = self._selector.predict(layer, q_THD)
         self._stats.select_s += time.perf_counter() - started_s
         return Wanted(selection.blocks, selection.shares)
 
@@ -80,6 +86,16 @@ class SummaryChooser:
         if num_blocks < len(self._table):
             self._table.truncate(num_blocks)
             self._selector = SequenceSelector(self._table, self._options)
+
+    def _begin(self, layer: int, position: int) -> DecodeStep | None:
+        """Prepare the selector; None where everything is read."""
+        settings = self._settings()
+        is_short = position + 1 < self._options.min_context_tokens
+        if settings is None or is_short or layer < self._options.dense_layers:
+            return None
+        step = self._step(position)
+        self._selector.begin(step, settings)
+        return step
 
     def _step(self, position: int) -> DecodeStep:
         # All blocks have their summary, as if the sequence had been decoding all its life.
