@@ -257,7 +257,7 @@ class CacheApi(Protocol):
             namespace: opened with a kind of summaries.
             keys: a chain, or a part of one.
             request: layers, queries, budget.
-            timeout_s: how long the answer may take.
+            timeout_s: how long the answer may take; for scores alone it is at least 0.25 s.
 
         Raises:
             InvalidArgumentError: the namespace has no summaries in this session, or the request

@@ -231,6 +231,7 @@ class RemoteCache:
     def _opened(self, namespace: NamespaceId) -> OpenNamespace:
         found = self._namespaces.get(namespace)
         if found is None:
+            self._check_open()
             raise BlockNotFoundError("this namespace is not open in this session")
         return found
 

@@ -147,6 +147,7 @@ class Manager:
         with self._state.lock:
             ended = self._state.end_session_locked(session)
             self._loads.end_waits_locked(session)
+            self.summaries.end_waits_locked(session)
         if ended is not None:
             ended.staging.close()
 
@@ -343,6 +344,7 @@ class Manager:
         self._interrupted = True
         with self._state.lock:
             self._loads.end_waits_locked()
+            self.summaries.end_waits_locked()
 
     # ------------------------------------------------------------- lifecycle
 
@@ -462,7 +464,7 @@ class Manager:
         """Every violated invariant of every part, in words. O(blocks): for tests and idle times."""
         state = self._state
         with state.lock:
-            problems = state.leases.check_integrity()
+            problems = state.leases.check_integrity() + self.selections.tables.check_integrity()
             for session in state.sessions.values():
                 problems += session.staging.runs.check_integrity()
             for found in state.namespaces:

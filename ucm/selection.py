@@ -43,6 +43,13 @@ if TYPE_CHECKING:
     from .summary_fills import SummaryFills, SummaryGrants
     from .types import BlockKey, LeaseId, NamespaceId, SessionId
 
+MIN_SCORE_S = 0.25
+"""What scoring may take whatever the caller allows: less would be no answer at all. The client's
+shortest deadline of a call is the same."""
+
+SCORE_S = 0.1
+"""What is left for scoring, at most, of the time that a call may wait for summaries."""
+
 SHORT_RETRY_S = 0.05
 """Hint to a selection that ran out of time: the table that it began is there next time."""
 
@@ -178,20 +185,23 @@ class Selections:
         request: SelectRequest | None = None,
     ) -> Iterator[_Call]:
         """Check the call, pin the usable prefix and its summaries for the length of the block."""
-        state, deadline_s = self._state, time.monotonic() + min(max(0.0, timeout_s), MAX_WAIT_S)
-        session, namespace = owner
+        state, (session, namespace) = self._state, owner
+        timeout_s = min(max(0.0, timeout_s), MAX_WAIT_S)
+        deadline_s = time.monotonic() + max(timeout_s, MIN_SCORE_S)
+        wait_s = timeout_s - min(timeout_s / 2, SCORE_S)
         checked = state.checked_keys(keys)
         with state.lock:
-            found, now_us = state.begin_locked(session, namespace)
+            found, _ = state.begin_locked(session, namespace)
             self._fills.book_locked(session, found)
             if request is not None:
                 request.check(found.layout, len(checked))
             rows = found.index.usable_prefix(checked)
-            found.index.pin_all(rows, now_us)
+            for row in rows:  # without a touch: an engine selects in every step, that is no reuse
+                found.index.pin(row)
             found.num_copying += 1  # the end of the store waits for it
         try:
             usable = checked[: len(rows)]
-            summaries = self._fills.await_summaries(session, namespace, usable, timeout_s=timeout_s)
+            summaries = self._fills.await_summaries(session, namespace, usable, timeout_s=wait_s)
             try:
                 yield _Call(session, found, usable, len(checked), summaries, deadline_s)
             finally:
@@ -232,7 +242,6 @@ class Selections:
 
 
 def _check_time(deadline_s: float, done: int, num_layers: int) -> None:
-    # The first layer is free: a call with no time to wait still gets an answer.
     if done and time.monotonic() > deadline_s:
         raise CapacityError(
             f"time was over when {done} of {num_layers} layers were scored: allow more time, or "

@@ -72,7 +72,8 @@ class SummaryGrants:
 class _Wait:
     """Somebody who waits for summaries. Changed under the manager's lock only."""
 
-    def __init__(self) -> None:
+    def __init__(self, session: SessionId) -> None:
+        self.session = session
         self.pending: set[Wanted] = set()
         self.done = threading.Event()
 
@@ -103,6 +104,7 @@ class SummaryFills:
         self._waiting_place = waiting_place
         self._computing: TransferPool | None = None
         self._closed = False
+        self._interrupted = False
         self._reading: set[Wanted] = set()
         self._queued: set[Wanted] = set()
         self._waits: dict[Wanted, list[_Wait]] = {}
@@ -162,7 +164,11 @@ class SummaryFills:
             found, _ = state.begin_locked(session, namespace)
             book = self.book_locked(session, found)
             found.num_copying += 1  # it is not closed meanwhile
-            wait = self._ask_locked(found, book, checked)
+            grants = self._grants_locked(found, book, checked)
+            if SummaryStatus.NO_SUMMARY not in grants.statuses:  # the usual case
+                return grants
+            book.unpin(grants.ready_slots)
+            wait = self._ask_locked(session, found, book, checked)
         try:
             self._wait(wait, timeout_s)
         finally:
@@ -187,7 +193,7 @@ class SummaryFills:
 
     def _wait(self, wait: _Wait, timeout_s: float) -> None:
         timeout_s = min(timeout_s, MAX_WAIT_S)
-        if timeout_s <= 0 or not wait.pending or self._closed:
+        if timeout_s <= 0 or not wait.pending or self._closed or self._interrupted:
             return
         with contextlib.suppress(CapacityError), self._waiting_place():
             wait.done.wait(timeout_s)
@@ -216,9 +222,11 @@ class SummaryFills:
         book.pin(grants.ready_slots)
         return grants
 
-    def _ask_locked(self, found: Namespace, book: SummaryBook, keys: CheckedKeys) -> _Wait:
+    def _ask_locked(
+        self, session: SessionId, found: Namespace, book: SummaryBook, keys: CheckedKeys
+    ) -> _Wait:
         """Have what is missing read or computed."""
-        wait, to_read = _Wait(), list[BlockKey]()
+        wait, to_read = _Wait(session), list[BlockKey]()
         for key in keys:
             row = found.index.find(key)
             if row == NO_ROW or _entry(found, book, key, row) is not None:
@@ -252,6 +260,14 @@ class SummaryFills:
     def _settle_locked(self, wanted: Wanted) -> None:
         for wait in self._waits.pop(wanted, []):
             wait.settle(wanted)
+
+    def end_waits_locked(self, session: SessionId | None = None) -> None:
+        """Let calls that wait answer now: an ended session's, or all, for good, when None."""
+        self._interrupted = self._interrupted or session is None
+        for waits in self._waits.values():
+            for wait in waits:
+                if session in (None, wait.session):
+                    wait.done.set()
 
     def _forget_locked(self, wait: _Wait) -> None:
         for wanted in wait.pending:

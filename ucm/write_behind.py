@@ -19,7 +19,7 @@ from dataclasses import replace
 from ucm.storage.tier import IoStatus, SlotId, SlotWrite
 
 from .admission import admission_of
-from .block_columns import NO_ROW, NO_SLOT, WRITING
+from .block_columns import NO_ROW, WRITING
 from .config import NvmeConfig
 from .errors import CapacityError, TierUnavailableError, UcmError
 from .eviction import Watermarks
@@ -331,19 +331,11 @@ class WriteBehind:
         self, found: Namespace, rows: list[int], slots: list[SlotId], skip: set[BlockKey]
     ) -> list[SlotWrite]:
         """What to write where; rows that lost their memory copy meanwhile are left out."""
-        index, memory = found.index, found.memory
         items: list[SlotWrite] = []
         with self._state.lock:
             for row, slot in zip(rows, slots, strict=False):
-                source, key = index.slot(row, TierKind.MEMORY), index.key(row)
-                if source != NO_SLOT and key not in skip:
-                    data, checksums = memory.view(source), memory.checksums(source)
-                    parent, was_lossy = index.parent_key(row), memory.was_lossy(source)
-                    item = SlotWrite(slot, key, parent, data, checksums, was_lossy)
-                    if found.summaries is not None:
-                        summary = found.summaries.to_store(key, checksums)
-                        item = replace(item, summary=summary)
-                    items.append(item)
+                if found.index.has(row, TierKind.MEMORY) and found.index.key(row) not in skip:
+                    items.append(_item(found, row, slot))
         return items
 
     def _write(self, found: Namespace, items: list[SlotWrite]) -> list[IoStatus]:
@@ -421,3 +413,13 @@ class WriteBehind:
         if recovered:
             self._state.metrics.set("ucm_nvme_writable", 1)
             _log.info("the disk takes writes again")
+
+
+def _item(found: Namespace, row: int, slot: SlotId) -> SlotWrite:
+    """The write of a block in memory to a slot of NVMe, with its summary if there is one."""
+    index, memory, shelf = found.index, found.memory, found.summaries
+    source, key, parent = index.slot(row, TierKind.MEMORY), index.key(row), index.parent_key(row)
+    data, checksums = memory.view(source), memory.checksums(source)
+    summary = shelf.to_store(key, checksums) if shelf is not None else b""
+    is_lossy = memory.was_lossy(source)
+    return SlotWrite(slot, key, parent, data, checksums, is_lossy, summary=summary)

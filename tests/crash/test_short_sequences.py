@@ -4,7 +4,7 @@ Most crash bugs of file systems need no more than three operations on a fresh sy
 right behind one that makes something durable ("Finding Crash-Consistency Bugs with Bounded
 Black-Box Crash Testing", OSDI 2018). A cut within a sequence's first operations is the cut of a
 shorter sequence, so each is cut only in its last one. A store's `flush` ends in the tier's `write`,
-which is durable when it returns.
+which is durable when it returns. Half of the cuts are of a namespace with summaries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ucm.testing.faulty_index import faulty_index
 from ucm.testing.faulty_io import SURVIVAL, FaultyFileIo, PowerCut
 from ucm.testing.lanes import LANE
 from ucm.testing.nvme import NAMESPACE, nvme_config, quick_folder
-from ucm.testing.tier_conformance import LAYOUT, get, make_key, make_write
+from ucm.testing.tier_conformance import LAYOUT, get, get_summary, make_key, make_write
+from ucm.types import SummaryKind
 
 NUM_SLOTS = 4
 NAMES = ("A", "B", "C")
@@ -32,16 +33,17 @@ PARENT = {"A": None, "B": "A", "C": None}
 class Sequence:
     """A store, what it was told, and what it must therefore hold."""
 
-    def __init__(self, folder: Path, io: FaultyFileIo) -> None:
+    def __init__(self, folder: Path, io: FaultyFileIo, summary: SummaryKind | None = None) -> None:
         self.path = folder / "data"
         self.io = io
+        self.summary = summary
         self.slots: dict[str, SlotId] = {}
         self.unsure: set[str] = set()
         self.store = self._open()
 
     @property
     def tier(self) -> NvmeTier:
-        return self.store.open_namespace(NAMESPACE, LAYOUT)
+        return self.store.open_namespace(NAMESPACE, LAYOUT, summary=self.summary)
 
     def run(self, names: tuple[str, ...]) -> list[int]:
         """Do the operations; returns how many calls had been made after each."""
@@ -92,7 +94,7 @@ class Sequence:
         self._open_again()
 
     def _open(self) -> NvmeStore:
-        return NvmeStore(nvme_config(self.path, NUM_SLOTS), self.io)
+        return NvmeStore(nvme_config(self.path, NUM_SLOTS, summary=self.summary), self.io)
 
     def _open_again(self) -> None:
         """Blocks whose parent was never stored are dropped by that."""
@@ -108,7 +110,7 @@ class Sequence:
         wanted = [name for name in names if name == "A" or name not in self.slots]
         slots = self.tier.allocate(len(wanted))
         items = [
-            make_write(slot, name, parent=PARENT[name])
+            make_write(slot, name, PARENT[name], summary=self.summary)
             for slot, name in zip(slots, wanted, strict=False)
         ]
         self.unsure.update(wanted[: len(items)])
@@ -135,7 +137,8 @@ OPERATIONS: dict[str, Callable[[Sequence], None]] = {
 
 def check(done: Sequence) -> None:
     """Open on a good disk: what was flushed is there and right, what was deleted is not."""
-    store = NvmeStore(nvme_config(done.path, NUM_SLOTS), FaultyFileIo())
+    config = nvme_config(done.path, NUM_SLOTS, summary=done.summary)
+    store = NvmeStore(config, FaultyFileIo())
     tier = store.open_namespace(NAMESPACE, LAYOUT)
     assert tier.check_integrity() == []
     by_key = {make_key(name): name for name in NAMES}
@@ -146,6 +149,7 @@ def check(done: Sequence) -> None:
         assert found.keys() >= expected
     for name, slot in found.items():
         assert get(tier, slot, name) is IoStatus.OK
+        assert (done.summary is None) == (get_summary(tier, slot, name) == b"")
     store.close()
 
 
@@ -178,7 +182,8 @@ def test_all_short_sequences_cut_at_every_call(first: str, survival: str, folder
         for cut_at in range(calls[-2] + 1, calls[-1] + 1):
             io = FaultyFileIo(seed=cut_at, cut_at=cut_at, survival=survival)
             with faulty_index(io, seed=cut_at):
-                cut = Sequence(folder / "cut", io)
+                summary = SummaryKind.GSA_K4 if cut_at % 2 else None
+                cut = Sequence(folder / "cut", io, summary)
                 cut.run(names)
             assert io.is_dead
             check(cut)

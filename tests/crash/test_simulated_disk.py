@@ -5,9 +5,12 @@
                  2  and failing calls       EIO and ENOSPC, of syncs and index commits too
                  3  and all of it, and sectors of the index file damaged between two lives
 
+Every second four seeds have room for summaries, and some blocks have one.
+
 After every life: opening works, the index is sound, no entry leads to anything but its own bytes
 or a counted miss, nothing deleted is back, and every flushed block is there unless a fault was
-planted in its slot or in one that it hangs on. `UCM_DISK_SEED=N` replays one seed.
+planted in its slot or in one that it hangs on; and so is its summary, and no other.
+`UCM_DISK_SEED=N` replays one seed.
 """
 
 from __future__ import annotations
@@ -29,8 +32,9 @@ from ucm.testing.faulty_index import faulty_index
 from ucm.testing.faulty_io import FaultyFileIo, PowerCut
 from ucm.testing.faulty_media import FaultyMedia, MediaRates
 from ucm.testing.lanes import IS_DEEP, LANE, seeds_to_run
-from ucm.testing.nvme import NAMESPACE, SLOT_BYTES, nvme_config, quick_folder
-from ucm.testing.tier_conformance import LAYOUT, get, make_key, make_write
+from ucm.testing.nvme import NAMESPACE, nvme_config, quick_folder
+from ucm.testing.tier_conformance import LAYOUT, get, get_summary, make_key, make_write
+from ucm.types import SummaryKind
 
 NUM_SLOTS = 12
 SLOTS_PER_SEGMENT = 4
@@ -50,6 +54,11 @@ class DiskRun:
         self.outcomes = outcomes
         self.path = folder / "data"
         self.lies, self.fails = seed % 4 in (1, 3), seed % 4 in (2, 3)
+        self.kind = SummaryKind.GSA_K4 if seed // 4 % 2 else None
+        self.config = nvme_config(self.path, NUM_SLOTS, summary=self.kind)
+        self.slot_bytes = self.config.segment_bytes // SLOTS_PER_SEGMENT
+        self.summarised: set[tuple[int, SlotId]] = set()
+        """Names that were written with their summary, and where."""
         self.media = FaultyMedia(seed, CALM)
         self.next_name = 0
         self.parent: dict[int, int | None] = {}
@@ -79,9 +88,9 @@ class DiskRun:
         cut_at = self.random.randint(1, 60)
         io = FaultyFileIo(seed=seed, cut_at=cut_at, faults=faults, media=self.media)
         with faulty_index(io, seed):
-            store = NvmeStore(nvme_config(self.path, NUM_SLOTS), io)
+            store = NvmeStore(self.config, io)
             try:
-                tier = store.open_namespace(NAMESPACE, LAYOUT)
+                tier = store.open_namespace(NAMESPACE, LAYOUT, summary=self.kind)
                 for _ in range(STEPS_A_LIFE):
                     self.random.choice((self.put, self.put, self.put, self.delete, self.read))(tier)
                 if self.random.random() < 0.7:
@@ -99,7 +108,11 @@ class DiskRun:
         items = []
         for slot in slots:
             name = self._name(parent)
-            items.append((name, make_write(slot, name, parent=self.parent[name])))
+            kind = self.kind if self.kind and self.random.random() < 0.7 else None
+            self.summarised.discard((name, slot))
+            if kind is not None:
+                self.summarised.add((name, slot))
+            items.append((name, make_write(slot, name, self.parent[name], summary=kind)))
             self.places.setdefault(name, set()).add(slot)
             parent = name
         names = [name for name, _ in items]
@@ -154,8 +167,8 @@ class DiskRun:
         """Open on a disk that behaves from now on and compare with what was promised."""
         self.media.rates = CALM
         io = FaultyFileIo(seed=self.seed, media=self.media)
-        store = NvmeStore(nvme_config(self.path, NUM_SLOTS), io)
-        tier = store.open_namespace(NAMESPACE, LAYOUT)
+        store = NvmeStore(self.config, io)
+        tier = store.open_namespace(NAMESPACE, LAYOUT, summary=self.kind)
         self.outcomes["rebuilt"] += tier.was_rebuilt
         assert tier.check_integrity() == []
         by_key = {make_key(name): name for name in self.parent}
@@ -194,12 +207,22 @@ class DiskRun:
         status = get(tier, slot, name)
         self.outcomes[status.value] += 1
         if status is IoStatus.OK:
+            self.check_summary(tier, slot, name)
             return
         is_torn = tier.was_rebuilt and name in self.unsure
         assert is_torn or self._is_doubtful(name), f"the entry of {name} leads to garbage: {status}"
         if status is IoStatus.CORRUPT:
             assert slot not in {entry.slot for entry in tier.entries()}
             assert tier.usage().quarantined_slots > 0
+
+    def check_summary(self, tier: NvmeTier, slot: SlotId, name: int) -> None:
+        """It is the right one, and there if the block was written with it and nothing lied."""
+        found = get_summary(tier, slot, name)
+        is_due = (name, slot) in self.summarised
+        self.outcomes["summary"] += bool(found)
+        assert is_due or not found, f"{name} was written without a summary"
+        torn = tier.was_rebuilt and name in self.unsure
+        assert found or not is_due or torn or self._is_doubtful(name), f"that of {name} is lost"
 
     def fill(self, tier: NvmeTier) -> None:
         """The store takes new blocks in every slot that is left."""
@@ -214,8 +237,8 @@ class DiskRun:
         return any(
             self.media.is_doubtful(
                 segments / f"{slot // SLOTS_PER_SEGMENT:04d}.seg",
-                slot % SLOTS_PER_SEGMENT * SLOT_BYTES,
-                SLOT_BYTES,
+                slot % SLOTS_PER_SEGMENT * self.slot_bytes,
+                self.slot_bytes,
             )
             for slot in self.places[name]
         )
@@ -247,4 +270,5 @@ def test_random_lives_of_a_disk(first: int, folder: Path) -> None:
         shutil.rmtree(folder / str(seed))
     print(dict(outcomes))
     if "UCM_DISK_SEED" not in os.environ:  # else the runs would prove nothing
-        assert min(outcomes[name] for name in ("PowerCut", "present", "corrupt", "rebuilt")) > 0
+        expected = ("PowerCut", "present", "corrupt", "rebuilt", "summary")
+        assert min(outcomes[name] for name in expected) > 0

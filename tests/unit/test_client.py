@@ -50,6 +50,8 @@ def every_call_fails(cache: CacheApi, namespace: NamespaceId) -> None:
     with pytest.raises(TierUnavailableError):
         cache.complete_store(NO_LEASE, {})
     with pytest.raises(TierUnavailableError):
+        cache.map_summaries(namespace, [], timeout_s=5)
+    with pytest.raises(TierUnavailableError):
         cache.release(NO_LEASE)
     with pytest.raises(TierUnavailableError):
         cache.flush(timeout_s=5)

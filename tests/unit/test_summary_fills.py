@@ -12,16 +12,31 @@ import pytest
 from ucm.api import NamespaceHandle
 from ucm.checksum import block_checksums
 from ucm.config import MIB, Config, MemoryConfig, NvmeConfig, ServiceConfig, SummariesConfig
+from ucm.embedded import EmbeddedCache
 from ucm.errors import InvalidArgumentError
 from ucm.hashing import NamespaceSpec, chain_keys
 from ucm.kernels.summarize import summarize_blocks
 from ucm.kernels.summary_record import decode_summary, encode_summary
+from ucm.layer_reader import LayerReader, ReaderOptions
 from ucm.layout import KvDtype, KvLayout
 from ucm.manager import Manager
+from ucm.reader_io import open_reader_io
 from ucm.summary_fills import SummaryGrants
-from ucm.types import ROOT_KEY, BlockKey, SessionId, StoreStatus, SummaryKind, SummaryStatus
+from ucm.testing.slab_pool import SlabPool, slabs_of
+from ucm.types import (
+    ROOT_KEY,
+    BlockKey,
+    LoadMode,
+    SessionId,
+    StoreStatus,
+    SummaryKind,
+    SummaryStatus,
+)
 
-LAYOUT = KvLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=16, dtype=KvDtype.FLOAT32)
+LAYOUT = KvLayout(
+    num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=16, dtype=KvDtype.BFLOAT16
+)
+"""A codec saves a page of such blocks, where they fit it: compact and full slots are both used."""
 SPEC = NamespaceSpec(layout=LAYOUT, model_id="summarised", weights_digest="1" * 64)
 KIND = SummaryKind.GSA_K4
 WAIT_S = 10.0
@@ -30,8 +45,9 @@ WAIT_S = 10.0
 def block_of(key: BlockKey) -> bytes:
     """A block's keys and values: normal numbers that follow from its key."""
     chance = np.random.default_rng(list(key[:8]))
-    shape = (LAYOUT.num_layers, LAYOUT.slab_bytes // 4)
-    slabs = chance.standard_normal(shape, np.float32)
+    shape = (LAYOUT.num_layers, LAYOUT.slab_bytes // 2)
+    words = chance.standard_normal(shape, np.float32).view(np.uint32)
+    slabs = (words >> 16).astype(np.uint16)  # bfloat16, rounded towards zero
     padding = bytes(LAYOUT.slab_stride_bytes - LAYOUT.slab_bytes)
     return b"".join(slab.tobytes() + padding for slab in slabs)
 
@@ -243,4 +259,43 @@ def test_a_lossy_codec_never_leaves_a_summary_of_what_was_lost(tmp_path: Path) -
         assert decode_summary(LAYOUT, view, sums) is not None
     manager.summaries.release(grants)
     manager.complete_load(session, lease.lease_id)
+    store.close()
+
+
+@pytest.mark.parametrize("codec", ["raw", "bp-zstd"])
+@pytest.mark.parametrize("mode", LoadMode)
+def test_layer_by_layer_loads_skip_the_areas_and_bring_summaries_along(
+    tmp_path: Path, mode: LoadMode, codec: str
+) -> None:
+    config = config_of(tmp_path / "data", codec=codec)
+    store = Store(config)
+    keys = store.keys(6)
+    store.put(keys, [summary_of(block_of(key)) for key in keys])
+    assert store.manager.flush(timeout_s=WAIT_S)
+    store.close()
+
+    store = Store(config)
+    with EmbeddedCache(store.manager, owns_manager=False) as cache:
+        handle = cache.open_namespace(SPEC, summary=KIND)
+        plan = cache.begin_load(handle.id, keys, mode=mode, timeout_s=WAIT_S)
+        extents = [block.extent for block in plan.blocks if block.extent is not None]
+        expected = 4096 if extents else 0
+        assert codec != "raw" or bool(extents) == (mode is LoadMode.DIRECT)
+        assert plan.summary_bytes == expected
+        pool = SlabPool(LAYOUT, len(keys))
+        io = open_reader_io()
+        options = ReaderOptions(request_bytes=1)
+        for each in (options, ReaderOptions()) if extents else (options,):
+            reader = LayerReader(plan, LAYOUT, pool, io, each)
+            reader.start()
+            assert reader.wait_layer(LAYOUT.num_layers - 1, WAIT_S) == len(keys)
+            assert reader.cancel(WAIT_S)
+        io.close()
+        for number, key in enumerate(keys):
+            assert pool.block(number) == slabs_of(block_of(key), LAYOUT)
+        cache.release(plan.id)
+    store.expect_all(keys)
+    if mode is LoadMode.MAPPED:
+        assert store.kept("nvme") == 6
+    assert store.kept("computed") == 0
     store.close()
