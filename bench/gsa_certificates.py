@@ -13,7 +13,7 @@ earlier layers do not enter. Sink, two recent blocks and the one being filled ar
 `conformal` learns from all other documents and is tested on each in turn, audits going on at the
 usual stride; with one document it learns from the first half of the window.
 
-    python -m ucm.bench.gsa_certificates [--document FILE]... [--tokens N]
+`ucm bench gsa` runs it.
 """
 
 from __future__ import annotations

@@ -148,7 +148,8 @@ def error_of(result: CertifiedResult, case: Case) -> NDArray[np.longdouble]:
     return np.asarray(np.sqrt((difference**2).sum(-1)))
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.timeout(120)
+@settings(max_examples=200, deadline=None)
 @given(
     case=cases(),
     eps=st.sampled_from([0.0, 1e-9, 2.0**-8, 0.1, 1.0, 1e3]),
@@ -165,7 +166,8 @@ def test_the_bound_holds_and_the_target_is_met(case: Case, eps: float, window: i
         assert result.is_complete
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.mark.timeout(120)
+@settings(max_examples=100, deadline=None)
 @given(case=cases(), tail_mass=st.sampled_from([1e-6, 0.01, 0.3]))
 def test_the_bound_of_the_unread_mass_holds(case: Case, tail_mass: float) -> None:
     result = case.certify(CertifiedOptions(tail_mass=tail_mass))

@@ -47,6 +47,7 @@ def missed_share(calibrator: TailCalibrator, steps: tuple[F32, F32, F32]) -> tup
     return float(np.mean(missed)), float(np.mean(read))
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("delta", [0.01, 0.05])
 def test_the_promise_is_kept_and_used_up_on_exchangeable_steps(delta: float) -> None:
     rng = np.random.default_rng(7)
@@ -58,6 +59,7 @@ def test_the_promise_is_kept_and_used_up_on_exchangeable_steps(delta: float) -> 
     assert read < 0.95
 
 
+@pytest.mark.timeout(120)
 def test_drift_is_tracked() -> None:
     rng = np.random.default_rng(11)
     steady = TailCalibrator(ConformalOptions(delta=0.05, rate=0.0), HEADS)
@@ -90,7 +92,8 @@ def test_everything_is_read_until_enough_is_known() -> None:
     assert calibrator.stats.audits == 0
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.timeout(120)
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), queries=st.integers(1, 3), scale=st.floats(0.0, 100.0))
 def test_a_selection_holds_the_must_blocks_and_audits_agree_with_it(
     seed: int, queries: int, scale: float
