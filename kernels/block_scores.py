@@ -275,11 +275,11 @@ def shared_mass(log_mass: Floats, candidates: Bools | None = None) -> Floats:
     Returns:
         [n], sums to 1 (to 0 if there is nothing to distribute).
     """
+    if not log_mass.size:
+        return np.zeros(log_mass.shape[-1], np.float32)
     rows = log_mass.reshape(-1, log_mass.shape[-1])
     if candidates is not None:
         rows = np.where(candidates, rows, np.float32(-np.inf))
-    if not rows.size:
-        return np.zeros(rows.shape[-1], np.float32)
     top = rows.max(axis=1, keepdims=True)
     top[~np.isfinite(top)] = 0
     weights = np.exp(rows - top)
@@ -309,10 +309,14 @@ def choose_blocks(p: Floats, budget: Budget, must: Bools, block_tokens: int) -> 
 def _budget_blocks(ranked: Floats, budget: Budget, block_tokens: int) -> int:
     num = len(ranked)
     if budget.ratio is not None:
-        return math.ceil(budget.ratio * num)
+        return _part(budget.ratio, num)
     if budget.tokens is not None:
         return max(1, budget.tokens // block_tokens)
     assert budget.eps is not None
     enough = int(np.searchsorted(np.cumsum(ranked), 1 - budget.eps - 1e-6)) + 1
-    low, high = math.ceil(budget.min_ratio * num), math.ceil(budget.max_ratio * num)
-    return min(max(enough, low), high)
+    return min(max(enough, _part(budget.min_ratio, num)), _part(budget.max_ratio, num))
+
+
+def _part(ratio: float, num: int) -> int:
+    """That part of `num`, rounded up, but not for the last bit of a product: 0.07 * 100 is 7."""
+    return math.ceil(ratio * num - 1e-9)
