@@ -96,7 +96,7 @@ class ForcedSequence:
         table = self.attention.begin_pass(start, len(new), is_decode=is_decode)
         item = ForwardItem(new, start, table, self.attention)
         logits = self._model.forward([item], self._pool.tensor)[0]
-        self.attention.end_pass(tokens, len(tokens))
+        self.attention.end_pass(tokens, len(tokens), 0)
         self.num_computed = len(tokens)
         return logits
 

@@ -62,7 +62,7 @@ class Sequence:
             got = self.attention(layer, q, self.pool[layer])
             whole = PagedSequence.build(start, count, range(64), self.whole[layer])
             results.append((got, tiled_attention(q, self.whole[layer], whole)[0]))
-        self.attention.end_pass(range(stop), stop)
+        self.attention.end_pass(range(stop), stop, 1000)
         self.num_tokens = stop
         assert self.attention.check_integrity() == []
         return results

@@ -148,7 +148,9 @@ class OffloadDesk:
                 continue
             attention = self._attention(sequence)
             try:
-                attention.end_pass(sequence.tokens, sequence.num_computed + work.num_tokens)
+                num_computed = sequence.num_computed + work.num_tokens
+                num_exact = sequence.num_exact_blocks(num_computed)
+                attention.end_pass(sequence.tokens, num_computed, num_exact)
             except (SlabLostError, CapacityError) as error:
                 self._give_up(sequence, error, attention.resident.num_kept)
                 lost.append(sequence)

@@ -206,12 +206,13 @@ class OffloadedAttention:
         table = [-1] * first
         return table + [int(self._ids[self.resident.slot_of_new(b)]) for b in range(first, stop)]
 
-    def end_pass(self, token_ids: Sequence[int], num_computed: int) -> range:
+    def end_pass(self, token_ids: Sequence[int], num_computed: int, num_exact: int) -> range:
         """The pass was good: keep the blocks that it filled.
 
         Args:
             token_ids: the sequence's.
             num_computed: tokens whose KV is there now.
+            num_exact: leading blocks that are no product of a sparse step.
 
         Returns:
             The blocks that are full since this pass.
@@ -224,7 +225,7 @@ class OffloadedAttention:
         if full > put:
             slots = [self.resident.slot_of_new(block) for block in range(put, full)]
             slabs = self._kv_pool[:, self._ids[slots]]
-            self.shelf.put(token_ids[: full * self._block_tokens], slabs)
+            self.shelf.put(token_ids[: full * self._block_tokens], slabs, num_exact=num_exact)
             self.shelf.wait_kept(full)
             self.resident.keep(full)
             if self._chooser is not None:

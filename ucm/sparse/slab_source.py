@@ -60,12 +60,14 @@ class SlabShelf(Protocol):
     def num_kept(self) -> int:
         """Leading blocks that can be read back: they may leave the pool."""
 
-    def put(self, token_ids: Sequence[int], slabs: Tensor) -> None:
-        """Keep the blocks that follow those put before; they are copied before it returns.
+    def put(self, token_ids: Sequence[int], slabs: Tensor, *, num_exact: int) -> None:
+        """Keep the blocks that follow those put before; `wait_kept` tells when they are.
 
         Args:
             token_ids: all tokens up to the end of the last of the blocks.
-            slabs: [num_layers, n, 2, num_kv_heads, block_tokens, head_dim].
+            slabs: [num_layers, n, 2, num_kv_heads, block_tokens, head_dim], given away.
+            num_exact: leading blocks of the sequence whose KV is a function of the tokens alone;
+                the others are not what the tokens' name stands for.
 
         Raises:
             CapacityError: there is no room; nothing was kept.
@@ -270,9 +272,9 @@ class HostShelf:
         """See `SlabShelf.num_kept`."""
         return len(self.blocks)
 
-    def put(self, token_ids: Sequence[int], slabs: Tensor) -> None:
+    def put(self, token_ids: Sequence[int], slabs: Tensor, *, num_exact: int) -> None:
         """See `SlabShelf.put`."""
-        del token_ids
+        del token_ids, num_exact  # nobody else looks here
         self.source.reserve(slabs.nbytes)
         self.blocks += [slabs[:, index].clone() for index in range(slabs.shape[1])]
 
