@@ -60,8 +60,8 @@ from .gsa_window import Context, ContextBuilder, Ranking, WindowResult, run_wind
 Progress = Callable[[str], None]
 Result = dict[str, Any]
 
-ANSWER_TOKENS = 32
-"""Room for a question's answer behind a pass-key prompt."""
+PASSKEY_FRAME_TOKENS = 256
+"""More than introduction, key, question and answer have, around a pass-key's text."""
 PARTS = {
     "certified": ("eps", "max_error_over_bound", "blocks_read_ratio"),
     "conformal": ("delta", "violation_rate", "blocks_read_ratio"),
@@ -309,11 +309,10 @@ def _mean(name: str, values: Sequence[float]) -> float:
 
 
 def _passkey(loaded: LoadedModel, options: GsaBenchOptions, say: Progress) -> dict[str, int]:
-    text = SOURCES["prose"].make()
-    passkeys = make_passkeys(text, loaded.tokenizer, options.passkey_tokens, options.passkey_depths)
-    longest = max(len(passkey.prompt) for passkey in passkeys) + ANSWER_TOKENS
-    if longest > loaded.config.max_context_tokens:
-        raise ConfigError(f"the model's context is too short for prompts of {longest} tokens")
+    text, room = SOURCES["prose"].make(), loaded.config.max_context_tokens
+    num_tokens = min(options.passkey_tokens, room - PASSKEY_FRAME_TOKENS)
+    passkeys = make_passkeys(text, loaded.tokenizer, num_tokens, options.passkey_depths)
+    longest = max(len(passkey.prompt) + len(passkey.answer) for passkey in passkeys)
     builder = ContextBuilder.of(loaded.model, longest)
     return count_passkeys(builder, passkeys, Budget(ratio=options.budgets[0]), say)
 
