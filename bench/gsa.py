@@ -53,15 +53,15 @@ from .gsa_probes import (
     make_passkeys,
 )
 from .gsa_rankings import SELECTORS, ranking_of, summary_share
-from .gsa_steps import dense_step_ms, time_steps
+from .gsa_steps import WARM_UP_STEPS, dense_step_ms, time_steps
 from .gsa_targets import targets_of
 from .gsa_window import Context, ContextBuilder, Ranking, WindowResult, run_window
 
 Progress = Callable[[str], None]
 Result = dict[str, Any]
 
-ANSWER_TOKENS = 32
-"""Room for a question's answer behind a pass-key prompt."""
+PASSKEY_FRAME_TOKENS = 256
+"""More than introduction, key, question and answer have, around a pass-key's text."""
 PARTS = {
     "certified": ("eps", "max_error_over_bound", "blocks_read_ratio"),
     "conformal": ("delta", "violation_rate", "blocks_read_ratio"),
@@ -91,6 +91,7 @@ class GsaBenchOptions:
     """Of a document, those at its end that are computed sparsely."""
     step_tokens: int = 8
     """Decode steps that are timed, two more not counted."""
+    has_copy_probe: bool = True
     passkey_tokens: int = 2048
     passkey_depths: int = 10
     certificates: CertificateBenchOptions = field(default_factory=CertificateBenchOptions)
@@ -98,27 +99,28 @@ class GsaBenchOptions:
     """The first ones; conformal selection learns from the others."""
     certificate_tokens: int = 2048
     """Of each of these."""
-    offload: OffloadCase = field(default_factory=OffloadCase)
+    offload: OffloadCase = field(default_factory=lambda: OffloadCase(num_tokens=48))
 
     def quick(self) -> GsaBenchOptions:
-        """One short document, three pass-keys, little of all else: below 50 s."""
+        """One short document, two pass-keys, little of all else: below 50 s."""
         return replace(
             self,
             own_documents=("prose",),
-            max_tokens=768,
-            own_max_tokens=768,
-            window_tokens=48,
-            step_tokens=4,
-            passkey_tokens=384,
-            passkey_depths=3,
+            max_tokens=1100,
+            own_max_tokens=1100,
+            window_tokens=32,
+            step_tokens=2,
+            has_copy_probe=False,
+            passkey_tokens=320,
+            passkey_depths=2,
             certificates=self.certificates.quick(),
             certificate_documents=1,
             certificate_tokens=512,
             offload=replace(
                 self.offload,
-                context_tokens=1024,
+                context_tokens=768,
                 resident_tokens=320,
-                num_tokens=8,
+                num_tokens=6,
                 num_dense=1,
             ),
         )
@@ -225,7 +227,8 @@ class _Window:
         self._context_ids = token_ids[: context.num_tokens]
         self._tokens = list(token_ids[context.num_tokens : -1])
         self._targets = torch.tensor(token_ids[context.num_tokens + 1 :])
-        self._steps = self._tokens[: options.step_tokens + 2]
+        self._steps = self._tokens[: options.step_tokens + WARM_UP_STEPS]
+        self._has_copy_probe = options.has_copy_probe
         self._dense = torch.log_softmax(run_window(context, self._tokens).logits, -1)
 
     def cell(self, selector: str, ranking: Ranking, budget: Budget) -> Result:
@@ -241,7 +244,9 @@ class _Window:
         }
 
     def copy(self, ranking: Ranking | None, budget: Budget | None) -> float | None:
-        """See `copy_perplexity`."""
+        """See `copy_perplexity`; None where it is not asked for."""
+        if not self._has_copy_probe:
+            return None
         found = copy_perplexity(self.context, self._context_ids, ranking, budget)
         return None if found is None else round(found, 4)
 
@@ -304,11 +309,10 @@ def _mean(name: str, values: Sequence[float]) -> float:
 
 
 def _passkey(loaded: LoadedModel, options: GsaBenchOptions, say: Progress) -> dict[str, int]:
-    text = SOURCES["prose"].make()
-    passkeys = make_passkeys(text, loaded.tokenizer, options.passkey_tokens, options.passkey_depths)
-    longest = max(len(passkey.prompt) for passkey in passkeys) + ANSWER_TOKENS
-    if longest > loaded.config.max_context_tokens:
-        raise ConfigError(f"the model's context is too short for prompts of {longest} tokens")
+    text, room = SOURCES["prose"].make(), loaded.config.max_context_tokens
+    num_tokens = min(options.passkey_tokens, room - PASSKEY_FRAME_TOKENS)
+    passkeys = make_passkeys(text, loaded.tokenizer, num_tokens, options.passkey_depths)
+    longest = max(len(passkey.prompt) + len(passkey.answer) for passkey in passkeys)
     builder = ContextBuilder.of(loaded.model, longest)
     return count_passkeys(builder, passkeys, Budget(ratio=options.budgets[0]), say)
 
