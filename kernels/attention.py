@@ -93,7 +93,7 @@ class PagedSequence:
             start=start,
             num_tokens=num_tokens,
             block_ids=torch.tensor(used, dtype=torch.int64, device=kv_layer.device),
-            runs=_runs_of(used),
+            runs=runs_of(used),
             block_tokens=block_tokens,
             tail_mask=mask.view(needed, block_tokens),
         )
@@ -117,7 +117,8 @@ class PagedSequence:
         return blocks.permute(1, 2, 0, 3, 4).reshape(2, kv_heads, count * block_tokens, head_dim)
 
 
-def _runs_of(block_ids: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def runs_of(block_ids: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(first block id, count) of each run of consecutive ids, in order."""
     breaks = [0]
     breaks += [i + 1 for i, (a, b) in enumerate(pairwise(block_ids)) if b != a + 1]
     breaks.append(len(block_ids))

@@ -179,6 +179,10 @@ class Linear:
             return self._blocked(x)
         return F.linear(x, self._weight)
 
+    def first(self, x: Tensor, num_features: int) -> Tensor:
+        """The first `num_features` columns of the product, [T, num_features]."""
+        return F.linear(x, self._weight[:num_features])
+
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """Sum residual + x W^T for [T, in] and [T, out]; a new tensor."""
         if self._blocked is not None:

@@ -23,6 +23,7 @@ from .dispatch import Case, Choice, Thunk, dtype_name
 from .linear import LINEAR
 from .norm import NORM
 from .paged_copy import PAGED_COPY
+from .rotate import ROTATE
 from .slab_sums import SLAB_SUMS
 
 ROUNDS: Final = 7
@@ -51,6 +52,7 @@ def all_cases() -> list[tuple[str, Case]]:
             (LINEAR.name, LINEAR.cases()),
             (NORM.name, NORM.cases()),
             (PAGED_COPY.name, PAGED_COPY.cases()),
+            (ROTATE.name, ROTATE.cases()),
             (SLAB_SUMS.name, SLAB_SUMS.cases()),
         )
     ]

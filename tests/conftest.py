@@ -12,6 +12,8 @@ from hypothesis import settings
 ROOT = str(Path(__file__).resolve().parents[1])
 sys.path[:] = [entry for entry in sys.path if entry not in (ROOT, "")]
 
+# As the command line does: threads that spin at barriers starve the processes of other tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Whatever was measured on this machine: tests choose kernels by estimates.
 os.environ.setdefault("UCM_KERNEL_TABLE", "none")
 

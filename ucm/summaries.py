@@ -16,6 +16,7 @@ Envelope: 36 KiB a block (SmolLM2-135M, gsa-k4): a copy of 4 us each, done under
 from __future__ import annotations
 
 import enum
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -43,25 +44,31 @@ class SummarySource(enum.StrEnum):
 
 
 class SummaryBudget:
-    """Host memory of all books. An arena gives no pages back, so what was touched counts."""
+    """Host memory of all books. An arena gives no pages back, so what was touched counts.
+
+    Thread-safe by itself: a namespace is closed without the manager's lock.
+    """
 
     def __init__(self, capacity_bytes: int, metrics: Metrics) -> None:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self.metrics = metrics
+        self._lock = threading.Lock()
 
     def take(self, size_bytes: int, *, held_bytes: int) -> bool:
         """Let a book that holds `held_bytes` touch more: up to half of what the others leave."""
-        if held_bytes + size_bytes > self.capacity_bytes - self.used_bytes:
-            return False
-        self._change(size_bytes)
-        return True
+        with self._lock:
+            if held_bytes + size_bytes > self.capacity_bytes - self.used_bytes:
+                return False
+            self._change_locked(size_bytes)
+            return True
 
     def give_back(self, size_bytes: int) -> None:
         """A book was closed."""
-        self._change(-size_bytes)
+        with self._lock:
+            self._change_locked(-size_bytes)
 
-    def _change(self, size_bytes: int) -> None:
+    def _change_locked(self, size_bytes: int) -> None:
         self.used_bytes += size_bytes
         self.metrics.set("ucm_summaries_bytes", self.used_bytes)
 

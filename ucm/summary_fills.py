@@ -408,8 +408,7 @@ class SummaryFills:
         """Compute no more and let everybody who waits answer; False on time-out."""
         with self._state.lock:
             self._closed = True
-            for wanted in list(self._waits):
-                self._settle_locked(wanted)
+            self.end_waits_locked()
         return self._computing is None or self._computing.close(timeout_s=timeout_s)
 
 

@@ -18,7 +18,7 @@ from ucm.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-KERNEL_SOURCES: Final = ("slab_checksum.cu", "paged_copy.cu")
+KERNEL_SOURCES: Final = ("slab_checksum.cu", "paged_copy.cu", "rotate_keys.cu")
 """Every source that can be compiled."""
 
 _HEADERS: Final = ("xxh3.cuh",)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ucm.errors import InvalidArgumentError, UcmError
 
-from .nvrtc import KERNEL_SOURCES, compile_cubin
+from .nvrtc import compile_cubin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,9 +76,9 @@ class SlabKernels:
         """
         self._driver = driver
         self._functions: dict[str, ctypes.c_void_p] = {}
-        for source in KERNEL_SOURCES:
+        for source, names in _NAMES.items():
             cubin = compile_cubin(source, driver.arch)
-            self._functions |= driver.load_functions(cubin, _NAMES[source])
+            self._functions |= driver.load_functions(cubin, names)
 
     def checksums(
         self, base: int, offsets: Sequence[int], slab_bytes: int, *, stream: int = 0

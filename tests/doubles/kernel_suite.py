@@ -26,8 +26,11 @@ from numpy.typing import NDArray
 from ucm.errors import ConfigError, InvalidArgumentError, LayoutMismatchError, TierUnavailableError
 from ucm.kernels.cuda.driver import CudaDriver
 from ucm.kernels.cuda.nvrtc import KERNEL_SOURCES, compile_cubin
+from ucm.kernels.cuda.rotate_kernel import RotateKernel, Rows
 from ucm.kernels.cuda.slab_kernels import PagedSlabs, SlabKernels
 from ucm.kernels.paged_copy import PAGED_COPY, copy_by_kernel, gather_slabs, scatter_slabs
+from ucm.kernels.rope import Rope, RopeStyle, cos_sin
+from ucm.kernels.rotate import rotate_keys
 from ucm.kernels.slab_checksum import MIN_BYTES, xxh3_64_in_blocks
 from ucm.layout import KvDtype, KvLayout
 from ucm.storage.device import DeviceBuffer, DeviceRequest
@@ -298,6 +301,42 @@ def test_wrong_ids_and_shapes_are_refused(kernels: SlabKernels) -> None:
         scatter_slabs(staging, pool.transpose(0, 1), BLOCK_IDS)
     with pytest.raises(InvalidArgumentError, match="multiples of 16"):
         kernels.gather(PagedSlabs(0, 16, 24, 32, POOL_BLOCKS), BLOCK_IDS)
+
+
+# ---------------------------------------------------------------- keys at other positions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("style", list(RopeStyle))
+@pytest.mark.parametrize(("num_rows", "head_dim"), [(96, 64), (1, 2), (77, 80)])
+def test_rotated_keys_are_those_of_the_reference(
+    driver: CudaDriver, num_rows: int, head_dim: int, style: RopeStyle, dtype: torch.dtype
+) -> None:
+    rope = Rope(head_dim=head_dim, base=10_000.0, style=style)
+    keys = torch.randn(num_rows, head_dim, generator=torch.Generator().manual_seed(3)).to(dtype)
+    want = rotate_keys(keys, rope, -1234, override="torch")
+    table = torch.stack(cos_sin(rope, torch.tensor(-1234))).float()
+    kernel, got = RotateKernel(driver), torch.empty_like(keys)
+    with driver.memory(keys.nbytes) as keys_on, driver.memory(table.nbytes) as table_on:
+        driver.copy(keys_on, keys.data_ptr(), keys.nbytes)
+        driver.copy(table_on, table.data_ptr(), table.nbytes)
+        kernel.run(
+            Rows(keys_on, keys_on, table_on, num_rows, head_dim),
+            is_bfloat16=dtype is torch.bfloat16,
+            is_interleaved=style is RopeStyle.INTERLEAVED,
+            stream=0,
+        )
+        driver.copy(got.data_ptr(), keys_on, keys.nbytes)
+        driver.synchronize()
+    tolerance = 1e-6 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
+
+
+def test_an_odd_head_is_refused_and_no_keys_are_no_launch(driver: CudaDriver) -> None:
+    kernel = RotateKernel(driver)
+    with pytest.raises(InvalidArgumentError, match="even"):
+        kernel.run(Rows(0, 0, 0, 1, 3), is_bfloat16=False, is_interleaved=False, stream=0)
+    kernel.run(Rows(0, 0, 0, 0, 4), is_bfloat16=False, is_interleaved=False, stream=0)
 
 
 # ---------------------------------------------------------------- compiling, and the whole path

@@ -7,6 +7,7 @@
 #include "cuda_on_host.h"
 
 #include "paged_copy.cu"
+#include "rotate_keys.cu"
 #include "slab_checksum.cu"
 
 template <typename T> static T argument(void **arguments, int index)
@@ -40,6 +41,25 @@ extern "C" void ucm_host_ucm_gather_slabs(unsigned grid, unsigned block, void **
         ucm_gather_slabs(argument<u8 *>(arguments, 0), argument<u64>(arguments, 1),
                          argument<const u8 *>(arguments, 2), argument<u64>(arguments, 3),
                          argument<const u32 *>(arguments, 4));
+    });
+}
+
+extern "C" void ucm_host_ucm_rotate_keys_float32(unsigned grid, unsigned block, void **arguments)
+{
+    on_host::launch(grid, block, [=] {
+        ucm_rotate_keys_float32(argument<float *>(arguments, 0),
+                                argument<const float *>(arguments, 1),
+                                argument<const float *>(arguments, 2), argument<u64>(arguments, 3),
+                                argument<u64>(arguments, 4));
+    });
+}
+
+extern "C" void ucm_host_ucm_rotate_keys_bfloat16(unsigned grid, unsigned block, void **arguments)
+{
+    on_host::launch(grid, block, [=] {
+        ucm_rotate_keys_bfloat16(argument<u16 *>(arguments, 0), argument<const u16 *>(arguments, 1),
+                                 argument<const float *>(arguments, 2), argument<u64>(arguments, 3),
+                                 argument<u64>(arguments, 4));
     });
 }
 

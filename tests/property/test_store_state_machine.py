@@ -1,11 +1,13 @@
 """The whole store against a dictionary: a get returns exactly the bytes put, or a miss.
 
-Two stores, real tiers in a folder each: a roomy one, which may forget nothing, and a tight one,
-where every few blocks push others out of memory and off the disk.
+Real tiers in a folder each: a roomy store, which may forget nothing; a tight one, where every few
+blocks push others out of memory and off the disk; and a tight one with summaries of its blocks, of
+which each is the right one or missing.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import shutil
 import tempfile
@@ -19,10 +21,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ucm.api import LoadLease, NamespaceHandle, StoreLease
 from ucm.checksum import block_checksums
 from ucm.clock import SimClock
-from ucm.config import MIB, Config, MemoryConfig, NvmeConfig, ServiceConfig
+from ucm.config import MIB, Config, MemoryConfig, NvmeConfig, ServiceConfig, SummariesConfig
 from ucm.embedded import EmbeddedCache
 from ucm.errors import LeaseExpiredError
 from ucm.hashing import chain_keys
+from ucm.kernels.summarize import summarize_blocks
+from ucm.kernels.summary_record import encode_summary
 from ucm.layer_reader import LayerReader, ReaderOptions
 from ucm.load_plan import LoadPlan
 from ucm.manager import Manager
@@ -32,7 +36,7 @@ from ucm.testing.extent_files import wait_for
 from ucm.testing.lanes import IS_DEEP, LANE
 from ucm.testing.oracle import CacheOracle
 from ucm.testing.slab_pool import SlabPool
-from ucm.types import ROOT_KEY, BlockKey, LoadMode, LoadOrder, LoadStatus, StoreStatus
+from ucm.types import ROOT_KEY, BlockKey, LoadMode, LoadOrder, LoadStatus, StoreStatus, SummaryKind
 
 KIB = 1 << 10
 NUM_CHAINS = 5
@@ -49,6 +53,7 @@ class StoreMachine(RuleBasedStateMachine):
     memory_blocks = 64
     nvme_bytes = 8 * MIB
     may_forget = False
+    summary: SummaryKind | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,10 +80,11 @@ class StoreMachine(RuleBasedStateMachine):
                 commit_interval_s=0.0,
                 index_map_bytes=16 * MIB,
             ),
+            summaries=SummariesConfig(capacity_bytes=24 * 4096, max_queued_blocks=4),
         )
         self.manager = Manager(config, clock=self.clock)
         self.cache = EmbeddedCache(self.manager)
-        self.handle: NamespaceHandle = self.cache.open_namespace(tiny_spec())
+        self.handle: NamespaceHandle = self.cache.open_namespace(tiny_spec(), summary=self.summary)
         self.generation += 1
 
     def keys(self, number: int, length: int) -> list[BlockKey]:
@@ -308,6 +314,44 @@ class TightStoreMachine(StoreMachine):
     may_forget = True
 
 
+class SummarisedStoreMachine(TightStoreMachine):
+    """Room for 12 summaries too; some stores bring them along, some bring wrong ones."""
+
+    summary = SummaryKind.GSA_K4
+
+    @rule(number=chains, length=lengths, wrong=st.integers(0, 2 * CHAIN_BLOCKS))
+    def put_with_summaries(self, number: int, length: int, wrong: int) -> None:
+        keys = self.keys(number, length)
+        lease = self.cache.prepare_store(self.handle.id, ROOT_KEY, keys)
+        checksums = {}
+        for index, slot in enumerate(lease.slots):
+            if slot.data is not None:
+                assert slot.summary is not None
+                slot.data[:] = content(slot.key)
+                data = summary_of(keys[index - 1] if index == wrong else slot.key)
+                slot.summary[: len(data)] = data
+                checksums[slot.key] = block_checksums(TINY_LAYOUT, slot.data)
+        self.oracle.record_store(keys, self.cache.complete_store(lease.id, checksums))
+
+    @rule(number=chains, length=lengths, timeout_s=st.sampled_from([0.0, 5.0]))
+    def ask(self, number: int, length: int, timeout_s: float) -> None:
+        keys = self.keys(number, length)
+        lease = self.cache.map_summaries(self.handle.id, keys, timeout_s=timeout_s)
+        for key, entry in zip(keys, lease.entries, strict=True):
+            if entry is not None:
+                assert bytes(entry[: len(summary_of(key))]) == summary_of(key)
+        self.cache.release(lease.id)
+
+
+@functools.lru_cache(maxsize=256)
+def summary_of(key: BlockKey) -> bytes:
+    """The one right summary of a block."""
+    data = content(key)
+    records = summarize_blocks(TINY_LAYOUT, SummaryKind.GSA_K4, [data])[0]
+    sums = block_checksums(TINY_LAYOUT, memoryview(data))
+    return encode_summary(TINY_LAYOUT, SummaryKind.GSA_K4, records, sums)
+
+
 PROFILE = settings(
     max_examples=LANE.state_machine_runs,
     stateful_step_count=LANE.state_machine_steps,
@@ -319,3 +363,7 @@ TestRoomyStore = pytest.mark.timeout(43_200 if IS_DEEP else 300)(StoreMachine.Te
 TestRoomyStore.settings = PROFILE
 TestTightStore = pytest.mark.timeout(43_200 if IS_DEEP else 300)(TightStoreMachine.TestCase)
 TestTightStore.settings = PROFILE
+TestSummarisedStore = pytest.mark.timeout(43_200 if IS_DEEP else 300)(
+    SummarisedStoreMachine.TestCase
+)
+TestSummarisedStore.settings = settings(PROFILE, max_examples=LANE.state_machine_runs // 10)

@@ -173,3 +173,50 @@ def test_who_accepts_a_loss_has_a_namespace_of_his_own(
         code, _, err = run_cli([*arguments, "--cache", str(folder), *flags], monkeypatch, capsys)
         assert code == 0, err
     assert len(list((folder / "ns").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sparse", "fast"], "latency, concurrency, reuse, exact, auto"),
+        (["--sparse", "auto", "--sparse-summary", "quest"], "gsa-k4, gsa-2"),
+        (["--sparse", "auto", "--sparse-budget", "1.5"], "ratio 1.5 is not in (0, 1]"),
+        (["--sparse", "auto", "--sparse-tokens", "0"], "0 tokens"),
+        (["--sparse", "auto", "--sparse-budget", "0.3", "--sparse-eps", "0.1"], "give one of"),
+        (["--sparse", "auto", "--sparse-stride", "0"], "stride is 0"),
+        (["--sparse", "auto", "--sparse-dense-layers", "-1"], "dense_layers is -1"),
+        (["--sparse-budget", "0.3"], "--sparse-budget does nothing without --sparse"),
+    ],
+)
+def test_a_sparse_option_that_cannot_be(
+    flags: list[str],
+    words: str,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["generate", "--model", str(tiny), "--prompt", "x", *flags]
+    code, out, err = run_cli(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert not out
+    assert words in " ".join(err.split())
+
+
+def test_sparse_generation_says_what_it_read(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["generate", "--model", str(tiny), "--prompt", "cache " * 700, "--max-tokens", "6"]
+    arguments = [*base, "--sparse", "latency", "--sparse-budget", "0.2"]
+    code, _, err = run_cli(arguments, monkeypatch, capsys)
+    assert code == 0, err
+    assert "sparse (latency): 5 steps read 2" in err
+    code, out, _ = run_cli([*arguments, "--sparse-stride", "8", "--json"], monkeypatch, capsys)
+    sparse = json.loads(out)["sparse"]
+    assert (code, sparse["mode"], sparse["sparse_steps"]) == (0, "latency", 5)
+    assert sparse["stale_selections"] > 0
+    assert sparse["bytes_read"] < 0.5 * sparse["bytes_dense"]
+    code, _, err = run_cli([*base, "--sparse", "exact"], monkeypatch, capsys)
+    assert code == 0
+    assert "all 5 steps read everything (mode exact)" in err
+    code, out, _ = run_cli([*base, "--json"], monkeypatch, capsys)
+    assert json.loads(out)["sparse"] is None

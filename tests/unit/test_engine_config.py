@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ucm.engine.config import ModelConfig, RopeScaling, config_from_gguf, config_from_hf
+from ucm.engine.config import ModelConfig, config_from_gguf, config_from_hf
 from ucm.errors import ConfigError
+from ucm.kernels.rope import RopeScaling
 from ucm.layout import KvDtype
 
 HF: dict[str, object] = {
@@ -102,6 +103,17 @@ def test_rope_scalings(tmp_path: Path) -> None:
     config = read_hf(tmp_path, rope_scaling=llama3)
     text = "llama3(factor=32.0,low=1.0,high=4.0,original=8192)"
     assert config.rope_scaling_text == text
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    config = read_hf(tmp_path, rope_scaling=yarn)
+    text = (
+        "yarn(factor=4.0,original=32,magnitude=1.138629436111989,fast=32.0,slow=1.0,truncate=True)"
+    )
+    assert config.rope_scaling_text == text
+    both = {**yarn, "mscale": 1.0, "mscale_all_dim": 1.0}
+    assert read_hf(tmp_path, rope_scaling=both).rope.magnitude == 1.0
+    for kind in ("ntk", "dynamic"):
+        config = read_hf(tmp_path, rope_scaling={"rope_type": kind, "factor": 2.0})
+        assert config.rope_scaling_text == f"{kind}(factor=2.0)"
     gguf = {**GGUF, "llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     assert config_from_gguf(gguf, tied_head=True).rope_scaling == linear.rope_scaling
 
@@ -114,7 +126,8 @@ def test_rope_scalings(tmp_path: Path) -> None:
         ("mlp_bias", True, "mlp_bias"),
         ("hidden_act", "gelu", "hidden_act"),
         ("rope_interleaved", True, "interleaved"),
-        ("rope_scaling", {"type": "yarn", "factor": 2.0}, "yarn"),
+        ("rope_scaling", {"type": "longrope", "factor": 2.0}, "longrope"),
+        ("rope_scaling", {"type": "yarn", "factor": -2.0}, "factor"),
         ("partial_rotary_factor", 0.5, "part of the head"),
         ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "part of the head"),
         ("rope_theta", -1.0, "rope_base"),
@@ -145,7 +158,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, content: str | None) -> N
     ("changes", "word"),
     [
         ({"general.architecture": "gemma"}, "gemma"),
-        ({"llama.rope.scaling.type": "yarn"}, "yarn"),
+        ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "longrope"),
         ({"llama.rope.dimension_count": 8}, "part of the head"),
         ({"llama.block_count": None}, "wrong type"),
     ],

@@ -237,3 +237,57 @@ def test_the_tiny_model_is_seeded(tmp_path: Path) -> None:
     files = [write_tiny_model(tmp_path / str(i), seed=i // 2) for i in range(3)]
     bytes_ = [(folder / "model.safetensors").read_bytes() for folder in files]
     assert bytes_[0] == bytes_[1] != bytes_[2]
+
+
+def test_the_next_layers_queries_are_foretold_and_cost_nothing_else(tmp_path: Path) -> None:
+    loaded = load_model(write_tiny_model(tmp_path))
+    model, config = loaded.model, loaded.config
+    told: list[tuple[int, Tensor]] = []
+    events: list[str] = []
+    asked: dict[int, Tensor] = {}
+
+    def look_ahead(layer: int, q_THD: Tensor, /) -> None:
+        told.append((layer, q_THD))
+        events.append(f"ahead {layer}")
+
+    def attend(layer: int, q_THD: Tensor, kv_layer: Tensor, /) -> Tensor:
+        events.append(f"attend {layer}")
+        asked[layer] = q_THD.clone()
+        return torch.zeros_like(q_THD)
+
+    others = ForwardItem(TOKENS[40:50], 0, BLOCK_IDS[1:])
+    item = ForwardItem(TOKENS[:33], 0, [10, 11], attend, look_ahead)
+    plain = ForwardItem(TOKENS[:33], 0, [10, 11], attend)
+    logits = model.forward([others, item], make_pool(config))
+    assert events == ["ahead 1", "attend 0", "ahead 2", "attend 1", "attend 2"]
+    assert torch.equal(logits, model.forward([others, plain], make_pool(config)))
+    # With no attention at all a layer adds what its MLP adds: close, and the same tokens' rotation.
+    for layer, q_THD in told:
+        assert q_THD.shape == (33, config.num_heads, config.head_dim)
+        similarity = F.cosine_similarity(q_THD.flatten(1), asked[layer].flatten(1))
+        assert similarity.min() > 0.3
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "blocked"])
+def test_a_prediction_is_exact_where_a_layer_adds_nothing(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCM_KERNEL_LINEAR", layout)
+    config, weights = load_weights(write_tiny_model(tmp_path))
+    for name, weight in weights.items():
+        if "down_proj" in name or "o_proj" in name:
+            weight.zero_()
+    told: dict[int, Tensor] = {}
+    asked: dict[int, Tensor] = {}
+
+    def attend(layer: int, q_THD: Tensor, kv_layer: Tensor, /) -> Tensor:
+        asked[layer] = q_THD.clone()
+        return torch.zeros_like(q_THD)
+
+    def look_ahead(layer: int, q_THD: Tensor, /) -> None:
+        told[layer] = q_THD
+
+    item = ForwardItem(TOKENS[:5], 0, BLOCK_IDS, attend, look_ahead)
+    LlamaModel(config, weights).forward([item], make_pool(config))
+    for layer in (1, 2):
+        assert torch.allclose(told[layer], asked[layer], atol=1e-5)

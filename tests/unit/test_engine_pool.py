@@ -71,6 +71,19 @@ def test_a_released_chain_is_found_again_and_reused_leaf_first() -> None:
     assert blocks.find(chain) == owned[:1]
 
 
+def test_a_block_lives_from_one_allocation_to_the_next() -> None:
+    blocks = BlockAllocator(3)
+    (block_id,) = blocks.allocate(1)
+    life = blocks.life(block_id)
+    blocks.acquire([block_id])
+    blocks.release([block_id])
+    assert blocks.life(block_id) == life
+    blocks.release([block_id])
+    while block_id not in (taken := blocks.allocate(1)):
+        blocks.release(taken)
+    assert blocks.life(block_id) > life
+
+
 def test_least_recently_used_goes_first() -> None:
     blocks = BlockAllocator(2)
     old, new = blocks.allocate(2)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from ucm.engine.config import ModelConfig, RopeScaling
-from ucm.engine.rope import RopeTable, inverse_frequencies, rotate_
-from ucm.errors import ConfigError
+from ucm.engine.config import ModelConfig
+from ucm.engine.rope import RopeTable, rotate_
+from ucm.kernels.rope import RopeScaling
 
 
 def make_config(scaling: RopeScaling | None = None) -> ModelConfig:
@@ -65,33 +65,9 @@ def test_a_strided_view_is_rotated_in_place() -> None:
     assert torch.equal(packed[:, 4:], untouched)
 
 
-def test_linear_scaling_divides_all_angles() -> None:
-    plain = inverse_frequencies(make_config())
-    scaled = inverse_frequencies(make_config(RopeScaling(kind="linear", factor=4.0)))
-    torch.testing.assert_close(scaled, plain / 4)
-
-
-def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths() -> None:
-    scaling = RopeScaling(
-        kind="llama3",
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_context_tokens=64,
-    )
-    plain = inverse_frequencies(make_config())
-    scaled = inverse_frequencies(make_config(scaling))
-    for before, after in zip(plain.tolist(), scaled.tolist(), strict=True):
-        wavelength = 2 * math.pi / before
-        if wavelength < 64 / 4.0:
-            assert after == pytest.approx(before)
-        elif wavelength > 64 / 1.0:
-            assert after == pytest.approx(before / 8)
-        else:
-            smooth = (64 / wavelength - 1.0) / 3.0
-            assert after == pytest.approx((1 - smooth) * before / 8 + smooth * before)
-
-
-def test_an_unknown_scaling_is_refused() -> None:
-    with pytest.raises(ConfigError, match="yarn"):
-        inverse_frequencies(make_config(RopeScaling(kind="yarn", factor=2.0)))
+def test_yarn_makes_queries_and_keys_longer() -> None:
+    scaling = RopeScaling(kind="yarn", factor=4.0, original_context_tokens=64)
+    x = torch.randn(1, 2, 16)
+    length = x.norm(dim=-1)
+    rotate_(x, *RopeTable(make_config(scaling), torch.float32).at(torch.tensor([9])))
+    torch.testing.assert_close(x.norm(dim=-1), length * (0.1 * math.log(4.0) + 1.0))

@@ -47,9 +47,7 @@ def test_a_layout_is_chosen_by_dtype_and_shape() -> None:
     assert (Linear(wide).layout, Linear(narrow).layout) == ("transposed", "plain")
     assert Linear(wide.to(torch.bfloat16)).layout == "blocked"
     assert Linear(wide.to(torch.float16)).layout == "plain"
-    with pytest.raises(
-        ConfigError, match="linear by blocked .*: it takes float32 and bfloat16 only"
-    ):
+    with pytest.raises(ConfigError, match="it takes float32 and bfloat16 only"):
         Linear(wide.to(torch.float16), layout="blocked")
     with pytest.raises(ConfigError, match="it has plain, transposed, blocked"):
         Linear(wide, layout="striped")

@@ -11,7 +11,7 @@ import torch
 from ucm.connectors.circuit_breaker import BreakerOptions
 from ucm.connectors.reference import ReferenceConnector, kv_dtype, namespace_spec, pool_bytes
 from ucm.connectors.session import CacheSession, SessionOptions
-from ucm.engine.config import ModelConfig, RopeScaling
+from ucm.engine.config import ModelConfig
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.hook import LoadRequest, StoreRequest
 from ucm.engine.layer_clock import LayerClock
@@ -19,6 +19,7 @@ from ucm.engine.pool import TORCH_DTYPES
 from ucm.engine.sampling import SamplingParams
 from ucm.errors import ConfigError, LayoutMismatchError, TierUnavailableError
 from ucm.hashing import NamespaceSpec
+from ucm.kernels.rope import RopeScaling
 from ucm.layout import KvDtype, KvLayout
 from ucm.load_decision import LoadKind, forced
 from ucm.testing.fake_cache import FakeCache

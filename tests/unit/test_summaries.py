@@ -132,3 +132,16 @@ def test_a_lost_slot_is_noticed(book: SummaryBook) -> None:
     book._free.append(SlotId(1))
     assert "lost or used twice" in book.check_integrity()[0]
     book._free.pop()
+
+
+def test_a_closed_book_leaves_its_part_to_others(budget: SummaryBudget) -> None:
+    first, second = (SummaryBook(LAYOUT, kind, budget) for kind in (KIND, SummaryKind.BOX))
+    fill(first, range(8))
+    fill(second, range(8))
+    assert (len(first), len(second)) == (4, 2)
+    first.close()
+    fill(second, range(10, 14))
+    assert len(second) == 4
+    second.close()
+    assert budget.used_bytes == 0
+    assert budget.metrics.value("ucm_summaries_bytes") == 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from ucm import summary_fills
 from ucm.api import NamespaceHandle
 from ucm.checksum import block_checksums
 from ucm.config import MIB, Config, MemoryConfig, NvmeConfig, ServiceConfig, SummariesConfig
@@ -21,12 +24,15 @@ from ucm.layer_reader import LayerReader, ReaderOptions
 from ucm.layout import KvDtype, KvLayout
 from ucm.manager import Manager
 from ucm.reader_io import open_reader_io
+from ucm.storage.format import HEADER_BYTES
 from ucm.summary_fills import SummaryGrants
 from ucm.testing.slab_pool import SlabPool, slabs_of
+from ucm.testing.stores import wait_until
 from ucm.types import (
     ROOT_KEY,
     BlockKey,
     LoadMode,
+    LoadStatus,
     SessionId,
     StoreStatus,
     SummaryKind,
@@ -223,6 +229,90 @@ def test_a_key_that_nobody_stored_is_a_miss_and_no_kind_is_an_error(config: Conf
     store.manager.open_namespace(other, SPEC)
     with pytest.raises(InvalidArgumentError, match="without summaries"):
         store.manager.summaries.await_summaries(other, store.handle.id, keys, timeout_s=0)
+    store.close()
+
+
+def test_a_full_queue_drops_and_whoever_asks_later_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path / "data")
+    config = replace(config, summaries=replace(config.summaries, max_queued_blocks=2))
+    store = Store(config)
+    may_go = threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        assert may_go.wait(WAIT_S)
+        return summarize_blocks(*arguments)
+
+    monkeypatch.setattr(summary_fills, "summarize_blocks", slow)
+    keys = store.keys(8)
+    store.put(keys)
+    assert store.manager.metrics.value("ucm_summaries_dropped_total") >= 5
+    grants = store.ask(keys, timeout_s=0)
+    assert set(grants.statuses) == {SummaryStatus.NO_SUMMARY}
+    store.manager.summaries.release(grants)
+    may_go.set()
+    for key in keys:
+        store.expect_all([key])
+    store.close()
+
+
+def test_who_waits_is_let_go_when_the_process_ends(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(config)
+    may_go, is_computing = threading.Event(), threading.Event()
+
+    def held(*arguments: Any) -> Any:
+        is_computing.set()
+        assert may_go.wait(WAIT_S)
+        return summarize_blocks(*arguments)
+
+    monkeypatch.setattr(summary_fills, "summarize_blocks", held)
+    keys = store.keys(1)
+    store.put(keys)
+    assert is_computing.wait(WAIT_S)
+    answers: list[SummaryGrants] = []
+    waiting = threading.Thread(target=lambda: answers.append(store.ask(keys, timeout_s=600)))
+    waiting.start()
+    wait_until(lambda: bool(store.manager.summaries._waits))
+    store.manager.interrupt()
+    waiting.join(WAIT_S)
+    assert answers[0].statuses == (SummaryStatus.NO_SUMMARY,)
+    store.manager.summaries.release(answers[0])
+    may_go.set()
+    assert store.manager.close()
+
+
+def test_a_damaged_area_costs_the_summary_and_not_the_block(config: Config) -> None:
+    store = Store(config)
+    keys = store.keys(3)
+    store.put(keys, [summary_of(block_of(key)) for key in keys])
+    assert store.manager.flush(timeout_s=WAIT_S)
+    store.close()
+    assert config.nvme.path is not None
+    (segment,) = config.nvme.path.rglob("*.seg")
+    with segment.open("r+b") as file:
+        file.seek(HEADER_BYTES + 300)  # in the records of the first slot's summary
+        file.write(b"\xff\x00\xff")
+    store = Store(config)
+    grants = store.ask(keys)
+    assert sorted(grants.statuses) == [SummaryStatus.NO_SUMMARY] + [SummaryStatus.READY] * 2
+    store.manager.summaries.release(grants)
+    lease = store.manager.prepare_load(store.session, store.handle.id, keys, timeout_s=WAIT_S)
+    assert set(lease.statuses) == {LoadStatus.READY}
+    store.manager.complete_load(store.session, lease.lease_id)
+    store.expect_all(keys)
+    assert store.kept("computed") == 1
+    store.close()
+
+
+def test_summaries_of_blocks_that_only_memory_has() -> None:
+    store = Store(config_of(None))
+    keys = store.keys(2)
+    store.put(keys, [summary_of(block_of(keys[0]))])
+    store.expect_all(keys)
+    assert (store.kept("client"), store.kept("computed")) == (1, 1)
     store.close()
 
 

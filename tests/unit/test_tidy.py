@@ -29,6 +29,7 @@ LAYERS = {
     "ucm.bench": 6,
     "ucm.connectors": 5,
     "ucm.engine": 5,
+    "ucm.sparse": 5,
     "ucm.model_hub": 5,
     "ucm.call_guard": 4,
     "ucm.row_uses": 3,
@@ -123,9 +124,18 @@ LAYERS = {
 FORBIDDEN = {
     "ucm.connectors": ("ucm.storage", "ucm.manager", "ucm.embedded", "ucm.daemon", "ucm.service"),
     "ucm.engine": ("ucm.api", "ucm.client", "ucm.connectors", "ucm.storage", "ucm.manager"),
+    "ucm.sparse": ("ucm.api", "ucm.client", "ucm.connectors", "ucm.storage", "ucm.engine"),
 }
 HEAVY_IMPORTS = {
-    "torch": ("ucm.engine", "ucm.kernels", "ucm.connectors", "ucm.bench", "ucm.cli", "ucm.testing"),
+    "torch": (
+        "ucm.engine",
+        "ucm.sparse",
+        "ucm.kernels",
+        "ucm.connectors",
+        "ucm.bench",
+        "ucm.cli",
+        "ucm.testing",
+    ),
     "lmdb": ("ucm.storage.index", "ucm.bench.storage_peers", "ucm.testing.faulty_index"),
     "grpc": (
         "ucm.protos",
@@ -137,6 +147,7 @@ HEAVY_IMPORTS = {
         "ucm.testing",
     ),
     "transformers": ("ucm.bench",),
+    "matplotlib": ("ucm.bench.gsa_plot",),
     "kvikio": ("ucm.storage.gds", "ucm.storage.gpu_probe"),
 }
 BANNED_NAMES = re.compile(r"(^|_)(utils?|common|helpers?|misc|manager2)$|_v[0-9]+$|_new$")

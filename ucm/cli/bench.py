@@ -14,6 +14,7 @@ from ucm import model_hub
 from ucm.config_values import parse_size
 from ucm.errors import ConfigError
 
+from .bench_gsa import GsaOptions, run_gsa
 from .bench_overlap import OverlapOptions, run_overlap
 from .console import ExitCode, print_json
 from .option_class import takes_options
@@ -197,3 +198,10 @@ def codecs(
 def overlap(options: OverlapOptions) -> None:
     """Time to the first token: loading, computing, and both at once, by the disk's bandwidth."""
     run_overlap(options)
+
+
+@command.command()
+@takes_options(GsaOptions)
+def gsa(options: GsaOptions) -> None:
+    """Sparse attention: quality, bytes and time of every selector, against dense attention."""
+    run_gsa(options)

@@ -19,6 +19,7 @@ from ucm.errors import ConfigError, TierUnavailableError
 from .console import print_json
 from .option_class import takes_options
 from .options import JsonOption
+from .sparse_flags import sparse_line, sparse_options
 
 if TYPE_CHECKING:
     from ucm.api import CacheApi
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ucm.engine.loading import LoadedModel
     from ucm.engine.request import RequestResult
     from ucm.engine.sampling import SamplingParams
+    from ucm.sparse.decoding import SparseStats
 
 FLUSH_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10.0
@@ -65,6 +67,35 @@ class GenerateOptions:
     deadline_s: Annotated[
         float, typer.Option(min=0.05, help="What the request may lose to a cache that is away.")
     ] = 2.0
+    sparse: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODE",
+            help="Long contexts: read only the blocks that matter. latency, concurrency, auto; "
+            "reuse and exact read everything.",
+        ),
+    ] = None
+    sparse_budget: Annotated[
+        float | None, typer.Option(metavar="RATIO", help="Share of the blocks to read.")
+    ] = None
+    sparse_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Or: tokens to read in each layer.")
+    ] = None
+    sparse_eps: Annotated[
+        float | None, typer.Option(metavar="EPS", help="Or: attention mass that may be left out.")
+    ] = None
+    sparse_summary: Annotated[
+        str | None, typer.Option(metavar="KIND", help="What blocks are chosen by: gsa-k4, ...")
+    ] = None
+    sparse_stride: Annotated[
+        int | None, typer.Option(metavar="STEPS", help="Steps that a choice is used for.")
+    ] = None
+    sparse_dense_layers: Annotated[
+        int | None, typer.Option(metavar="N", help="First layers that read everything.")
+    ] = None
+    sparse_min_context: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="Shorter contexts are read whole.")
+    ] = None
     explain: Annotated[
         bool,
         typer.Option("--explain", help="Say what was loaded, what computed, and on what grounds."),
@@ -77,6 +108,7 @@ class GenerateOptions:
 def generate(options: GenerateOptions) -> None:
     """Generate text; the answer goes to standard output as it comes."""
     prompt = _read_prompt(options.prompt, options.prompt_file)
+    sparse_options(options)  # what cannot be is refused before a model is loaded
     model = model_hub.resolve(options.model)
     factory = None
     if options.cache is not None:
@@ -140,7 +172,7 @@ def _generate(
     params = SamplingParams(
         max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed
     )
-    sizes = EngineOptions()
+    sizes = EngineOptions(sparse=sparse_options(options))
     with ExitStack() as stack:
         session = None
         if factory is not None:
@@ -151,7 +183,7 @@ def _generate(
         result = _stream(engine, token_ids, params, show=not options.as_json)
         if session is not None:
             session.flush(FLUSH_TIMEOUT_S)
-        _report(result, session, as_json=options.as_json)
+        _report(result, session, engine.sparse_stats, as_json=options.as_json)
         if options.explain and not options.as_json:
             print(_explanation(session), file=sys.stderr)
 
@@ -206,7 +238,13 @@ def _stream(
     return result
 
 
-def _report(result: RequestResult, session: CacheSession | None, *, as_json: bool) -> None:
+def _report(
+    result: RequestResult,
+    session: CacheSession | None,
+    sparse: SparseStats | None,
+    *,
+    as_json: bool,
+) -> None:
     output, timings = result.outputs[0], result.timings
     stats = session.stats() if session is not None else None
     if as_json:
@@ -217,6 +255,7 @@ def _report(result: RequestResult, session: CacheSession | None, *, as_json: boo
             **dataclasses.asdict(timings),
             "cache": dataclasses.asdict(stats) if stats is not None else None,
             "decision": _decision(session),
+            "sparse": dataclasses.asdict(sparse) if sparse is not None else None,
         }
         print_json(summary)
         return
@@ -227,6 +266,8 @@ def _report(result: RequestResult, session: CacheSession | None, *, as_json: boo
     if timings.tpot_s:
         line += f", then {1 / timings.tpot_s:.1f} tokens/s"
     print(line, file=sys.stderr)
+    if sparse is not None:
+        print(sparse_line(sparse), file=sys.stderr)
 
 
 def _decision(session: CacheSession | None) -> dict[str, object] | None:

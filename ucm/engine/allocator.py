@@ -50,6 +50,7 @@ class BlockAllocator:
             raise InvalidArgumentError(f"a KV pool needs at least 1 block, not {num_blocks}")
         self.num_blocks = num_blocks
         self._refs = [0] * num_blocks
+        self._lives = [0] * num_blocks
         self._is_free = np.ones(num_blocks, dtype=np.bool_)
         self._num_free = num_blocks
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -69,6 +70,10 @@ class BlockAllocator:
     def refs(self, block_id: int) -> int:
         """Number of owners of a block."""
         return self._refs[block_id]
+
+    def life(self, block_id: int) -> int:
+        """How often a block was handed out: what was learnt of it holds for one life only."""
+        return self._lives[block_id]
 
     def find(self, chain: Sequence[ChainLink]) -> list[int]:
         """Blocks of the longest cached prefix of `chain`. Changes nothing, not even recency."""
@@ -118,6 +123,7 @@ class BlockAllocator:
         block_ids = pick_runs(self._is_free, count, after=after, growth=growth)
         for block_id in block_ids:
             self._refs[block_id] = 1
+            self._lives[block_id] += 1
             self._is_free[block_id] = False
         self._num_free -= count
         return block_ids

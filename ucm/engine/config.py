@@ -15,32 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ucm.errors import ConfigError
+from ucm.kernels.rope import Rope, RopeScaling, yarn_magnitude
 from ucm.layout import KvDtype, KvLayout
 
 ARCHITECTURE = "LlamaForCausalLM"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """How positions beyond the trained context are mapped; `kind` is `linear` or `llama3`."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    """llama3: wavelengths above original_context / low_freq_factor are divided by `factor`."""
-    high_freq_factor: float = 4.0
-    """llama3: wavelengths below original_context / high_freq_factor stay as they are."""
-    original_context_tokens: int = 8192
-    """llama3: the context the model was trained on."""
-
-    def describe(self) -> str:
-        """Kind and parameters written out, for a namespace's fingerprint."""
-        if self.kind == "linear":
-            return f"linear(factor={self.factor!r})"
-        return (
-            f"llama3(factor={self.factor!r},low={self.low_freq_factor!r},"
-            f"high={self.high_freq_factor!r},original={self.original_context_tokens})"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +60,11 @@ class ModelConfig:
                 f"model {self.name}: rope_base is {self.rope_base} and rms_norm_eps "
                 f"{self.rms_norm_eps}: no such model can be computed"
             )
+
+    @property
+    def rope(self) -> Rope:
+        """How its keys and queries are rotated."""
+        return Rope(head_dim=self.head_dim, base=self.rope_base, scaling=self.rope_scaling)
 
     @property
     def rope_scaling_text(self) -> str:
@@ -190,19 +173,35 @@ def _scaling_from_hf(raw: Mapping[str, Any] | None, context_tokens: int) -> Rope
     kind = raw.get("rope_type") or raw.get("type") or "default"
     if kind == "default":
         return None
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=float(raw["factor"]))
+    original = int(raw.get("original_max_position_embeddings") or context_tokens)
     if kind == "llama3":
         return RopeScaling(
             kind="llama3",
             factor=float(raw["factor"]),
             low_freq_factor=float(raw["low_freq_factor"]),
             high_freq_factor=float(raw["high_freq_factor"]),
-            original_context_tokens=int(
-                raw.get("original_max_position_embeddings", context_tokens)
-            ),
+            original_context_tokens=original,
         )
-    raise ConfigError(f"RoPE scaling {kind!r} is not supported; linear and llama3 are")
+    if kind == "yarn":
+        return _yarn_from_hf(raw, context_tokens, original)
+    return RopeScaling(kind=kind, factor=float(raw["factor"]))
+
+
+def _yarn_from_hf(raw: Mapping[str, Any], context_tokens: int, original: int) -> RopeScaling:
+    factor = float(raw.get("factor") or context_tokens / original)
+    magnitude = raw.get("attention_factor")
+    if magnitude is None and raw.get("mscale") and raw.get("mscale_all_dim"):
+        magnitude = yarn_magnitude(factor, float(raw["mscale"]))
+        magnitude /= yarn_magnitude(factor, float(raw["mscale_all_dim"]))
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_context_tokens=original,
+        attention_factor=None if magnitude is None else float(magnitude),
+        beta_fast=float(raw.get("beta_fast") or 32.0),
+        beta_slow=float(raw.get("beta_slow") or 1.0),
+        truncate=bool(raw.get("truncate", True)),
+    )
 
 
 def _as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -219,7 +218,7 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> ModelCo
         tied_head: the file has no output tensor of its own.
 
     Raises:
-        ConfigError: another architecture, a missing key, or a RoPE scaling other than linear.
+        ConfigError: another architecture, a missing key, or an unknown RoPE scaling.
     """
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
@@ -264,6 +263,10 @@ def _scaling_from_gguf(metadata: Mapping[str, Any]) -> RopeScaling | None:
     kind = metadata.get("llama.rope.scaling.type", "none")
     if kind == "none":
         return None
+    factor = float(metadata["llama.rope.scaling.factor"])
     if kind == "linear":
-        return RopeScaling(kind="linear", factor=float(metadata["llama.rope.scaling.factor"]))
-    raise ConfigError(f"GGUF RoPE scaling {kind!r} is not supported; linear is")
+        return RopeScaling(kind="linear", factor=factor)
+    if kind == "yarn":
+        context = metadata["llama.rope.scaling.original_context_length"]
+        return RopeScaling(kind="yarn", factor=factor, original_context_tokens=int(context))
+    raise ConfigError(f"GGUF RoPE scaling {kind!r} is not supported; linear and yarn are")

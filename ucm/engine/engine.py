@@ -13,11 +13,14 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from ucm.clock import Clock, SystemClock
-from ucm.errors import InvalidArgumentError
+from ucm.errors import ConfigError, InvalidArgumentError
+from ucm.sparse.decoding import SparseStats
+from ucm.sparse.slab_source import SlabSource
 
 from .guarded_hook import HookStats
 from .hook import KvHook
 from .interfaces import DecoderModel, TextCodec
+from .offload_desk import OffloadDesk
 from .pool import KvPool
 from .request import FinishReason, RequestResult, RequestState, SampleState, TokenEvent
 from .runner import BatchRunner, EngineOptions, EngineStats
@@ -37,6 +40,7 @@ class Engine:
         options: EngineOptions | None = None,
         hook: KvHook | None = None,
         clock: Clock | None = None,
+        source: SlabSource | None = None,
     ) -> None:
         """Build the pool and attach the hook.
 
@@ -46,13 +50,22 @@ class Engine:
             options: sizes and limits.
             hook: fills and drains the pool; a hook that cannot attach is left out.
             clock: for the timings.
+            source: keeps the KV of sequences that are longer than their share of the pool
+                (`EngineOptions.offload`); the caller closes it, after the engine.
+
+        Raises:
+            ConfigError: offload without a source.
         """
         self.options = options or EngineOptions()
+        if self.options.share is not None and source is None:
+            raise ConfigError(
+                "engine: offload (resident_blocks) needs a slab source, for example HostSlabSource"
+            )
         self._model = model
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
         self._clock = clock or SystemClock()
-        self._runner = BatchRunner(model, self.options, hook, self._clock)
+        self._runner = BatchRunner(model, self.options, hook, self._clock, source)
         self._requests: dict[str, RequestState] = {}
         self._mailboxes: dict[str, deque[TokenEvent]] = {}
         self._num_added = 0
@@ -68,9 +81,19 @@ class Engine:
         return self._runner.stats
 
     @property
+    def sparse_stats(self) -> SparseStats | None:
+        """What sparse attention read and left out; None without it."""
+        return self._runner.sparse_stats
+
+    @property
     def hook_stats(self) -> HookStats:
         """What the hook was asked for and gave."""
         return self._runner.hook.stats
+
+    @property
+    def offloads(self) -> OffloadDesk:
+        """The sequences that are longer than their share of the pool."""
+        return self._runner.offloads
 
     @property
     def has_work(self) -> bool:
@@ -117,6 +140,10 @@ class Engine:
             block_tokens=self.options.block_tokens,
             num_forks=params.n - 1,
         )
+        share = self.options.share
+        if share is not None and self._is_long(max_length):
+            sequence.resident_blocks = share.resident_blocks
+            sequence.max_chunk_tokens = share.max_chunk_tokens(sequence.block_tokens)
         if params.repetition_penalty != 1.0:
             sequence.track_seen(self._model.config.vocab_size)
         request = RequestState(
@@ -228,12 +255,7 @@ class Engine:
 
     def check_integrity(self) -> list[str]:
         """Every violated invariant of pool and sequences, in words; empty when sound."""
-        runner = self._runner
-        faults = runner.pool.check_integrity(
-            [*(item.block_ids for item in runner.running), *runner.loads.owned]
-        )
-        faults += [f"waiting {item.id} holds blocks" for item in runner.waiting if item.block_ids]
-        return faults
+        return self._runner.check_integrity()
 
     def step(self) -> list[TokenEvent]:
         """Compute one batch; blocks for one forward pass (and the hook's loads).
@@ -247,6 +269,8 @@ class Engine:
             CorruptionError: the model produced no finite logits.
         """
         events = [self._emit(sequence, token_id) for sequence, token_id in self._runner.step()]
+        failed, self._runner.offloads.failed = self._runner.offloads.failed, []
+        events += [self._emit_failure(sequence, why) for sequence, why in failed]
         for event in events:
             mailbox = self._mailboxes.get(event.request_id)
             if mailbox is not None:
@@ -275,6 +299,22 @@ class Engine:
             text=text,
             finish_reason=state.finish_reason,
             result=request.result() if request.is_finished else None,
+        )
+
+    def _emit_failure(self, sequence: TokenSequence, why: str) -> TokenEvent:
+        """End a request that the engine cannot go on with; it has one sample."""
+        request = self._requests.pop(sequence.request_id)
+        (state,) = request.samples
+        state.finish_reason = FinishReason.FAILED
+        request.error = why
+        self._runner.retire(sequence)
+        return TokenEvent(
+            request_id=request.id,
+            index=sequence.index,
+            token_id=-1,
+            text=state.stream.flush() if state.stream else "",
+            finish_reason=state.finish_reason,
+            result=request.result(),
         )
 
     def _finish_reason(self, sequence: TokenSequence, token_id: int) -> FinishReason | None:
@@ -307,17 +347,29 @@ class Engine:
             )
         max_length = min(len(tokens) + params.max_tokens, config.max_context_tokens)
         num_blocks = -(-(max_length - 1) // options.block_tokens)
-        if num_blocks > options.num_blocks:
+        is_long = self._is_long(max_length)
+        if is_long and params.n > 1:
+            raise InvalidArgumentError(
+                f"n is {params.n}: {len(tokens)} prompt tokens and up to {params.max_tokens} new "
+                "ones pass a sequence's share of the pool (resident_blocks), where samples cannot "
+                "be split off; ask for them one by one"
+            )
+        if num_blocks > options.num_blocks and not is_long:
             raise InvalidArgumentError(
                 f"{len(tokens)} prompt tokens and up to {params.max_tokens} new ones need "
                 f"{num_blocks} KV blocks, the pool has {options.num_blocks}; shorten the prompt, "
-                "lower max_tokens or raise num_blocks"
+                "lower max_tokens, raise num_blocks or set offload"
             )
         if params.n > options.scheduler.max_sequences:
             raise InvalidArgumentError(
                 f"n is {params.n}, the batch holds {options.scheduler.max_sequences} sequences"
             )
         return max_length
+
+    def _is_long(self, max_length: int) -> bool:
+        """Whether a sequence of this length does not fit its share of the pool."""
+        share, size = self.options.share, self.options.block_tokens
+        return share is not None and -(-(max_length - 1) // size) > share.resident_blocks
 
     def _new_sample(self, sequence: TokenSequence) -> SampleState:
         stream = self._tokenizer.stream() if self._tokenizer else None

@@ -18,13 +18,14 @@ Envelope: without loads and stores the model is called as if this module were no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ucm import tracing
 from ucm.clock import Clock
+from ucm.sparse.slab_source import SlabLostError
 from ucm.tracing import Track
 
 from .guarded_hook import GuardedHook
@@ -32,11 +33,25 @@ from .hook import StepReport
 from .interfaces import DecoderModel
 from .layer_clock import LayerClock
 from .load_queue import Load, LoadQueue
-from .model import ForwardItem
+from .model import ItemAttention
+from .offload_desk import OffloadDesk
 from .pool import KvPool
 from .scheduler import SchedulerOptions, Work
 from .sequence import TokenSequence
 from .store_offers import StoreOffers
+
+
+@dataclass(frozen=True, slots=True)
+class PassParts:
+    """What passes work with."""
+
+    model: DecoderModel
+    pool: KvPool
+    hook: GuardedHook
+    loads: LoadQueue
+    offers: StoreOffers
+    offloads: OffloadDesk
+    clock: Clock
 
 
 class LayerShortError(Exception):
@@ -108,48 +123,53 @@ class _Gate:
 class ForwardPass:
     """Runs a step's batch until it is through; see the module."""
 
-    def __init__(
-        self,
-        model: DecoderModel,
-        pool: KvPool,
-        hook: GuardedHook,
-        loads: LoadQueue,
-        offers: StoreOffers,
-        clock: Clock,
-    ) -> None:
-        self._model = model
-        self._pool = pool
-        self._hook = hook
-        self._loads = loads
-        self._offers = offers
-        self._clock = clock
+    def __init__(self, parts: PassParts) -> None:
+        self._model = parts.model
+        self._pool = parts.pool
+        self._hook = parts.hook
+        self._loads = parts.loads
+        self._offers = parts.offers
+        self._offloads = parts.offloads
+        self._clock = parts.clock
 
-    def run(self, batch: Sequence[Work], options: SchedulerOptions) -> PassResult:
+    def run(
+        self,
+        batch: Sequence[Work],
+        options: SchedulerOptions,
+        attentions: Mapping[str, ItemAttention] | None = None,
+    ) -> PassResult:
         """Compute `batch`, which includes the sequences whose loads have joined.
+
+        `attentions` has those who attend for sequences that are not dense, by their ids; never for
+        one whose load has joined.
 
         Blocks for the pass and for the loads. When it raises (the model failed) the joined loads
         and the stores are as they were before it. When it returns logits, its stores wait for
         `StoreOffers.complete_pass`.
         """
         evicted: list[TokenSequence] = []
+        others = attentions or {}
         while batch:
             progress = self._offers.begin_pass(batch)
             gate = _Gate(self._hook, self._clock, self._loads.joined, progress)
             started_us = self._clock.now_us()
-            logits = self._attempt(batch, gate)
+            logits = self._attempt(batch, gate, others)
             seconds = (self._clock.now_us() - started_us) / 1e6
             cut, lost = self._trim_short(gate) if logits is None else self._end_joined(gate)
             if logits is not None and not cut:
                 self._report(batch, gate, seconds)
                 return PassResult(batch, logits, evicted)
             self._offers.fail_pass()
+            lost += self._offloads.take_lost()
             evicted += lost
             batch = _refit([work for work in batch if work.sequence not in lost], cut, options)
         return PassResult(batch, None, evicted)
 
-    def _attempt(self, batch: Sequence[Work], gate: _Gate) -> torch.Tensor | None:
-        """Run the model once; None when a layer came short."""
-        items = [_forward_item(work) for work in batch]
+    def _attempt(
+        self, batch: Sequence[Work], gate: _Gate, others: Mapping[str, ItemAttention]
+    ) -> torch.Tensor | None:
+        """Run the model once; None when a layer came short, or a long sequence lost a slab."""
+        items = [self._offloads.item(work, others.get(work.sequence.id)) for work in batch]
         begun_us, is_watched = tracing.now_us(), tracing.active() is not None
         is_gated = gate.loads or gate.progress is not None or is_watched
         wait_layer = gate.enter if is_gated else None
@@ -159,7 +179,7 @@ class ForwardPass:
             is_over = True
             gate.trace_layer(self._pool.layout.num_layers - 1)
             _trace_pass(batch, begun_us)
-        except LayerShortError:
+        except (LayerShortError, SlabLostError):
             is_over = True
             return None
         finally:
@@ -232,13 +252,3 @@ def _refit(
             num_tokens += num_more
         fitted.append(Work(work.sequence, num_tokens))
     return fitted
-
-
-def _forward_item(work: Work) -> ForwardItem:
-    sequence = work.sequence
-    start = sequence.num_computed
-    return ForwardItem(
-        token_ids=sequence.tokens[start : start + work.num_tokens],
-        start=start,
-        block_ids=sequence.block_ids,
-    )

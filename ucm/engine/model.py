@@ -46,6 +46,21 @@ class ItemAttention(Protocol):
         """
 
 
+class QueriesAhead(Protocol):
+    """Told about a layer's queries before they are known exactly."""
+
+    def __call__(self, layer: int, q_THD: Tensor, /) -> None:
+        """Take the predicted queries of `layer`, before layer `layer - 1` attends.
+
+        The prediction is InfiniGen's (arXiv 2406.19707): the next layer's norm and query weights
+        applied to this layer's input, which one layer changes little. The first layer has none.
+
+        Args:
+            layer: number of the layer that will ask.
+            q_THD: [T, H, D] for the item's tokens, rotated; the callee may keep it.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardItem:
     """One sequence's share of one step."""
@@ -59,6 +74,8 @@ class ForwardItem:
     attention: ItemAttention | None = None
     """Who attends; dense over `block_ids` when None. With one, only the entries of `block_ids` at
     the new positions are looked at."""
+    look_ahead: QueriesAhead | None = None
+    """Who is told the next layer's queries; costs a product with the query weights a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +102,8 @@ class _Step:
     """(block id, offset in it) of each token: tensors, or two numbers if there is one token."""
     parts: tuple[tuple[slice, ItemAttention], ...]
     """For each item its rows and who attends for them."""
+    ahead: tuple[tuple[slice, QueriesAhead], ...]
+    """Rows whose next queries somebody wants to know."""
     wait_layer: Callable[[int], None] | None
 
 
@@ -123,6 +142,7 @@ class LlamaModel:
         *,
         wait_layer: Callable[[int], None] | None = None,
         attention: str | None = None,
+        every_token: bool = False,
     ) -> Tensor:
         """Compute the items' tokens, write their KV, return the logits of each item's last token.
 
@@ -135,9 +155,10 @@ class LlamaModel:
                 pool and when all earlier layers' KV is written; may block. What it raises ends the
                 pass and is passed on; the pass can then be repeated.
             attention: name of the attention implementation, for tests.
+            every_token: return the logits of all tokens of all items, in order.
 
         Returns:
-            [len(items), vocab_size] fp32.
+            [len(items), vocab_size] fp32; a row for each token where `every_token` is set.
 
         Raises:
             LayoutMismatchError: the pool or an item does not fit the model.
@@ -149,14 +170,17 @@ class LlamaModel:
             x_TC = self._embedding[torch.tensor(tokens, dtype=torch.int64)]
             for index, layer in enumerate(self._layers):
                 x_TC = self._run_layer(layer, x_TC, kv_pool[index], step, index)
-            last = x_TC[[rows.stop - 1 for rows, _ in step.parts]]
-            logits = self._head(self._final_norm(last))
+            if not every_token:
+                x_TC = x_TC[[rows.stop - 1 for rows, _ in step.parts]]
+            logits = self._head(self._final_norm(x_TC))
         # A copy made outside inference mode is an ordinary tensor: samplers may write to it.
         return logits.to(torch.float32, copy=True)
 
     def _run_layer(
         self, layer: _Layer, x_TC: Tensor, kv_layer: Tensor, step: _Step, index: int
     ) -> Tensor:
+        if step.ahead:
+            self._look_ahead(x_TC, step, index + 1)
         attended = self._attend(layer, layer.input_norm(x_TC), kv_layer, step, index)
         x_TC = layer.out.add(attended, x_TC)
         gate, up = layer.gate_up(layer.mlp_norm(x_TC)).chunk(2, dim=-1)
@@ -183,6 +207,17 @@ class LlamaModel:
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out.reshape(num_tokens, c.num_heads * c.head_dim)
 
+    def _look_ahead(self, x_TC: Tensor, step: _Step, index: int) -> None:
+        """Predict the queries of layer `index` from its predecessor's input."""
+        if index == len(self._layers):
+            return
+        c, layer = self.config, self._layers[index]
+        for rows, tell in step.ahead:
+            x = layer.input_norm(x_TC[rows])
+            q_THD = layer.qkv.first(x, c.num_heads * c.head_dim).view(len(x), -1, c.head_dim)
+            rotate_(q_THD, step.cos[rows], step.sin[rows])
+            tell(index, q_THD)
+
     def _plan(
         self,
         items: Sequence[ForwardItem],
@@ -193,7 +228,7 @@ class LlamaModel:
         """Resolve positions, slots and attention once for all layers."""
         positions: list[int] = []
         blocks: list[int] = []
-        parts = []
+        parts, ahead = [], []
         kv_layer = kv_pool[0]
         block_tokens = kv_layer.shape[3]
         for item in items:
@@ -203,7 +238,10 @@ class LlamaModel:
             attend = item.attention or self._dense(item, kv_layer, attention)
             positions += span
             blocks += [item.block_ids[position // block_tokens] for position in span]
-            parts.append((slice(first_row, len(positions)), attend))
+            rows = slice(first_row, len(positions))
+            parts.append((rows, attend))
+            if item.look_ahead is not None:
+                ahead.append((rows, item.look_ahead))
         where = torch.tensor(positions, dtype=torch.int64)
         cos, sin = self._rope.at(where)
         slots: tuple[Tensor, Tensor] | tuple[int, int]
@@ -211,7 +249,7 @@ class LlamaModel:
             slots = (blocks[0], positions[0] % block_tokens)
         else:
             slots = (torch.tensor(blocks, dtype=torch.int64), where % block_tokens)
-        return _Step(cos=cos, sin=sin, slots=slots, parts=tuple(parts), wait_layer=wait_layer)
+        return _Step(cos, sin, slots, tuple(parts), tuple(ahead), wait_layer)
 
     def _dense(self, item: ForwardItem, kv_layer: Tensor, attention: str | None) -> ItemAttention:
         """Attention over all blocks of an item, in the cheapest way there is."""

@@ -21,6 +21,8 @@ class FinishReason(enum.StrEnum):
     """`max_tokens`, or the model's last position."""
     ABORTED = "aborted"
     """`Engine.abort`."""
+    FAILED = "failed"
+    """The engine could not go on with it; `RequestResult.error` says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,8 @@ class RequestResult:
     outputs: tuple[SampleOutput, ...]
     """One a sample, in the order of their indexes."""
     timings: RequestTimings
+    error: str | None = None
+    """Why it failed; None unless a sample did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +76,7 @@ class TokenEvent:
     index: int
     """Which sample."""
     token_id: int
+    """-1 when the sample failed: there is no token then."""
     text: str
     """Text that became certain with it; may be empty, or cover earlier tokens."""
     finish_reason: FinishReason | None = None
@@ -110,6 +115,7 @@ class RequestState:
     prompt: tuple[int, ...]
     added_us: int
     samples: list[SampleState] = field(default_factory=list)
+    error: str | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -125,6 +131,7 @@ class RequestState:
             prompt_token_ids=self.prompt,
             outputs=tuple(sample.output() for sample in self.samples),
             timings=self._timings(),
+            error=self.error,
         )
 
     def _timings(self) -> RequestTimings:

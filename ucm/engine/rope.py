@@ -1,46 +1,20 @@
-"""Rotary position embedding in the half-split form of Hugging Face's Llama.
+"""Rotary position embedding of a step's queries and keys, in the half-split form.
 
     x = [a | b] (halves of a head)   ->   [a cos - b sin | b cos + a sin]
 
-Source: RoFormer (arXiv 2104.09864); the llama3 scaling is that of Llama 3.1's release. Angles are
-computed in fp32 whatever the model's dtype, as Transformers does.
+Frequencies, scalings and sources: `ucm.kernels.rope`.
 
 Shapes: T tokens, H heads, D head size, P positions.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ucm.errors import ConfigError
+from ucm.kernels.rope import cos_sin
 
-from .config import ModelConfig, RopeScaling
-
-
-def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each pair of dimensions: [head_dim / 2] fp32, scaling applied."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / (config.rope_base**exponents)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    if scaling.kind == "llama3":
-        return _llama3_frequencies(frequencies, scaling)
-    raise ConfigError(f"RoPE scaling {scaling.kind!r} is not supported; linear and llama3 are")
-
-
-def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Long wavelengths are stretched, short ones kept, those between interpolated."""
-    wavelengths = 2 * math.pi / frequencies
-    context = scaling.original_context_tokens
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = ((context / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+from .config import ModelConfig
 
 
 class RopeTable:
@@ -51,9 +25,9 @@ class RopeTable:
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        positions = torch.arange(config.max_context_tokens, dtype=torch.float32)
-        angles = torch.outer(positions, inverse_frequencies(config))
-        cos, sin = angles.cos(), angles.sin()
+        rope = config.rope
+        cos, sin = cos_sin(rope, torch.arange(config.max_context_tokens))
+        cos, sin = cos * rope.magnitude, sin * rope.magnitude
         self._half = config.head_dim // 2
         self.cos_PD = torch.cat((cos, cos), dim=-1).to(dtype)
         self.sin_PD = torch.cat((-sin, sin), dim=-1).to(dtype)

@@ -26,17 +26,23 @@ import torch
 from ucm.clock import Clock
 from ucm.errors import CapacityError, ConfigError
 from ucm.layout import KvLayout
+from ucm.sparse.decoding import SparseStats
+from ucm.sparse.offload import OffloadOptions
+from ucm.sparse.options import SparseOptions
+from ucm.sparse.slab_source import SlabSource
 from ucm.types import LoadOrder
 
-from .forward_pass import ForwardPass
+from .forward_pass import ForwardPass, PassParts
 from .guarded_hook import GuardedHook
 from .hook import KvHook
 from .interfaces import DecoderModel
 from .load_queue import Load, LoadQueue
+from .offload_desk import OffloadDesk
 from .pool import TORCH_DTYPES, KvPool
 from .sampling import Draw, sample
 from .scheduler import Admission, SchedulerOptions, Work, plan_step
 from .sequence import TokenSequence
+from .sparse_decode import SparseDecode
 from .store_offers import StoreOffers
 
 _STALL_POLL_S = 0.01
@@ -59,12 +65,34 @@ class EngineOptions:
     later steps, so a slow store never starves the decode."""
     stall_timeout_s: float = 30.0
     """How long to wait for the hook to give pinned blocks back when nothing can run without."""
+    sparse: SparseOptions | None = None
+    """Which blocks decodes of long sequences read; None: all of them, always."""
+    offload: OffloadOptions | None = None
+    """How a sequence lives with less of the pool than it needs; None: as `sparse.resident_blocks`
+    says, and without that it must fit."""
+
+    @property
+    def share(self) -> OffloadOptions | None:
+        """What a sequence may own of the pool; None: what it needs."""
+        sparse = self.sparse
+        if self.offload is not None or sparse is None or sparse.resident_blocks is None:
+            return self.offload
+        return OffloadOptions(
+            resident_blocks=sparse.resident_blocks,
+            sink_blocks=sparse.sink_blocks,
+            recent_blocks=sparse.recent_blocks,
+        )
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1 or self.block_tokens < 1:
             raise ConfigError(
                 f"engine: num_blocks is {self.num_blocks} and block_tokens {self.block_tokens}, "
                 "both must be >= 1"
+            )
+        if self.share is not None and self.share.resident_blocks > self.num_blocks:
+            raise ConfigError(
+                f"engine: a sequence is to own {self.share.resident_blocks} blocks "
+                f"(resident_blocks), the pool has {self.num_blocks}"
             )
         if not 0.0 < self.max_pinned_share <= 1.0:
             raise ConfigError(
@@ -88,7 +116,12 @@ class BatchRunner:
     """Running and waiting sequences over one pool; see the module. Owned by one thread."""
 
     def __init__(
-        self, model: DecoderModel, options: EngineOptions, hook: KvHook | None, clock: Clock
+        self,
+        model: DecoderModel,
+        options: EngineOptions,
+        hook: KvHook | None,
+        clock: Clock,
+        source: SlabSource | None = None,
     ) -> None:
         """Build the pool and attach the hook."""
         self.stats = EngineStats()
@@ -104,8 +137,28 @@ class BatchRunner:
         self.loads = LoadQueue(self.hook, self.pool, options.scheduler, clock)
         max_pinned = max(1, int(options.num_blocks * options.max_pinned_share))
         self._offers = StoreOffers(self.hook, self.pool, self.loads, max_pinned)
-        self._pass = ForwardPass(model, self.pool, self.hook, self.loads, self._offers, clock)
+        self._sparse: SparseDecode | None = None
+        if options.sparse is not None:
+            self._sparse = SparseDecode(options.sparse, self.pool, self.loads)
+        make_chooser = self._sparse.chooser if self._sparse else None
+        self.offloads = OffloadDesk(self.pool, source, options.share, make_chooser)
+        self._pass = ForwardPass(
+            PassParts(model, self.pool, self.hook, self.loads, self._offers, self.offloads, clock)
+        )
         self._stalled_since_us: int | None = None
+
+    @property
+    def sparse_stats(self) -> SparseStats | None:
+        """What sparse attention read and left out; None without it."""
+        return None if self._sparse is None else self._sparse.stats
+
+    def check_integrity(self) -> list[str]:
+        """Every violated invariant of pool and sequences, in words; empty when sound."""
+        owners = [*(item.block_ids for item in self.running), *self.loads.owned]
+        faults = self.pool.check_integrity(owners)
+        faults += [f"waiting {item.id} holds blocks" for item in self.waiting if item.block_ids]
+        faults += self.offloads.check_integrity()
+        return faults + (self._sparse.check_integrity(self.running) if self._sparse else [])
 
     def submit(self, sequence: TokenSequence) -> None:
         """Queue a sequence; it starts with the next step that has room."""
@@ -115,6 +168,7 @@ class BatchRunner:
         """Take a sequence out, whatever its state; its blocks go back."""
         (self.running if sequence.block_ids else self.waiting).remove(sequence)
         self._give_up(sequence)
+        self.offloads.forget(sequence)
 
     def step(self) -> list[tuple[TokenSequence, int]]:
         """Compute one batch; blocks for one forward pass (and the hook's loads).
@@ -142,7 +196,8 @@ class BatchRunner:
             self._stall()
             return []
         self._stalled_since_us = None
-        result = self._pass.run(batch, options)
+        attentions = self._sparse.begin_pass(batch) if self._sparse is not None else None
+        result = self._pass.run(batch, options, attentions)
         for sequence in result.evicted:
             self._preempt(sequence)
         return [] if result.logits is None else self._finish_step(result.batch, result.logits)
@@ -156,11 +211,16 @@ class BatchRunner:
             if work.num_tokens == work.sequence.num_uncomputed
         ]
         token_ids = self._sample(logits, ready)
+        lost = self.offloads.end_pass(batch)
         for work in batch:
-            self._advance(work)
+            if work.sequence not in lost:
+                self._advance(work)
         sinks = [sink for _, item in ready for sink in (item, *self._fork(item))]
         self.stats.steps += 1
-        return list(zip(sinks, token_ids, strict=True))
+        for sequence in lost:
+            self._preempt(sequence)
+        drawn = zip(sinks, token_ids, strict=True)
+        return [(sequence, token_id) for sequence, token_id in drawn if sequence not in lost]
 
     def _sample(
         self, logits: torch.Tensor, ready: Sequence[tuple[int, TokenSequence]]
@@ -195,6 +255,9 @@ class BatchRunner:
     def _give_up(self, sequence: TokenSequence) -> None:
         """End what is under way for a sequence, and give its blocks back."""
         self.loads.drop(sequence)
+        self.offloads.leave(sequence)
+        if self._sparse is not None:
+            self._sparse.drop(sequence)
         self.pool.blocks.release(sequence.rewind())
         self.hook.finish(sequence.id)
 
@@ -207,6 +270,8 @@ class BatchRunner:
         num_tokens = self.loads.claim(sequence, work.num_tokens)
         if num_tokens == 0:
             return None
+        if sequence.is_offloaded:
+            return Work(sequence, num_tokens)
         if sequence.num_blocks_for(sequence.num_computed + num_tokens) > len(blocks):
             if self.pool.blocks.num_available == 0:
                 return None
@@ -246,6 +311,7 @@ class BatchRunner:
         bisect.insort(self.running, sequence, key=_by_arrival)
         sequence.num_computed = len(shared) * sequence.block_tokens
         sequence.num_registered = len(shared)
+        self.offloads.admit(sequence)
         if sequence.num_preemptions == 0:
             sequence.num_local_tokens = sequence.num_computed
         load = self.loads.begin(sequence, len(shared), len(usable))
@@ -286,6 +352,8 @@ class BatchRunner:
         work.sequence.advance(work.num_tokens)
         self.stats.computed_tokens += work.num_tokens
         work.sequence.register_full(self.pool.blocks)
+        if self._sparse is not None:
+            self._sparse.end_pass(work)
 
     def _fork(self, sequence: TokenSequence) -> list[TokenSequence]:
         """Split off a request's other samples, once its prompt is computed."""

@@ -42,6 +42,11 @@ class TokenSequence:
     max_length: int
     """Tokens, prompt included, at which the sample ends."""
     block_tokens: int
+    resident_blocks: int = 0
+    """Pool blocks that it owns when it is longer than its share of the pool; 0: what it needs. The
+    block ids are then those of its share, in no order."""
+    max_chunk_tokens: int = 0
+    """Most tokens of one pass when it has a share; it must hold what the pass computes."""
     num_forks: int = 0
     """Samples that are split off when the prompt is computed; each needs a place in the batch."""
     num_computed: int = 0
@@ -59,6 +64,8 @@ class TokenSequence:
     num_hook_tokens: int = 0
     """Tokens that the hook loaded at the first admission."""
     num_preemptions: int = 0
+    approximate_from: int | None = None
+    """Position from which on KV was computed with blocks left out; None: all of it is exact."""
     seen: npt.NDArray[np.bool_] | None = None
     """[vocab] for the repetition penalty; None when there is none."""
 
@@ -81,8 +88,15 @@ class TokenSequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def is_offloaded(self) -> bool:
+        """Whether most of its KV lies below the pool."""
+        return self.resident_blocks > 0
+
+    @property
     def num_computable(self) -> int:
-        """Tokens of these that come before what was loaded ahead."""
+        """Tokens of these that come before what was loaded ahead, and that a pass may compute."""
+        if self.is_offloaded:
+            return min(len(self.tokens) - self.num_computed, self.max_chunk_tokens)
         if self.loaded_ahead is None:
             return len(self.tokens) - self.num_computed
         return self.loaded_ahead[0] * self.block_tokens - self.num_computed
@@ -97,17 +111,29 @@ class TokenSequence:
         """Blocks whose every row is computed."""
         return self.num_computed // self.block_tokens
 
+    def num_exact_blocks(self, num_tokens: int) -> int:
+        """Full blocks of the first `num_tokens` that hold exactly what their tokens say.
+
+        Only these are shared and stored: whoever finds them asked for the tokens, not for the way
+        they came about.
+        """
+        if self.approximate_from is not None:
+            num_tokens = min(num_tokens, self.approximate_from)
+        return num_tokens // self.block_tokens
+
     @property
     def reusable_chain(self) -> list[ChainLink]:
         """What may be shared or loaded: full blocks, but never the last token's.
 
         The last token has to be computed in any case, because the next one comes from its logits.
         """
-        return self.chain[: (len(self.tokens) - 1) // self.block_tokens]
+        return (
+            [] if self.is_offloaded else self.chain[: (len(self.tokens) - 1) // self.block_tokens]
+        )
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` positions."""
-        return -(-num_tokens // self.block_tokens)
+        """Pool blocks that it owns when it has `num_tokens`."""
+        return self.resident_blocks or -(-num_tokens // self.block_tokens)
 
     def append(self, token_id: int) -> None:
         """Add a sampled token; O(1), and one hash when it fills a block."""
@@ -146,9 +172,12 @@ class TokenSequence:
 
     def register_full(self, blocks: BlockAllocator) -> None:
         """Make its full blocks findable; their content is final."""
-        for index in range(self.num_registered, self.num_full_blocks):
+        if self.is_offloaded:
+            return
+        num_exact = self.num_exact_blocks(self.num_computed)
+        for index in range(self.num_registered, num_exact):
             blocks.register(self.block_ids[index], self.chain[index])
-        self.num_registered = self.num_full_blocks
+        self.num_registered = num_exact
 
     def _count_loaded(self, blocks: range) -> None:
         if self.num_preemptions == 0:
@@ -175,6 +204,7 @@ class TokenSequence:
             chain=list(self.chain),
             num_registered=self.num_registered,
             num_offered=self.num_offered,
+            approximate_from=self.approximate_from,
             seen=None if self.seen is None else self.seen.copy(),
         )
 
@@ -186,7 +216,7 @@ class TokenSequence:
         """
         block_ids, self.block_ids = self.block_ids, []
         self.num_computed = self.num_registered = self.num_offered = 0
-        self.loaded_ahead = None
+        self.loaded_ahead = self.approximate_from = None
         return block_ids
 
     def _extend_chain(self) -> None:

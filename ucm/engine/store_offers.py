@@ -89,7 +89,9 @@ class StoreOffers:
             sequence: it has no load.
             num_wanted: blocks that must be available at once when it has left.
         """
-        num_new = sequence.num_full_blocks - sequence.num_offered
+        if sequence.is_offloaded:
+            return
+        num_new = sequence.num_exact_blocks(sequence.num_computed) - sequence.num_offered
         if num_new <= 0 or not self._hook.should_swap_out(sequence.num_computed):
             return
         blocks = self._pool.blocks
@@ -100,11 +102,11 @@ class StoreOffers:
 
     def _offer_work(self, work: Work, under_way: _OpenPass) -> None:
         sequence = work.sequence
-        last = (sequence.num_computed + work.num_tokens) // sequence.block_tokens
+        last = sequence.num_exact_blocks(sequence.num_computed + work.num_tokens)
         before = sequence.num_offered
-        if last <= before:
+        if last <= before or sequence.is_offloaded:
             return
-        num_final = sequence.num_full_blocks
+        num_final = sequence.num_exact_blocks(sequence.num_computed)
         load = self._loads.get(sequence)
         if load is not None and load.is_joined:
             # Not what it loads, which comes from there, and is not verified yet.

@@ -1,0 +1,65 @@
+"""The plot of the sparse attention benchmark: quality against bytes read, a line a selector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from ucm.errors import ConfigError
+
+FORMATS = ("png", "svg", "pdf")
+MARKERS = "osD^v<>PX*"
+DEFAULT = "gsa-k4"
+
+
+def check_plot(path: Path) -> None:
+    """See that a plot can be written in the format that its name asks for.
+
+    Raises:
+        ConfigError: another format.
+    """
+    if path.suffix.lower().removeprefix(".") not in FORMATS:
+        raise ConfigError(f"--plot {path}: name it .{', .'.join(FORMATS)}")
+
+
+def save_plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draw KL to dense against bytes read over dense bytes, means over documents.
+
+    Args:
+        result: of the benchmark.
+        path: whose suffix says the format; overwritten.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with mpl.rc_context({"svg.hashsalt": "ucm", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        for index, (selector, budgets) in enumerate(result["geomean"].items()):
+            cells = sorted(budgets.values(), key=lambda cell: cell["bytes_ratio"])
+            axes.plot(
+                [100 * cell["bytes_ratio"] for cell in cells],
+                [cell["kl"] for cell in cells],
+                marker=MARKERS[index % len(MARKERS)],
+                linewidth=2.5 if selector == DEFAULT else 1.0,
+                linestyle="--" if selector == "oracle" else "-",
+                label=selector,
+            )
+        axes.set_yscale("log")
+        axes.set_xlabel("bytes read, % of dense (blocks and summaries, bf16 KV)")
+        axes.set_ylabel("KL to dense attention, nats a token")
+        budgets = " and ".join(f"{float(budget):.1%}" for budget in result["budgets"])
+        count = len(result["documents"])
+        axes.set_title(
+            f"{result['model']}: {budgets} of the blocks, {count} "
+            f"document{'s' if count != 1 else ''}; lower left is better",
+            fontsize="medium",
+        )
+        axes.grid(visible=True, which="both", alpha=0.3)
+        axes.legend(ncols=2, fontsize="small")
+        metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
+        figure.savefig(path, metadata=metadata)

@@ -1,0 +1,263 @@
+"""An engine whose sequences are longer than their share of the pool, on a real tiny decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ucm.engine.engine import Engine, EngineOptions
+from ucm.engine.loading import load_model
+from ucm.engine.model import LlamaModel
+from ucm.engine.request import FinishReason
+from ucm.engine.sampling import SamplingParams
+from ucm.engine.scheduler import SchedulerOptions
+from ucm.errors import ConfigError, InvalidArgumentError
+from ucm.kernels.block_scores import Budget
+from ucm.sparse.mode_policy import SparseMode
+from ucm.sparse.offload import OffloadOptions
+from ucm.sparse.options import SparseOptions
+from ucm.sparse.slab_source import HostShelf, HostSlabSource, SlabLostError, SlabRead
+from ucm.testing.models import write_tiny_model
+
+SHARE = OffloadOptions(resident_blocks=8, wave_blocks=3, num_waves=2)
+PROMPT = [3 + (i * i + 7 * i) % 90 for i in range(150)]
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
+    return load_model(write_tiny_model(tmp_path_factory.mktemp("tiny")), torch.float32).model
+
+
+@pytest.fixture
+def source() -> Iterator[HostSlabSource]:
+    made = HostSlabSource(64 << 20)
+    yield made
+    made.close()
+
+
+def new_engine(
+    model: LlamaModel, source: HostSlabSource | None, *, num_blocks: int = 10, **settings: object
+) -> Engine:
+    chosen: dict[str, object] = {"offload": SHARE, **settings}
+    options = EngineOptions(
+        num_blocks=num_blocks,
+        block_tokens=4,
+        scheduler=SchedulerOptions(max_step_tokens=40, prefill_chunk_tokens=32),
+        **chosen,  # type: ignore[arg-type]
+    )
+    return Engine(model, None, options, source=source)
+
+
+def roomy(model: LlamaModel, prompt: Sequence[int], params: SamplingParams = GREEDY) -> list[int]:
+    """The tokens of an engine whose pool holds everything."""
+    with new_engine(model, None, num_blocks=200, offload=None) as engine:
+        (result,) = engine.generate_all([prompt], params)
+    return list(result.outputs[0].token_ids)
+
+
+def run(engine: Engine, *prompts: Sequence[int]) -> list[list[int]]:
+    """Run requests together and look after the pool at each step."""
+    names = [engine.add_request(prompt, GREEDY) for prompt in prompts]
+    found: dict[str, list[int]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            if event.result is not None:
+                found[event.request_id] = list(event.result.outputs[0].token_ids)
+        assert engine.check_integrity() == []
+    assert engine.pool.blocks.num_available == engine.options.num_blocks
+    return [found[name] for name in names]
+
+
+def test_a_context_larger_than_the_pool(model: LlamaModel, source: HostSlabSource) -> None:
+    with new_engine(model, source) as engine:
+        assert run(engine, PROMPT) == [roomy(model, PROMPT)]
+        assert engine.offloads.stats.sequences == 1
+        assert engine.stats.preemptions == 0
+    assert source.read_bytes > 0
+
+
+def test_long_and_ordinary_sequences_in_one_batch(
+    model: LlamaModel, source: HostSlabSource
+) -> None:
+    prompts = [PROMPT, PROMPT[5:20], PROMPT[::-1], PROMPT[40:60]]
+    with new_engine(model, source, num_blocks=30) as engine:
+        assert run(engine, *prompts) == [roomy(model, prompt) for prompt in prompts]
+        assert engine.offloads.stats.sequences == 2
+
+
+def test_a_short_prompt_is_not_offloaded(model: LlamaModel, source: HostSlabSource) -> None:
+    with new_engine(model, source) as engine:
+        assert run(engine, PROMPT[:20]) == [roomy(model, PROMPT[:20])]
+        assert engine.offloads.stats.sequences == 0
+
+
+def test_a_short_prompt_may_grow_beyond_its_share(
+    model: LlamaModel, source: HostSlabSource
+) -> None:
+    params = replace(GREEDY, max_tokens=60)
+    with new_engine(model, source) as engine:
+        (result,) = engine.generate_all([PROMPT[:10]], params)
+    assert list(result.outputs[0].token_ids) == roomy(model, PROMPT[:10], params)
+    assert engine.offloads.stats.sequences == 1
+
+
+def test_two_long_ones_take_turns_in_a_small_pool(
+    model: LlamaModel, source: HostSlabSource
+) -> None:
+    prompts = [PROMPT, PROMPT[::-1]]
+    with new_engine(model, source) as engine:
+        assert run(engine, *prompts) == [roomy(model, prompt) for prompt in prompts]
+
+
+def test_a_preempted_one_goes_on_from_what_is_kept(
+    model: LlamaModel, source: HostSlabSource
+) -> None:
+    # The first decodes until it needs the blocks of the second, which is long and younger.
+    with new_engine(model, source, num_blocks=15) as engine:
+        first = engine.add_request(PROMPT[:20], replace(GREEDY, max_tokens=10))
+        second = engine.add_request(PROMPT, GREEDY)
+        tokens: dict[str, list[int]] = {first: [], second: []}
+        while engine.has_work:
+            for event in engine.step():
+                tokens[event.request_id].append(event.token_id)
+            assert engine.check_integrity() == []
+        assert tokens[second] == roomy(model, PROMPT)
+        assert engine.stats.computed_tokens < 2 * len(PROMPT)
+
+
+def test_abort_gives_everything_back(model: LlamaModel, source: HostSlabSource) -> None:
+    with new_engine(model, source) as engine:
+        for num_steps in (0, 1, 3, 9):
+            name = engine.add_request(PROMPT, GREEDY)
+            for _ in range(num_steps):
+                engine.step()
+            engine.abort(name)
+            assert engine.check_integrity() == []
+            assert engine.pool.blocks.num_available == 10
+            assert source.kept_bytes == 0
+
+
+def sparse(**settings: object) -> SparseOptions:
+    chosen: dict[str, object] = {"min_context_tokens": 1, **settings}
+    return SparseOptions(**chosen)  # type: ignore[arg-type]
+
+
+def test_sparse_decode_beyond_the_pool_reads_less(
+    model: LlamaModel, source: HostSlabSource
+) -> None:
+    options = sparse(budget=Budget(ratio=0.3), resident_blocks=8)
+    with new_engine(model, source, offload=None, sparse=options) as engine:
+        (tokens,) = run(engine, PROMPT)
+        stats = engine.sparse_stats
+        assert stats is not None
+        assert len(tokens) == 12
+        assert 0 < stats.blocks_read < 0.45 * stats.blocks_dense
+
+
+def test_sparse_decode_is_the_same_as_in_a_roomy_pool(
+    model: LlamaModel, source: HostSlabSource
+) -> None:
+    options = sparse(budget=Budget(ratio=0.3), catch_up_blocks=1000)
+    with new_engine(model, None, num_blocks=200, offload=None, sparse=options) as engine:
+        expected = run(engine, PROMPT)
+    with new_engine(model, source, sparse=options) as engine:
+        assert run(engine, PROMPT) == expected
+
+
+def test_exact_mode_beyond_the_pool_is_dense(model: LlamaModel, source: HostSlabSource) -> None:
+    options = sparse(mode=SparseMode.EXACT)
+    with new_engine(model, source, sparse=options) as engine:
+        assert run(engine, PROMPT) == [roomy(model, PROMPT)]
+
+
+class LossySource(HostSlabSource):
+    """Loses block 5 of every shelf at its nth read, as often as it is told to."""
+
+    def __init__(self, num_losses: int, at_read: int = 40) -> None:
+        super().__init__(64 << 20)
+        self.num_losses = num_losses
+        self.at_read = at_read
+        self.num_reads = 0
+
+    def open(self, name: str) -> HostShelf:
+        return LossyShelf(self, name)
+
+
+class LossyShelf(HostShelf):
+    """See `LossySource`."""
+
+    def read(
+        self, layer: int, blocks: Sequence[int], into: Sequence[Tensor], *, is_ahead: bool = False
+    ) -> SlabRead:
+        lossy = self.source
+        assert isinstance(lossy, LossySource)
+        lossy.num_reads += 1
+        if lossy.num_losses and lossy.num_reads % lossy.at_read == 0:
+            lossy.num_losses -= 1
+            raise SlabLostError(5, "gone")
+        return super().read(layer, blocks, into, is_ahead=is_ahead)
+
+
+@pytest.mark.parametrize("options", [None, sparse(budget=Budget(ratio=0.3))])
+def test_what_is_lost_is_computed_anew(model: LlamaModel, options: SparseOptions | None) -> None:
+    lossy = LossySource(2)
+    with new_engine(model, lossy, sparse=options) as engine:
+        (tokens,) = run(engine, PROMPT)
+        assert engine.offloads.stats.recomputed == 2
+        if options is None:
+            assert tokens == roomy(model, PROMPT)
+    lossy.close()
+
+
+def test_a_source_that_keeps_losing_ends_the_request(model: LlamaModel) -> None:
+    lossy = LossySource(10**6, at_read=9)
+    with new_engine(model, lossy) as engine:
+        name = engine.add_request(PROMPT, GREEDY)
+        other = engine.add_request(PROMPT[:4], GREEDY)
+        results = {}
+        while engine.has_work:
+            results.update({e.request_id: e.result for e in engine.step() if e.result})
+            assert engine.check_integrity() == []
+    failed = results[name]
+    assert failed is not None
+    assert failed.outputs[0].finish_reason is FinishReason.FAILED
+    assert "10 pool blocks cannot hold it" in (failed.error or "")
+    assert list(results[other].outputs[0].token_ids) == roomy(model, PROMPT[:4])
+    assert engine.pool.blocks.num_available == 10
+    lossy.close()
+
+
+def test_without_a_source_the_pool_serves_what_it_can_hold(model: LlamaModel) -> None:
+    lossy = LossySource(10**6, at_read=9)
+    with new_engine(model, lossy, num_blocks=60) as engine:
+        assert run(engine, PROMPT) == [roomy(model, PROMPT)]
+        assert engine.offloads.stats.failed == 0
+    lossy.close()
+
+
+def test_a_full_source_ends_the_request(model: LlamaModel) -> None:
+    small = HostSlabSource(20_000)
+    with new_engine(model, small) as engine:
+        (result,) = engine.generate_all([PROMPT], GREEDY)
+    assert result.outputs[0].finish_reason is FinishReason.FAILED
+    assert "capacity" in (result.error or "")
+    small.close()
+
+
+def test_what_does_not_fit_is_refused_in_words(model: LlamaModel, source: HostSlabSource) -> None:
+    with pytest.raises(ConfigError, match="slab source"):
+        new_engine(model, None)
+    with pytest.raises(ConfigError, match="resident_blocks"):
+        new_engine(model, source, num_blocks=7)
+    with new_engine(model, source) as engine, pytest.raises(InvalidArgumentError, match="share"):
+        engine.add_request(PROMPT, replace(GREEDY, n=2))
+    with (
+        new_engine(model, None, offload=None) as engine,
+        pytest.raises(InvalidArgumentError, match="set offload"),
+    ):
+        engine.add_request(PROMPT, GREEDY)
