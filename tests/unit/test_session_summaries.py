@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ucm.api import SlabChecksums
 from ucm.checksum import block_checksums
+from ucm.config import MIB, Config, NvmeConfig
 from ucm.connectors import block_summaries
 from ucm.connectors.circuit_breaker import BreakerOptions
 from ucm.connectors.session import CacheSession, SessionOptions
+from ucm.embedded import EmbeddedCache
 from ucm.errors import TierUnavailableError
 from ucm.hashing import NamespaceSpec, chain_keys
 from ucm.kernels.summarize import summarize_blocks
 from ucm.kernels.summary_record import decode_summary
 from ucm.layout import KvDtype, KvLayout
+from ucm.manager import Manager
 from ucm.testing.fake_cache import FakeCache
-from ucm.types import SummaryKind
+from ucm.types import SummaryKind, TierKind
 
 LAYOUT = KvLayout(num_layers=3, num_kv_heads=1, head_dim=8, block_tokens=4, dtype=KvDtype.FLOAT32)
 SPEC = NamespaceSpec(layout=LAYOUT, model_id="m", weights_digest="d")
@@ -49,7 +53,7 @@ def session(cache: FakeCache) -> Iterator[CacheSession]:
 
 
 def block_of(index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Sixteen blocks' worth of keys and values that a model could have computed."""
+    """Keys and values that a model could have computed."""
     values = np.random.default_rng(index).normal(size=LAYOUT.block_bytes // 4)
     return values.astype(np.float32).view(np.uint8)
 
@@ -144,3 +148,30 @@ def test_a_cache_that_hangs_costs_one_deadline(cache: FakeCache) -> None:
         assert session.summaries(TOKENS) == [None] * NUM_BLOCKS  # the breaker is open
         assert session.stats().timeouts == 1
         cache.hang.set()
+
+
+def test_summaries_outlive_the_store_that_took_them(tmp_path: Path) -> None:
+    """Through a real store and its disk; its next opening reads them without their blocks."""
+    stored = EmbeddedCache(Manager(Config(nvme=small_nvme(tmp_path))))
+    with CacheSession(lambda: stored, SPEC, OPTIONS) as session:
+        session.connect(20.0)
+        store(session)
+        before = session.summaries(TOKENS)
+    assert None not in before
+    stored.manager.close()
+    again = EmbeddedCache(Manager(Config(nvme=small_nvme(tmp_path))))
+    with CacheSession(lambda: again, SPEC, OPTIONS) as session:
+        session.connect(20.0)
+        assert session.summaries(TOKENS) == before
+        assert set(again.lookup(SPEC.fingerprint(), KEYS).tiers) == {TierKind.NVME}
+    again.manager.close()
+
+
+def small_nvme(folder: Path) -> NvmeConfig:
+    return NvmeConfig(
+        path=folder / "store",
+        capacity_bytes=4 * MIB,
+        segment_bytes=2 * MIB,
+        io_threads=2,
+        index_map_bytes=16 * MIB,
+    )
