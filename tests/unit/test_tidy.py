@@ -302,6 +302,7 @@ def functions(paths: tuple[Path, ...]) -> Iterator[tuple[str, ast.FunctionDef]]:
                 yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node
 
 
+@pytest.mark.timeout(90)
 def test_functions_are_small() -> None:
     wrong = []
     for where, node in functions(SOURCES + TESTS):
