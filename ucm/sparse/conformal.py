@@ -56,11 +56,12 @@ class ConformalOptions:
     """Share of (step, head)s that may exceed the limit."""
     tail_mass: float = 0.1
     """The limit: softmax mass of a head that a step does not read."""
-    audit_stride: int = 64
-    """One step in so many reads everything and is learnt from."""
+    audit_stride: int = 16
+    """One step in so many reads everything and is learnt from; fewer audits follow a text that
+    is unlike those before too slowly."""
     capacity: int = 1024
     """Audits a layer remembers: the newest."""
-    rate: float = 0.005
+    rate: float = 0.05
     """How fast `delta` is corrected where the promise is missed; 0 trusts that texts are alike."""
 
     def __post_init__(self) -> None:
