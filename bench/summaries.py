@@ -103,7 +103,7 @@ def _pool_of(model: LlamaModel) -> tuple[KvLayout, torch.Tensor]:
 
 
 def _item(start: int, num_tokens: int) -> ForwardItem:
-    return ForwardItem([100 + i for i in range(num_tokens)], start, list(range(CONTEXT_BLOCKS)))
+    return ForwardItem([1 + i % 200 for i in range(num_tokens)], start, list(range(CONTEXT_BLOCKS)))
 
 
 def _slabs(pool: torch.Tensor, num_blocks: int) -> NDArray[np.float32]:
