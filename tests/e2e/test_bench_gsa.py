@@ -15,13 +15,17 @@ import torch
 from rich.console import Console
 
 from ucm.bench.gsa import GsaBenchOptions, geomean, quality, run_gsa_bench
+from ucm.bench.gsa_documents import own_document
 from ucm.bench.gsa_plot import check_plot, save_plot
-from ucm.bench.gsa_rankings import SELECTORS
+from ucm.bench.gsa_rankings import SELECTORS, ranking_of
 from ucm.bench.gsa_report import gsa_bench_report
 from ucm.bench.gsa_targets import targets_of
+from ucm.bench.gsa_window import ContextBuilder, run_window
 from ucm.cli.bench_gsa import GsaOptions, bench_options
+from ucm.engine.loading import load_model
 from ucm.errors import ConfigError
-from ucm.testing.models import write_tiny_model
+from ucm.kernels.block_scores import Budget
+from ucm.testing.models import require_real_model, write_tiny_model
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -124,6 +128,24 @@ def test_quality_of_known_distributions() -> None:
     assert found["kl"] == pytest.approx(0.5 * (0.5 * math.log(2) + 0.5 * math.log(2 / 3)))
     assert found["dnll"] == pytest.approx(-0.5 * math.log(1.5))
     assert quality(dense, dense, torch.tensor([0, 0])) == {"kl": 0.0, "top1": 1.0, "dnll": 0.0}
+
+
+@pytest.mark.real_model
+def test_large_keys_alone_say_less_than_the_mean_and_centroids_more() -> None:
+    loaded = load_model(require_real_model())
+    tokens = own_document("prose", loaded.tokenizer, 768).token_ids
+    context = ContextBuilder.of(loaded.model, len(tokens)).fill(tokens[:-49])
+    window, targets = tokens[-49:-1], torch.tensor(tokens[-48:])
+    dense = torch.log_softmax(run_window(context, window).logits, -1)
+
+    def kl(selector: str) -> float:
+        ranking = ranking_of(selector, context)
+        found = run_window(context, window, ranking, Budget(ratio=0.3))
+        return float(quality(dense, torch.log_softmax(found.logits, -1), targets)["kl"])
+
+    maxnorm, mean, centroids = map(kl, ("maxnorm", "mean", "gsa-k4"))
+    assert maxnorm > 1.1 * mean
+    assert mean > 1.1 * centroids > 0
 
 
 def test_options_of_the_command_line(model: Path, tmp_path: Path) -> None:
