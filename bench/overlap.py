@@ -22,7 +22,7 @@ what was computed for the same tokens (compared by digest, whatever the checksum
 (in passes, and with nothing else to do), the load is the time during which at least one read was
 under way. Where loading takes no longer than the pass behind it (`is_load_the_shorter`), all but
 the first layer can be hidden. `store_overhead_ratio`: seconds of decoding with storing on over off,
-minus 1.
+minus 1; `stored_share`: blocks stored by the end of a decode over those that it filled.
 """
 
 from __future__ import annotations
@@ -100,7 +100,11 @@ def run_overlap_bench(
     longest = max(options.context_tokens)
     with tempfile.TemporaryDirectory(prefix="ucm-overlap-", dir=options.store) as folder:
         rig = OverlapRig(
-            loaded, options.dtype, Path(folder) / "store", longest + options.answer_tokens
+            loaded,
+            options.dtype,
+            Path(folder) / "store",
+            longest + options.answer_tokens,
+            stores_wait=options.stores_wait,
         )
         try:
             outcome = _measure(rig, options, say)
@@ -257,11 +261,15 @@ def _store_overhead(rig: OverlapRig, options: OverlapBenchOptions) -> Result:
     Every step counts: the one that fills a block, and those that follow while it is copied out.
     """
     steps: dict[bool, list[list[float]]] = {True: [], False: []}
+    num_filled, num_stored = 0, 0
     rig.decode_s(8, stores=False)
     for round_index in range(options.decode_rounds):
         for stores in (True, False) if round_index % 2 else (False, True):
+            num_before = rig.num_stored_blocks
             steps[stores].append(rig.decode_s(options.decode_tokens, stores=stores))
+            num_stored += rig.num_stored_blocks - num_before
             rig.settle()
+            num_filled += rig.num_stored_blocks - num_before
     on, off = (
         sum(map(statistics.median, zip(*steps[stores], strict=True))) for stores in (True, False)
     )
@@ -271,4 +279,6 @@ def _store_overhead(rig: OverlapRig, options: OverlapBenchOptions) -> Result:
         "tpot_on_ms": round(1e3 * on / count, 3),
         "tpot_off_ms": round(1e3 * off / count, 3),
         "rounds": options.decode_rounds,
+        "decode_tokens": count,
+        "stored_share": round(num_stored / num_filled, 3) if num_filled else None,
     }

@@ -32,7 +32,11 @@ class OverlapBenchOptions:
     """Ways that would read for longer than this are left out of a cell (null)."""
     decode_rounds: int = 6
     """Decodes with storing on, and as many with storing off, alternating; 0: not measured."""
-    decode_tokens: int = 72
+    decode_tokens: int = 256
+    """Long enough for stores that wait for several blocks to begin and end within a decode."""
+    stores_wait: bool = True
+    """False: each block of a decode is stored by itself, at once, so that a short decode has its
+    stores too; dearer than what a session does."""
     store: Path | None = None
     """Folder in which the daemon's data folder is made while measuring; None: that of temporary
     files."""
@@ -47,6 +51,7 @@ class OverlapBenchOptions:
             answer_tokens=4,
             decode_rounds=2,
             decode_tokens=34,
+            stores_wait=False,
         )
 
 

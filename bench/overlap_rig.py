@@ -16,7 +16,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ucm import tracing
@@ -105,7 +105,15 @@ class Run:
 class OverlapRig:
     """See the module. Use `daemon` around runs; `close` at the end."""
 
-    def __init__(self, loaded: LoadedModel, dtype: str, store: Path, max_tokens: int) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        dtype: str,
+        store: Path,
+        max_tokens: int,
+        *,
+        stores_wait: bool = True,
+    ) -> None:
         """Build the engine; no daemon runs yet.
 
         Args:
@@ -113,6 +121,7 @@ class OverlapRig:
             dtype: of its KV: fp32 or bf16.
             store: the daemon's data folder.
             max_tokens: longest prompt and answer.
+            stores_wait: whether the blocks of a decode wait for each other to be stored.
 
         Raises:
             ConfigError: the memory does not suffice for that many tokens.
@@ -142,6 +151,9 @@ class OverlapRig:
                 f"no memory for the KV of {max_tokens} tokens ({size / 2**30:.3g} GiB): "
                 "name a shorter --context"
             ) from error
+        self._options = SessionOptions(deadline_s=DEADLINE_S, decide=self._decide_now)
+        if not stores_wait:
+            self._options = replace(self._options, store_delay_s=0.0)
         self._store = store
         self._loaded = loaded
         self._num_blocks = num_blocks
@@ -189,7 +201,7 @@ class OverlapRig:
             session = CacheSession(
                 lambda: connect(daemon.socket_path, timeout_s=DEADLINE_S),
                 self.spec,
-                SessionOptions(deadline_s=DEADLINE_S, decide=self._decide_now),
+                self._options,
                 model=self.model,
             )
             stack.callback(session.close)
@@ -258,6 +270,11 @@ class OverlapRig:
         params = SamplingParams(max_tokens=num_tokens + 1, ignore_eos=True)
         marks = [time.perf_counter() for _ in self.engine.generate(prompt, params)]
         return [after - before for before, after in itertools.pairwise(marks)]
+
+    @property
+    def num_stored_blocks(self) -> int:
+        """Blocks that the current daemon has taken."""
+        return self._session.stats().stored_blocks if self._session is not None else 0
 
     def settle(self) -> None:
         """Wait until what was offered is stored, so that the next run does not share the cores."""

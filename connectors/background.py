@@ -9,44 +9,23 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ucm.api import SlabChecksums, StoreLease, StoreSlot
-from ucm.errors import CapacityError, UcmError
-from ucm.types import BlockKey, StoreStatus
+from ucm.errors import CapacityError
+from ucm.types import StoreStatus
 
 from .deadline import DeadlineCaller
 from .link import Connection, Link
 from .session_stats import StatsCounter
+from .store_queue import QueueLimits, StoreJob, StoreQueue, StoreRun
 
 log = logging.getLogger(__name__)
 
-COPY_ERRORS = (
-    *(UcmError, OSError, ValueError, RuntimeError, TypeError, LookupError),
-    *(AttributeError, ArithmeticError, BufferError, MemoryError),
-)
-"""What an engine's copy routine may fail with, defects included."""
-
-BlockFill = Callable[[Sequence[int], Sequence[memoryview]], list[SlabChecksums]]
-"""`fill(indexes, slots)` copies the blocks with those indexes of the store into the slots and
-returns the checksums of the blocks that it copied."""
-
-
 Summarise = Callable[[Sequence[tuple[StoreSlot, SlabChecksums]]], int]
 """`summarise(blocks)` writes summaries of filled slots; says how many. Never raises."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreJob:
-    """New blocks of one request, in the engine's pool."""
-
-    parent: BlockKey
-    keys: tuple[BlockKey, ...]
-    fill: BlockFill
-    release: Callable[[], None]
-    """Called once the blocks were copied or dropped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +33,7 @@ class BackgroundLimits:
     """Bounds of the background thread."""
 
     deadline_s: float
-    max_queued_blocks: int
+    queue: QueueLimits
     batch_blocks: int
     block_bytes: int
     """Slab bytes of one block, for counting."""
@@ -70,8 +49,8 @@ class Background:
         self._counter = counter
         self._limits = limits
         self._caller = DeadlineCaller("ucm-session-background")
-        self._jobs: deque[StoreJob] = deque()
-        self._queued_blocks = 0
+        self._queue = StoreQueue(limits.queue)
+        self._num_hurrying = 0
         self._is_busy = False
         self._is_closing = False
         self._changed = threading.Condition()
@@ -85,20 +64,30 @@ class Background:
     def submit(self, job: StoreJob) -> bool:
         """Queue a store; False, and nothing kept, when it would not fit."""
         with self._changed:
-            fits = self._queued_blocks + len(job.keys) <= self._limits.max_queued_blocks
-            if self._is_closing or not fits or not self._link.takes_calls():
+            if self._is_closing or not self._link.takes_calls():
                 return False
-            self._jobs.append(job)
-            self._queued_blocks += len(job.keys)
+            if not self._queue.add(job, time.monotonic()):
+                return False
             self._changed.notify_all()
             return True
 
-    def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until everything queued is done; False when `timeout_s` passes first."""
+    def hurry(self, request_id: str) -> None:
+        """Store what waits of a request at once: nothing will continue it."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: not (self._jobs or self._is_busy), timeout=timeout_s
-            )
+            if self._queue.hurry(request_id, time.monotonic()):
+                self._changed.notify_all()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Have everything queued done at once; False when `timeout_s` passes first."""
+        with self._changed:
+            self._num_hurrying += 1
+            self._changed.notify_all()
+            try:
+                return self._changed.wait_for(
+                    lambda: not (self._queue or self._is_busy), timeout=timeout_s
+                )
+            finally:
+                self._num_hurrying -= 1
 
     def close(self, timeout_s: float) -> None:
         """Drop what is queued, close the connection, end the thread."""
@@ -119,8 +108,8 @@ class Background:
             with self._changed:
                 self._is_busy = False
                 self._changed.notify_all()
-        for job in self._jobs:
-            self._drop(job)
+        while (run := self._queue.take(0.0, awaits_none=True)) is not None:
+            self._drop(run)
         self._link.drop(self._caller)
         self._caller.close()
 
@@ -129,17 +118,25 @@ class Background:
         with self._changed:
             work = self._choose()
             if work is None and not self._is_closing:
-                self._changed.wait(self._link.breaker.seconds_to_probe())
+                self._changed.wait(self._seconds_to_work())
             self._is_busy = work is not None
             return work
+
+    def _seconds_to_work(self) -> float | None:
+        waits = (
+            self._link.breaker.seconds_to_probe(),
+            self._queue.seconds_to_due(time.monotonic()),
+        )
+        return min((wait_s for wait_s in waits if wait_s is not None), default=None)
 
     def _choose(self) -> Callable[[], None] | None:
         if self._link.needs_check():
             return lambda: self._link.check(self._caller)
-        if self._jobs:
-            job = self._jobs.popleft()
-            self._queued_blocks -= len(job.keys)
-            return lambda: self._run_store(job)
+        # While the cache takes no calls the engine gets its blocks back at once.
+        awaits_none = self._num_hurrying > 0 or not self._link.takes_calls()
+        run = self._queue.take(time.monotonic(), awaits_none=awaits_none)
+        if run is not None:
+            return lambda: self._run_store(run)
         if self._link.breaker.begin_probe():
             return lambda: self._link.probe(self._caller)
         return None
@@ -147,33 +144,33 @@ class Background:
     def _give_back(self, errand: Callable[[Connection], None]) -> None:
         self._link.attempt(self._caller, errand, self._limits.deadline_s)
 
-    def _drop(self, job: StoreJob) -> None:
-        self._counter.add(dropped_blocks=len(job.keys))
-        job.release()
+    def _drop(self, run: StoreRun) -> None:
+        self._counter.add(dropped_blocks=len(run.keys))
+        run.release()
 
-    def _run_store(self, job: StoreJob) -> None:
+    def _run_store(self, run: StoreRun) -> None:
         """Store batch by batch; what a batch could not place is tried once more, then dropped."""
         num_kept = 0
         try:
-            while num_kept < len(job.keys):
-                last = min(num_kept + self._limits.batch_blocks, len(job.keys))
-                num_new = self._store_batch(job, range(num_kept, last))
+            while num_kept < len(run.keys):
+                last = min(num_kept + self._limits.batch_blocks, len(run.keys))
+                num_new, error = self._store_batch(run, range(num_kept, last))
                 num_kept += num_new
-                if num_new == 0:
+                if error is not None:
+                    log.warning("copying blocks into the cache failed: %s", error)
+                    self._counter.add(failures=1)
+                if num_new == 0 or error is not None:
                     break
-        except COPY_ERRORS as error:
-            log.warning("copying blocks into the cache failed: %s", error)
-            self._counter.add(failures=1)
         finally:
-            self._counter.add(dropped_blocks=len(job.keys) - num_kept)
-            job.release()
+            self._counter.add(dropped_blocks=len(run.keys) - num_kept)
+            run.release()
 
-    def _store_batch(self, job: StoreJob, indexes: range) -> int:
-        """Returns how many of the blocks the cache has now."""
+    def _store_batch(self, run: StoreRun, indexes: range) -> tuple[int, Exception | None]:
+        """Returns how many of the blocks the cache has now, and why some were not copied."""
         if not self._link.takes_calls():
-            return 0
-        keys = job.keys[indexes.start : indexes.stop]
-        parent = job.keys[indexes.start - 1] if indexes.start else job.parent
+            return 0, None
+        keys = run.keys[indexes.start : indexes.stop]
+        parent = run.keys[indexes.start - 1] if indexes.start else run.parent
         prepared = self._link.attempt(
             self._caller,
             lambda connection: connection.cache.prepare_store(
@@ -183,10 +180,12 @@ class Background:
             on_late=lambda connection, lease: connection.cache.release(lease.id),
         )
         if prepared.value is None:
-            return 0
-        return self._fill_and_complete(job, indexes, prepared.value)
+            return 0, None
+        return self._fill_and_complete(run, indexes, prepared.value)
 
-    def _fill_and_complete(self, job: StoreJob, indexes: range, lease: StoreLease) -> int:
+    def _fill_and_complete(
+        self, run: StoreRun, indexes: range, lease: StoreLease
+    ) -> tuple[int, Exception | None]:
         wanted = [
             (index, slot, slot.data)
             for index, slot in zip(indexes, lease.slots, strict=True)
@@ -194,18 +193,17 @@ class Background:
         ]
         num_present = sum(slot.status is StoreStatus.PRESENT for slot in lease.slots)
         self._counter.add(present_blocks=num_present)
-        if not wanted:
+        checksums, error = run.fill([item[0] for item in wanted], [item[2] for item in wanted])
+        # Without an error there is one of each; after one, what was copied before it counts.
+        filled = [
+            (slot, sums) for (_, slot, _), sums in zip(wanted, checksums, strict=error is None)
+        ]
+        by_key = {slot.key: sums for slot, sums in filled}
+        if not by_key:
             self._give_back(lambda connection: connection.cache.release(lease.id))
-            return num_present
-        try:
-            checksums = job.fill([item[0] for item in wanted], [item[2] for item in wanted])
-        except COPY_ERRORS:
-            self._give_back(lambda connection: connection.cache.release(lease.id))
-            raise
-        filled = [(slot, sums) for (_, slot, _), sums in zip(wanted, checksums, strict=True)]
+            return num_present, error
         if self._limits.summarise is not None:
             self._counter.add(summarised_blocks=self._limits.summarise(filled))
-        by_key = {slot.key: sums for slot, sums in filled}
         completed = self._link.attempt(
             self._caller,
             lambda connection: connection.cache.complete_store(lease.id, by_key),
@@ -213,7 +211,7 @@ class Background:
         )
         if isinstance(completed.error, CapacityError):  # refused: the lease is still ours
             self._give_back(lambda connection: connection.cache.release(lease.id))
-        return num_present + self._count_accepted(completed.value or ())
+        return num_present + self._count_accepted(completed.value or ()), error
 
     def _count_accepted(self, statuses: Sequence[StoreStatus]) -> int:
         num_accepted = sum(status is StoreStatus.ACCEPTED for status in statuses)

@@ -16,6 +16,7 @@ Envelope: a call costs some 20 us, the waiting left out.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -113,6 +114,8 @@ class LoadJob:
         self._is_joined = False
         self._given_up = 0
         self._stop_s: float | None = None
+        self._num_complete: int | None = None
+        """Good blocks, once nothing more will come: the layers left need not be asked for."""
         self._news_s = time.monotonic()
         """When something came, as far as the engine has looked."""
         self._bytes_left = self.total_bytes
@@ -162,7 +165,17 @@ class LoadJob:
 
     def _reader_options(self) -> ReaderOptions:
         decision = self.task.decision
-        return ReaderOptions(read_ahead_layers=decision.read_ahead_layers, order=decision.order)
+        return ReaderOptions(
+            read_ahead_layers=decision.read_ahead_layers,
+            order=decision.order,
+            compute_per_load=self._compute_per_load(),
+        )
+
+    def _compute_per_load(self) -> float:
+        """How many times as long a layer of the pass takes as loading one."""
+        load_s = self._load_s(self.total_bytes)
+        num_layers = self._layout.num_layers
+        return num_layers * self._comp_layer_s() / load_s if load_s > 0 else math.inf
 
     # The engine's thread
 
@@ -206,23 +219,28 @@ class LoadJob:
         )
 
     def _stall_s(self, num_ready: int, bytes_left: int) -> float:
-        num_layers, decision = self._layout.num_layers, self.task.decision
+        num_layers = self._layout.num_layers
         if not bytes_left or num_ready >= num_layers:
             return 0.0
-        load_s = self._model.load_s(
-            self._slowest_tier, bytes_left, mode=decision.mode, is_computing=True
-        )
-        shape = decision.shape
-        start = shape.num_local_tokens + len(self.task.keys) * shape.block_tokens
-        stop = min(start + self._model.options.chunk_tokens, shape.num_tokens)
-        num_left = num_layers - num_ready
-        comp_layer_s = self._model.layer_compute_s(start, stop, num_layers)
+        num_left, comp_layer_s = num_layers - num_ready, self._comp_layer_s()
         return layerwise(
             num_layers=num_left,
-            load_layer_s=load_s / num_left,
+            load_layer_s=self._load_s(bytes_left) / num_left,
             comp_layer_s=comp_layer_s,
             begin_s=num_ready * comp_layer_s,
         ).stall_s
+
+    def _load_s(self, num_bytes: int) -> float:
+        """Estimate of what that much takes to come while a pass computes."""
+        mode = self.task.decision.mode
+        return self._model.load_s(self._slowest_tier, num_bytes, mode=mode, is_computing=True)
+
+    def _comp_layer_s(self) -> float:
+        """Estimate of what a layer of the pass behind the load takes."""
+        shape = self.task.decision.shape
+        start = shape.num_local_tokens + len(self.task.keys) * shape.block_tokens
+        stop = min(start + self._model.options.chunk_tokens, shape.num_tokens)
+        return self._model.layer_compute_s(start, stop, self._layout.num_layers)
 
     @property
     def _slowest_tier(self) -> TierKind:
@@ -238,6 +256,8 @@ class LoadJob:
         Returns:
             Leading blocks that are good in layers 0..layer.
         """
+        if self._num_complete is not None:
+            return self._num_complete
         now_s = time.monotonic()
         if self._stop_s is None:
             self._stop_s = now_s + self.task.patience_s
@@ -251,6 +271,9 @@ class LoadJob:
         num_good = 0
         if reader is not None:
             num_good = reader.wait_layer(layer, max(0.0, self._stop_s - time.monotonic()))
+            last = self._layout.num_layers - 1
+            if reader.num_layers_ready() > last:
+                self._num_complete = num_good = reader.wait_layer(last, 0.0)
         self.stalled_s += time.monotonic() - now_s
         return num_good
 

@@ -31,7 +31,7 @@ from ucm.errors import TierUnavailableError, UcmError
 from ucm.load_decision import Decide, Decision, LoadShape, decide
 from ucm.types import ROOT_KEY, BlockKey, SummaryKind, TierKind
 
-from .background import Background, BackgroundLimits, BlockFill, StoreJob, Summarise
+from .background import Background, BackgroundLimits, Summarise
 from .block_summaries import fetch_summaries, write_summaries
 from .circuit_breaker import BreakerOptions, BreakerState
 from .deadline import DeadlineCaller
@@ -40,6 +40,7 @@ from .link import CacheFactory, Connection, Link, LinkOptions
 from .load_desk import DeskOptions, LoadDesk
 from .load_job import LoadTask
 from .session_stats import SessionStats, StatsCounter
+from .store_queue import BlockFill, QueueLimits, StoreJob
 
 if TYPE_CHECKING:
     from ucm.hashing import NamespaceSpec
@@ -66,6 +67,10 @@ class SessionOptions:
     """Blocks of one store call, at most: their staging memory is held until it completes."""
     store_batch_bytes: int = 64 << 20
     """Bytes of one store call, at most, but at least one block: a quarter of the staging memory."""
+    store_run_blocks: int = 8
+    """Blocks that are worth a store call of their own; fewer wait for those that follow them."""
+    store_delay_s: float = 5.0
+    """Longest time that they wait, unless their request ends before; 0: not at all."""
     max_read_ahead_layers: int = 8
     """Layers that a load may be ahead of the computation."""
     decide: Decide = decide
@@ -145,7 +150,7 @@ class CacheSession:
             self._counter,
             BackgroundLimits(
                 deadline_s=self.options.deadline_s,
-                max_queued_blocks=self.options.max_queued_blocks,
+                queue=_queue_limits(self.options, spec.layout.block_bytes),
                 batch_blocks=_batch_blocks(self.options, spec.layout.block_bytes),
                 block_bytes=spec.layout.num_layers * spec.layout.slab_bytes,
                 summarise=_summarise(spec.layout, self.options.summary),
@@ -280,7 +285,9 @@ class CacheSession:
         keys = self._chains.request_keys(request_id, token_ids)
         offered = tuple(keys[blocks.start : blocks.stop])
         parent = keys[blocks.start - 1] if blocks.start else ROOT_KEY
-        job = StoreJob(parent=parent, keys=offered, fill=fill, release=release)
+        job = StoreJob(
+            request_id=request_id, parent=parent, keys=offered, fill=fill, release=release
+        )
         if not offered or not self._background.submit(job):
             self._counter.add(dropped_blocks=len(offered))
             release()
@@ -306,7 +313,8 @@ class CacheSession:
         return nothing if found.value is None else found.value
 
     def finish(self, request_id: str) -> None:
-        """Forget a request's chain."""
+        """Forget a request's chain; what was offered of it waits for nothing more."""
+        self._background.hurry(request_id)
         self._chains.drop(request_id)
 
     def flush(self, timeout_s: float) -> bool:
@@ -352,6 +360,14 @@ def _summarise(layout: KvLayout, kind: SummaryKind | None) -> Summarise | None:
     if kind is None:
         return None
     return lambda blocks: write_summaries(layout, kind, blocks)
+
+
+def _queue_limits(options: SessionOptions, block_bytes: int) -> QueueLimits:
+    return QueueLimits(
+        max_blocks=options.max_queued_blocks,
+        run_blocks=min(options.store_run_blocks, _batch_blocks(options, block_bytes)),
+        delay_s=options.store_delay_s,
+    )
 
 
 def _batch_blocks(options: SessionOptions, block_bytes: int) -> int:

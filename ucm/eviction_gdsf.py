@@ -246,8 +246,7 @@ class TreeGdsfPolicy:
     def touched_all(self, rows: Sequence[int], now_us: int) -> None:
         """See `EvictionPolicy.touched_all`."""
         if len(rows) <= FEW_ROWS:
-            for row in rows:
-                self.touched(row, now_us)
+            self._touch_few(rows, now_us)
             return
         numbers = np.array(rows, np.int32)
         all_uses = np.frombuffer(self._uses, np.uint8)
@@ -256,6 +255,23 @@ class TreeGdsfPolicy:
         self._ages.note_reuses(uses, now_us - last_use_us[numbers])
         all_uses[numbers] = np.minimum(uses + 1, MAX_USES)
         last_use_us[numbers] = self._now_us = now_us
+
+    def _touch_few(self, rows: Sequence[int], now_us: int) -> None:
+        """The blocks of a prompt were mostly used together before, too: what is alike counts once.
+
+        64 rows take 30 us, one by one 170, by numpy 60 (350 when its code is not in the cache).
+        """
+        all_uses, last_use_us = self._uses, self._last_use_us
+        alike: dict[tuple[int, int], int] = {}
+        for row in rows:
+            before = all_uses[row], last_use_us[row]
+            alike[before] = alike.get(before, 0) + 1
+            all_uses[row] = min(MAX_USES, before[0] + 1)
+            last_use_us[row] = now_us
+        for (uses, used_us), count in alike.items():
+            self._ages.note_reuse(uses, now_us - used_us, count)
+            self._ages.note_use(min(MAX_USES, uses + 1), count)
+        self._now_us = now_us
 
     def removed(self, row: int, view: RowView) -> None:
         """See `EvictionPolicy.removed`."""

@@ -24,6 +24,7 @@ Envelope: a step's hand-over costs some 15 us; threads of a reader start in 0.1 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,9 @@ class ReaderOptions:
     request_bytes: int = 256 << 10
     """Longest read; adjacent layers of a block are one. Smaller ones bring a layer sooner, larger
     ones cost less processor time."""
+    compute_per_load: float = math.inf
+    """How many times as long computing a layer takes as loading it; where that is little, reads
+    are of fewer layers. See `layer_groups`."""
     num_threads: int = 4
     """Reads at once, 1 to `MAX_THREADS`."""
     order: LoadOrder = LoadOrder.LAYERS
@@ -77,6 +81,11 @@ class ReaderOptions:
             raise InvalidArgumentError(f"read_ahead_layers: 1 to {MAX_LAYERS}")
         if self.request_bytes < 1 or not 1 <= self.num_threads <= MAX_THREADS:
             raise InvalidArgumentError(f"request_bytes: from 1; num_threads: 1 to {MAX_THREADS}")
+
+    @property
+    def sizes(self) -> tuple[int, float]:
+        """What `own_steps` asks about reads."""
+        return self.request_bytes, self.compute_per_load
 
 
 class _Queue:
@@ -132,7 +141,7 @@ class LayerReader:
         self._deadline_s = time.monotonic() + plan.timeout_s
         self._ledger = SlabLedger(len(blocks), layout.num_layers, from_back=self._from_back)
         self._mover = SlabMover(plan, layout, target, io, self)
-        self._own = _Queue(own_steps(sources, layout, order, self.options.request_bytes))
+        self._own = _Queue(own_steps(sources, layout, order, *self.options.sizes))
         self._promoted = _Queue(promoted_steps(sources, layout, order))
         lock = threading.Lock()
         self._work = threading.Condition(lock)

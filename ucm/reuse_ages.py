@@ -68,17 +68,17 @@ class ReuseAges:
         self._index: Any = _index_of(*_prior())
         self._index_rows: list[list[float]] = self._index.tolist()
 
-    def note_use(self, uses: int) -> None:
-        """A block has been used for the time `uses`, and waits to be used again."""
-        self._uses[_GROUPS_BY_USES[uses]] += 1
-        self._num_new += 1
+    def note_use(self, uses: int, count: int = 1) -> None:
+        """`count` blocks have been used for the time `uses`, and wait to be used again."""
+        self._uses[_GROUPS_BY_USES[uses]] += count
+        self._num_new += count
         if self._num_new >= _REFRESH_USES:
             self.refresh()
 
-    def note_reuse(self, uses: int, age_us: int) -> None:
-        """A block that had been used `uses` times was used again after `age_us`."""
+    def note_reuse(self, uses: int, age_us: int, count: int = 1) -> None:
+        """`count` blocks that had been used `uses` times were used again after `age_us`."""
         place = _GROUPS_BY_USES[uses] * _NUM_BINS + bisect_right(_INNER_LIMITS_US, age_us)
-        self._reuses[place] += 1
+        self._reuses[place] += count
 
     def note_reuses(self, uses: NDArray[np.uint8], ages_us: NDArray[np.int64]) -> None:
         """`note_reuse` of many blocks, and `note_use` of each one's next use.

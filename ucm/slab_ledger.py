@@ -74,6 +74,8 @@ class SlabLedger:
 
     def num_leading(self, layer: int) -> int:
         """Blocks 0, 1, ... whose slabs of layers 0..layer are all in place."""
+        if not self.floor and layer >= 0 and not self._num_lacking[layer]:
+            return self.limit
         has = self._leading[: self.limit] > layer
         return self.limit if has.all() else int(has.argmin())
 

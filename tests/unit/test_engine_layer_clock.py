@@ -45,6 +45,26 @@ def test_a_waiter_is_woken_by_its_layer() -> None:
     assert answers == [True]
 
 
+def test_a_waiter_sleeps_through_the_layers_before_its_own() -> None:
+    clock = LayerClock(3)
+    looks: list[int] = []
+
+    class Watched(threading.Condition):
+        def notify_all(self) -> None:
+            looks.append(clock.num_done)
+            super().notify_all()
+
+    clock._changed = Watched(threading.Lock())
+    thread = threading.Thread(target=lambda: clock.wait(2, 30.0))
+    thread.start()
+    while not clock._awaited:
+        threading.Event().wait(0.001)
+    for layer in range(3):
+        clock.advance(layer + 1)
+    thread.join()
+    assert looks == [3]
+
+
 def test_what_is_complete_cannot_fail() -> None:
     clock = LayerClock.finished(4)
     clock.fail()

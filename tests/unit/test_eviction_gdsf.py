@@ -237,3 +237,26 @@ def test_a_block_costs_less_than_40_bytes_more_than_under_lru() -> None:
 
     plain = used_bytes((LruPolicy(), LruPolicy()))
     assert used_bytes((TreeGdsfPolicy(), TreeGdsfPolicy())) - plain < 40
+
+
+@pytest.mark.parametrize("count", [3, 64, 300])
+def test_many_uses_at_once_count_like_one_after_the_other(count: int) -> None:
+    together, singly = TreeGdsfPolicy(), TreeGdsfPolicy()
+    rng = random.Random(count)
+    for policy in (together, singly):
+        policy._reserve(count)
+    for now_us in range(S, 12 * S, S):
+        rows = rng.sample(range(count), rng.randint(1, count))
+        together.touched_all(rows, now_us)
+        for row in rows:
+            singly.touched(row, now_us)
+        ages = np.arange(0, 20 * S, S // 2)
+        for policy in (together, singly):
+            policy._ages.refresh()
+        for uses in np.arange(8, dtype=np.uint8):
+            ours, theirs = (
+                p._ages.index(np.full_like(ages, uses), ages) for p in (together, singly)
+            )
+            assert np.allclose(ours, theirs)
+    assert together._uses == singly._uses
+    assert together._last_use_us == singly._last_use_us

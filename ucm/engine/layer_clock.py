@@ -7,7 +7,8 @@ Invariants: `num_done` never goes back; it reaches `num_layers` only after every
 have failed the pass, so a store that waits for the last layer before it completes never publishes
 a pass that failed. Written by the engine's thread, read by any.
 
-Envelope: one lock and one wake-up a layer, about 2 us, in passes that fill a block only.
+Envelope: one lock a layer, below 1 us, in passes that fill a block only; a waiting thread is woken
+when its layer is final, not before: it would take the interpreter from the pass.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class LayerClock:
         self._num_done = num_done
         self._is_failed = False
         self._changed = threading.Condition(threading.Lock())
+        self._awaited: list[int] = []
+        """Of each waiting thread, how many layers must be done."""
 
     @classmethod
     def finished(cls, num_layers: int) -> LayerClock:
@@ -54,7 +57,8 @@ class LayerClock:
         """The first `num_done` layers are final."""
         with self._changed:
             self._num_done = max(self._num_done, num_done)
-            self._changed.notify_all()
+            if any(count <= self._num_done for count in self._awaited):
+                self._changed.notify_all()
 
     def fail(self) -> None:
         """Give the pass up; what is final already stays so."""
@@ -69,7 +73,11 @@ class LayerClock:
             False when the pass failed or time is up: copy nothing of this layer.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._is_failed or self._num_done > layer, timeout=timeout_s
-            )
+            self._awaited.append(layer + 1)
+            try:
+                self._changed.wait_for(
+                    lambda: self._is_failed or self._num_done > layer, timeout=timeout_s
+                )
+            finally:
+                self._awaited.remove(layer + 1)
             return self._num_done > layer and not self._is_failed
