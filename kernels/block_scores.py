@@ -60,6 +60,11 @@ class SummaryTable:
         """Memory held, with the room to grow."""
         return self._columns.num_bytes + self._must.nbytes
 
+    def least_bytes(self, num_blocks: int) -> int:
+        """Memory that a table of so many blocks takes at least, with the room to grow."""
+        shape = (1, self.layout.num_layers, self.layout.num_kv_heads)
+        return self._columns.least_bytes(np.zeros(shape, self._dtype), num_blocks)
+
     def extend(self, records: Records) -> None:
         """Append the blocks that follow.
 
