@@ -2,7 +2,8 @@
 
 Invariants: `log_mass` is an estimate and decides what is worth reading; `bounds` are sound for
 every key of the block as it is stored. A block whose summary says `must` has no estimate (-inf),
-bounds of -inf and inf, and is always read.
+bounds of -inf and inf, and is always read. A query whose products float32 cannot hold has no
+estimate either (all blocks are alike to it) and no bounds.
 
 Envelope: 128 blocks of SmolLM2 are 512 centroids of 64 floats a KV head: 0.4 MB a layer, 40 us from
 memory; the rest of the 80 us are a dozen numpy calls.
@@ -29,6 +30,11 @@ from .summary_record import MUST, WITH_VALUES, Records, layout_dtype
 
 Floats: TypeAlias = NDArray[np.float32]
 Bools: TypeAlias = NDArray[np.bool_]
+
+
+MAX_QUERY = 1e9
+"""Largest element of a query that is scored: no product with a record overflows below. A model's
+own are a few hundred at most."""
 
 
 class SummaryTable:
@@ -156,6 +162,8 @@ class SummaryTable:
         )
         must = self._must[layer]
         lower[:, :, must], upper[:, :, must] = -np.inf, np.inf
+        wild = _wild(q)
+        lower[wild], upper[wild] = -np.inf, np.inf
         return lower, upper
 
     def token_logits(self, layer: int, q: Floats) -> tuple[Floats, Floats]:
@@ -167,7 +175,8 @@ class SummaryTable:
 
         Returns:
             (logits, errors), each [nq, H, n, B]: for a shadow the true logit of the stored key is
-            within the error (infinite for blocks of `must`); for a hash the error is |q| |k|.
+            within the error (infinite for blocks of `must`, and for queries beyond `MAX_QUERY`);
+            for a hash the error is |q| |k|.
 
         Raises:
             InvalidArgumentError: as `log_mass`, or the kind keeps no tokens.
@@ -182,7 +191,9 @@ class SummaryTable:
         reach = sizes(rows)[:, :, None, None]
         errors = reach * self._columns.token_errors(layer, self._length)[:, None]
         errors[:, :, self._must[layer]] = np.inf
-        return self._heads(logits, q), self._heads(errors, q)
+        found = self._heads(errors, q)
+        found[_wild(q)] = np.inf
+        return self._heads(logits, q), found
 
     def values(self, layer: int) -> tuple[Floats, Floats]:
         """The blocks' mean values, for what is left out of the attention.
@@ -207,7 +218,7 @@ class SummaryTable:
         return mean, radius
 
     def _rows(self, layer: int, q: Floats) -> Floats:
-        """[G, nq * R, D] queries scaled by 1 / sqrt(D), by KV head."""
+        """[G, nq * R, D] queries scaled by 1 / sqrt(D), by KV head; zeros for wild ones."""
         shape = self.layout
         heads, dim = shape.num_kv_heads, shape.head_dim
         if not 0 <= layer < shape.num_layers:
@@ -217,6 +228,7 @@ class SummaryTable:
                 f"a query is [nq, H, {dim}] with H a multiple of {heads}, not {list(q.shape)}"
             )
         scaled = q.astype(np.float32, copy=False) * np.float32(1 / math.sqrt(dim))
+        scaled[_wild(q)] = 0
         split = scaled.reshape(len(q), heads, -1, dim).transpose(1, 0, 2, 3)
         rows: Floats = split.reshape(heads, -1, dim)
         return rows
@@ -228,6 +240,12 @@ class SummaryTable:
         split = found.reshape(len(found), num, -1, *behind).swapaxes(0, 1)
         back: Floats = split.reshape(num, heads, *behind)
         return back
+
+
+def _wild(q: Floats) -> Bools:
+    """[nq, H]: queries that are not finite or too large to be scored."""
+    wild: Bools = ~(np.abs(q).max(axis=-1) <= MAX_QUERY)
+    return wild
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,15 +119,21 @@ class _Layer:
 
 
 def _skipped_upper(upper: Floats, blocks: NDArray[np.int64], block_tokens: int) -> Floats:
-    """[nq, H]: log of block_tokens * sum of exp(upper) over the blocks left out, rounded up."""
+    """[nq, H]: log of block_tokens * sum of exp(upper) over the blocks left out, rounded up.
+
+    Infinite if one of these bounds is: that of a query too large to be scored.
+    """
     left_out = np.ones(upper.shape[-1], np.bool_)
     left_out[blocks] = False
     rest = upper[..., left_out].astype(np.float64)
     if not rest.shape[-1]:
         return np.full(upper.shape[:-1], -np.inf, np.float32)
     top = rest.max(axis=-1)
+    unbounded = np.isposinf(top)
+    rest[unbounded], top[unbounded] = 0, 0
     log_sum = top + np.log(np.exp(rest - top[..., None]).sum(axis=-1)) + np.log(block_tokens)
     rounded: Floats = np.nextafter(
         (log_sum + 1e-12 * np.abs(log_sum)).astype(np.float32), np.float32(np.inf)
     )
+    rounded[unbounded] = np.inf
     return rounded

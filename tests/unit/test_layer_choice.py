@@ -145,6 +145,20 @@ def test_without_bounds_none_are_made() -> None:
     assert (found.log_mass, found.lower, found.upper, found.skipped_upper) == (None,) * 4
 
 
+def test_a_query_too_large_to_be_scored_has_no_bounds_and_a_selection() -> None:
+    request = request_of((0,), Budget(ratio=0.25))
+    request.queries[0, 0] = 3e38
+    (found,) = choose(request)
+    assert len(found.blocks) == NUM_BLOCKS // 4
+    assert 0 <= found.mass <= 1
+    assert found.upper is not None
+    assert found.skipped_upper is not None
+    assert np.isposinf(found.upper[0]).all()
+    assert np.isposinf(found.skipped_upper[0]).all()
+    assert np.isfinite(found.upper[1]).all()
+    assert np.isfinite(found.skipped_upper[1]).all()
+
+
 def test_the_time_is_asked_before_each_layer() -> None:
     asked: list[int] = []
     candidates = Candidates(
