@@ -118,12 +118,13 @@ class SummaryTable:
         must: Bools = self._must[layer]
         return must
 
-    def log_mass(self, layer: int, q: Floats) -> Floats:
+    def log_mass(self, layer: int, q: Floats, num_blocks: int | None = None) -> Floats:
         """Estimate log(sum over a block's keys of exp(q . k / sqrt(D))).
 
         Args:
             layer: which.
             q: [nq, H, D] queries after RoPE; head h attends to KV head h // (H / G).
+            num_blocks: of the leading blocks only; of all if None or more than there are.
 
         Returns:
             [nq, H, n]; -inf for blocks of `must`.
@@ -132,20 +133,22 @@ class SummaryTable:
             InvalidArgumentError: `layer` or the shape of `q` does not fit.
         """
         rows = self._rows(layer, q)
-        if not self._length:
+        num = self._leading(num_blocks)
+        if not num:
             return np.zeros((*q.shape[:2], 0), np.float32)
-        found = self._heads(self._columns.log_mass(layer, rows, self._length), q)
-        must = self._must[layer]
+        found = self._heads(self._columns.log_mass(layer, rows, num), q)
+        must = self._must[layer, :num]
         if must.any():
             found[:, :, must] = -np.inf
         return found
 
-    def bounds(self, layer: int, q: Floats) -> tuple[Floats, Floats]:
+    def bounds(self, layer: int, q: Floats, num_blocks: int | None = None) -> tuple[Floats, Floats]:
         """Sound bounds of every logit q . k / sqrt(D) of each block's stored keys.
 
         Args:
             layer: which.
             q: [nq, H, D].
+            num_blocks: as for `log_mass`.
 
         Returns:
             (lower, upper), each [nq, H, n]; -inf and inf for blocks of `must`.
@@ -154,13 +157,12 @@ class SummaryTable:
             InvalidArgumentError: as `log_mass`.
         """
         rows = self._rows(layer, q)
-        if not self._length:
+        num = self._leading(num_blocks)
+        if not num:
             empty = np.zeros((*q.shape[:2], 0), np.float32)
             return empty, empty
-        lower, upper = (
-            self._heads(each, q) for each in self._columns.bounds(layer, rows, self._length)
-        )
-        must = self._must[layer]
+        lower, upper = (self._heads(each, q) for each in self._columns.bounds(layer, rows, num))
+        must = self._must[layer, :num]
         lower[:, :, must], upper[:, :, must] = -np.inf, np.inf
         wild = _wild(q)
         lower[wild], upper[wild] = -np.inf, np.inf
@@ -216,6 +218,9 @@ class SummaryTable:
         mean, radius = self._columns.values(layer, self._length)
         radius[self._must[layer]] = np.inf
         return mean, radius
+
+    def _leading(self, num_blocks: int | None) -> int:
+        return self._length if num_blocks is None else min(num_blocks, self._length)
 
     def _rows(self, layer: int, q: Floats) -> Floats:
         """[G, nq * R, D] queries scaled by 1 / sqrt(D), by KV head; zeros for wild ones."""
