@@ -33,8 +33,8 @@ Bools: TypeAlias = NDArray[np.bool_]
 
 
 MAX_QUERY = 1e9
-"""Largest element of a query that is scored: no product with a record overflows below. A model's
-own are a few hundred at most."""
+"""Largest element of a query that is scored: no product with a record that `summarize` makes
+overflows below. A model's own are a few hundred at most."""
 
 
 class SummaryTable:
