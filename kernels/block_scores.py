@@ -2,7 +2,8 @@
 
 Invariants: `log_mass` is an estimate and decides what is worth reading; `bounds` are sound for
 every key of the block as it is stored. A block whose summary says `must` has no estimate (-inf),
-bounds of -inf and inf, and is always read.
+bounds of -inf and inf, and is always read. A query whose products float32 cannot hold has no
+estimate either (all blocks are alike to it) and no bounds.
 
 Envelope: 128 blocks of SmolLM2 are 512 centroids of 64 floats a KV head: 0.4 MB a layer, 40 us from
 memory; the rest of the 80 us are a dozen numpy calls.
@@ -29,6 +30,11 @@ from .summary_record import MUST, WITH_VALUES, Records, layout_dtype
 
 Floats: TypeAlias = NDArray[np.float32]
 Bools: TypeAlias = NDArray[np.bool_]
+
+
+MAX_QUERY = 1e9
+"""Largest element of a query that is scored: no product with a record that `summarize` makes
+overflows below. A model's own are a few hundred at most."""
 
 
 class SummaryTable:
@@ -59,6 +65,11 @@ class SummaryTable:
     def num_bytes(self) -> int:
         """Memory held, with the room to grow."""
         return self._columns.num_bytes + self._must.nbytes
+
+    def least_bytes(self, num_blocks: int) -> int:
+        """Memory that a table of so many blocks takes at least, with the room to grow."""
+        shape = (1, self.layout.num_layers, self.layout.num_kv_heads)
+        return self._columns.least_bytes(np.zeros(shape, self._dtype), num_blocks)
 
     def extend(self, records: Records) -> None:
         """Append the blocks that follow.
@@ -107,12 +118,13 @@ class SummaryTable:
         must: Bools = self._must[layer]
         return must
 
-    def log_mass(self, layer: int, q: Floats) -> Floats:
+    def log_mass(self, layer: int, q: Floats, num_blocks: int | None = None) -> Floats:
         """Estimate log(sum over a block's keys of exp(q . k / sqrt(D))).
 
         Args:
             layer: which.
             q: [nq, H, D] queries after RoPE; head h attends to KV head h // (H / G).
+            num_blocks: of the leading blocks only; of all if None or more than there are.
 
         Returns:
             [nq, H, n]; -inf for blocks of `must`.
@@ -121,20 +133,22 @@ class SummaryTable:
             InvalidArgumentError: `layer` or the shape of `q` does not fit.
         """
         rows = self._rows(layer, q)
-        if not self._length:
+        num = self._leading(num_blocks)
+        if not num:
             return np.zeros((*q.shape[:2], 0), np.float32)
-        found = self._heads(self._columns.log_mass(layer, rows, self._length), q)
-        must = self._must[layer]
+        found = self._heads(self._columns.log_mass(layer, rows, num), q)
+        must = self._must[layer, :num]
         if must.any():
             found[:, :, must] = -np.inf
         return found
 
-    def bounds(self, layer: int, q: Floats) -> tuple[Floats, Floats]:
+    def bounds(self, layer: int, q: Floats, num_blocks: int | None = None) -> tuple[Floats, Floats]:
         """Sound bounds of every logit q . k / sqrt(D) of each block's stored keys.
 
         Args:
             layer: which.
             q: [nq, H, D].
+            num_blocks: as for `log_mass`.
 
         Returns:
             (lower, upper), each [nq, H, n]; -inf and inf for blocks of `must`.
@@ -143,14 +157,15 @@ class SummaryTable:
             InvalidArgumentError: as `log_mass`.
         """
         rows = self._rows(layer, q)
-        if not self._length:
+        num = self._leading(num_blocks)
+        if not num:
             empty = np.zeros((*q.shape[:2], 0), np.float32)
             return empty, empty
-        lower, upper = (
-            self._heads(each, q) for each in self._columns.bounds(layer, rows, self._length)
-        )
-        must = self._must[layer]
+        lower, upper = (self._heads(each, q) for each in self._columns.bounds(layer, rows, num))
+        must = self._must[layer, :num]
         lower[:, :, must], upper[:, :, must] = -np.inf, np.inf
+        wild = _wild(q)
+        lower[wild], upper[wild] = -np.inf, np.inf
         return lower, upper
 
     def token_logits(self, layer: int, q: Floats) -> tuple[Floats, Floats]:
@@ -162,7 +177,8 @@ class SummaryTable:
 
         Returns:
             (logits, errors), each [nq, H, n, B]: for a shadow the true logit of the stored key is
-            within the error (infinite for blocks of `must`); for a hash the error is |q| |k|.
+            within the error (infinite for blocks of `must`, and for queries beyond `MAX_QUERY`);
+            for a hash the error is |q| |k|.
 
         Raises:
             InvalidArgumentError: as `log_mass`, or the kind keeps no tokens.
@@ -177,7 +193,9 @@ class SummaryTable:
         reach = sizes(rows)[:, :, None, None]
         errors = reach * self._columns.token_errors(layer, self._length)[:, None]
         errors[:, :, self._must[layer]] = np.inf
-        return self._heads(logits, q), self._heads(errors, q)
+        found = self._heads(errors, q)
+        found[_wild(q)] = np.inf
+        return self._heads(logits, q), found
 
     def values(self, layer: int) -> tuple[Floats, Floats]:
         """The blocks' mean values, for what is left out of the attention.
@@ -201,8 +219,11 @@ class SummaryTable:
         radius[self._must[layer]] = np.inf
         return mean, radius
 
+    def _leading(self, num_blocks: int | None) -> int:
+        return self._length if num_blocks is None else min(num_blocks, self._length)
+
     def _rows(self, layer: int, q: Floats) -> Floats:
-        """[G, nq * R, D] queries scaled by 1 / sqrt(D), by KV head."""
+        """[G, nq * R, D] queries scaled by 1 / sqrt(D), by KV head; zeros for wild ones."""
         shape = self.layout
         heads, dim = shape.num_kv_heads, shape.head_dim
         if not 0 <= layer < shape.num_layers:
@@ -212,6 +233,7 @@ class SummaryTable:
                 f"a query is [nq, H, {dim}] with H a multiple of {heads}, not {list(q.shape)}"
             )
         scaled = q.astype(np.float32, copy=False) * np.float32(1 / math.sqrt(dim))
+        scaled[_wild(q)] = 0
         split = scaled.reshape(len(q), heads, -1, dim).transpose(1, 0, 2, 3)
         rows: Floats = split.reshape(heads, -1, dim)
         return rows
@@ -223,6 +245,12 @@ class SummaryTable:
         split = found.reshape(len(found), num, -1, *behind).swapaxes(0, 1)
         back: Floats = split.reshape(num, heads, *behind)
         return back
+
+
+def _wild(q: Floats) -> Bools:
+    """[nq, H]: queries that are not finite or too large to be scored."""
+    wild: Bools = ~(np.abs(q).max(axis=-1) <= MAX_QUERY)
+    return wild
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,16 +64,24 @@ class Columns(ABC):
 
     def write(self, start: int, records: Records) -> None:
         """Put records [n, L, G] at blocks start..start+n-1."""
-        parts = self._prepare(records)
-        if self._kind in WITH_VALUES:
-            parts["value_means"] = scaled(records["value_mean"], records["value_scale"])
-            parts["value_radii"] = records["value_radius"].astype(np.float32)
-        for name, part in parts.items():
+        for name, part in self._parts(records).items():
             axis = part.ndim - 1 - (name in self._BEHIND)
             moved = np.moveaxis(part, 0, axis)
             array = self._room(name, moved, axis, start + len(records))
             where = (slice(None),) * axis + (slice(start, start + len(records)),)
             array[where] = moved
+
+    def least_bytes(self, record: Records, blocks: int) -> int:
+        """Memory that `blocks` take at least, given one's record [1, L, G]; holds nothing."""
+        one = sum(part.nbytes for part in self._parts(record).values())
+        return one * max(INITIAL_BLOCKS, blocks)
+
+    def _parts(self, records: Records) -> dict[str, Floats]:
+        parts = self._prepare(records)
+        if self._kind in WITH_VALUES:
+            parts["value_means"] = scaled(records["value_mean"], records["value_scale"])
+            parts["value_radii"] = records["value_radius"].astype(np.float32)
+        return parts
 
     def _room(self, name: str, part: Floats, axis: int, blocks: int) -> Floats:
         array = self._arrays.get(name)

@@ -54,6 +54,9 @@ MUST = 1
 """The flag of a record whose keys no summary can speak for."""
 HASH_BYTES = 16
 
+_SIGNED = frozenset({"zeros", "lows", "highs"})
+"""Numbers of a record that may be below zero; the others are sizes."""
+
 _HEADER = struct.Struct("<4sHBBIIIIIIQQ")
 _SUM = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _SUM.size
@@ -233,6 +236,8 @@ def _plausible(layout: KvLayout, records: Records) -> bool:
     for name in names:
         column = records[name]
         if column.dtype.kind == "f" and not np.isfinite(column).all():
+            return False
+        if column.dtype.kind == "f" and name not in _SIGNED and (column < 0).any():
             return False
     if "counts" not in names:
         return True

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     Bools = NDArray[np.bool_]
 
 
+SCORES_AT_ONCE = 1 << 22
+"""Queries x heads x tokens that are scored together: some kinds score every token, and keep a few
+arrays of so many float32 for it. One query is scored in any case."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
     """The blocks of a sequence that can be chosen: the leading `count` of a table."""
@@ -49,16 +54,36 @@ def choose_layers(
     Args:
         candidates: the cached keys of the call.
         request: checked.
-        check_time: called before each layer with the number of layers done; may raise.
+        check_time: called before each layer, and before each further part of its queries, with
+            the number of layers done; may raise.
     """
     wanted = ~candidates.known
     wanted[[block for block in request.must_blocks if block < candidates.count]] = True
     found: list[LayerSelection] = []
     for position, layer in enumerate(request.layers):
-        check_time(position)
-        chooser = _Layer(candidates, request, wanted, layer, request.queries[position])
-        found += chooser.selections()
+        scores = _scores(candidates, request, position, check_time)
+        found += _Layer(candidates, request, wanted, layer, scores).selections()
     return tuple(found)
+
+
+def _scores(
+    candidates: Candidates,
+    request: SelectRequest,
+    position: int,
+    check_time: Callable[[int], None],
+) -> list[Floats]:
+    """[Q, H, count] estimates of the layer at that position, and both bounds if they are wanted."""
+    table, count, layer = candidates.table, candidates.count, request.layers[position]
+    queries = request.queries[position]
+    each = max(1, request.num_heads * count * candidates.block_tokens)
+    step = max(1, SCORES_AT_ONCE // each)
+    parts: list[list[Floats]] = []
+    for start in range(0, len(queries), step):
+        check_time(position)
+        part = queries[start : start + step]
+        bounds = table.bounds(layer, part, count) if request.bounds else ()
+        parts.append([table.log_mass(layer, part, count), *bounds])
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 class _Layer:
@@ -70,18 +95,15 @@ class _Layer:
         request: SelectRequest,
         wanted: Bools,
         layer: int,
-        queries: Floats,
+        scores: list[Floats],
     ) -> None:
         table, count = candidates.table, candidates.count
         self._candidates = candidates
         self._request = request
         self._layer = layer
         self._must = wanted | table.must(layer)[:count]
-        self._log_mass = table.log_mass(layer, queries)[..., :count]
-        self._lower, self._upper = self._log_mass, self._log_mass
-        if request.bounds:
-            lower, upper = table.bounds(layer, queries)
-            self._lower, self._upper = lower[..., :count], upper[..., :count]
+        self._log_mass = scores[0]
+        self._lower, self._upper = scores[1:] or (scores[0], scores[0])
 
     def selections(self) -> list[LayerSelection]:
         if self._request.mode is SelectMode.SHARED:
@@ -119,15 +141,21 @@ class _Layer:
 
 
 def _skipped_upper(upper: Floats, blocks: NDArray[np.int64], block_tokens: int) -> Floats:
-    """[nq, H]: log of block_tokens * sum of exp(upper) over the blocks left out, rounded up."""
+    """[nq, H]: log of block_tokens * sum of exp(upper) over the blocks left out, rounded up.
+
+    Infinite if one of these bounds is: that of a query too large to be scored.
+    """
     left_out = np.ones(upper.shape[-1], np.bool_)
     left_out[blocks] = False
     rest = upper[..., left_out].astype(np.float64)
     if not rest.shape[-1]:
         return np.full(upper.shape[:-1], -np.inf, np.float32)
     top = rest.max(axis=-1)
+    unbounded = np.isposinf(top)
+    rest[unbounded], top[unbounded] = 0, 0
     log_sum = top + np.log(np.exp(rest - top[..., None]).sum(axis=-1)) + np.log(block_tokens)
     rounded: Floats = np.nextafter(
         (log_sum + 1e-12 * np.abs(log_sum)).astype(np.float32), np.float32(np.inf)
     )
+    rounded[unbounded] = np.inf
     return rounded

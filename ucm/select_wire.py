@@ -114,7 +114,7 @@ def request_from_wire(message: pb.SelectRequest) -> SelectRequest:
     shape = (len(message.layers), message.num_queries, message.num_heads)
     rows = shape[0] * shape[1] * shape[2]
     queries = _array(message.queries, _F32)
-    if not rows or queries.size % rows:
+    if not rows or not queries.size or queries.size % rows:
         raise InvalidArgumentError(
             f"{queries.size} numbers are no queries of {shape[0]} layers, {shape[1]} queries and "
             f"{shape[2]} heads"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -227,7 +227,7 @@ class Selections:
                     block_tokens=layout.block_tokens,
                 ),
                 request,
-                lambda done: _check_time(call.deadline_s, done, len(request.layers)),
+                _time_check(call.deadline_s, len(request.layers)),
             )
         self._count(layers, len(call.keys), time.perf_counter() - started_s)
         return SelectResult(call.statuses, layers)
@@ -241,13 +241,21 @@ class Selections:
         metrics.set("ucm_select_table_bytes", self.tables.num_bytes)
 
 
-def _check_time(deadline_s: float, done: int, num_layers: int) -> None:
-    if done and time.monotonic() > deadline_s:
-        raise CapacityError(
-            f"time was over when {done} of {num_layers} layers were scored: allow more time, or "
-            "ask for fewer layers or queries",
-            retry_after_s=SHORT_RETRY_S,
-        )
+def _time_check(deadline_s: float, num_layers: int) -> Callable[[int], None]:
+    """What refuses to go on after the deadline; the first part of the work is always done."""
+    begun = False
+
+    def check(done: int) -> None:
+        nonlocal begun
+        if begun and time.monotonic() > deadline_s:
+            raise CapacityError(
+                f"time was over when {done} of {num_layers} layers were scored: allow more time, "
+                "or ask for fewer layers or queries",
+                retry_after_s=SHORT_RETRY_S,
+            )
+        begun = True
+
+    return check
 
 
 def _nothing(request: SelectRequest, num_groups: int, num_keys: int) -> SelectResult:

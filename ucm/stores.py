@@ -29,7 +29,16 @@ from .namespaces import Namespace
 from .placement import StorePlan, plan_store
 from .staging import Staging
 from .summaries import SummaryBook, SummarySource
-from .types import ROOT_KEY, BlockKey, LeaseId, NamespaceId, SessionId, StoreStatus, TierKind
+from .types import (
+    ROOT_KEY,
+    BlockKey,
+    LeaseId,
+    NamespaceId,
+    SessionId,
+    StoreStatus,
+    SummaryKind,
+    TierKind,
+)
 from .write_behind import WriteBehind
 
 
@@ -41,7 +50,7 @@ class _Copy:
     parent: BlockKey
     status: StoreStatus
     slot: SlotId | None = None
-    summary: bytes = b""
+    summary: tuple[SummaryKind, bytes] | None = None
     """What came with it and was believed."""
 
 
@@ -130,7 +139,7 @@ class StorePath:
             self._copy(owner, found, copies, given)
         finally:
             with state.lock:
-                self._accept_locked(found, owner, copies)
+                self._accept_locked(found, copies)
                 state.undo_locked(lease)
                 found.num_copying -= 1
                 owner.num_copying -= 1
@@ -219,22 +228,22 @@ class StorePath:
         """Copy the summaries that came with good blocks, and believe those that speak for them."""
         num_refused = 0
         for copy in copies:
-            if copy.status is not StoreStatus.ACCEPTED:
-                continue
+            run_bytes = book.layout.block_bytes + book.slot_bytes
+            if copy.status is not StoreStatus.ACCEPTED or copy.offer.staging_bytes != run_bytes:
+                continue  # no such run: the session opened the namespace anew since it prepared
             start = copy.offer.staging_offset + book.layout.block_bytes
             data = bytes(owner.staging.view(start, book.summary_bytes))
             decoded = decode_summary(book.layout, data, given[copy.offer.key])
             if decoded is not None and decoded.kind is book.kind:
-                copy.summary = data
+                copy.summary = book.kind, data
             else:
                 num_refused += any(data[:SUMMARY_HEADER_BYTES])  # zeros: none was written
         if num_refused:
             self._state.metrics.add("ucm_summaries_refused_total", num_refused)
 
-    def _accept_locked(self, found: Namespace, owner: Session, copies: list[_Copy]) -> None:
+    def _accept_locked(self, found: Namespace, copies: list[_Copy]) -> None:
         """Make what arrived well visible, parents first; give back every other slot."""
         now_us = self._state.clock.now_us()
-        kind = owner.summaries.get(found.id)
         for copy in copies:
             if copy.slot is None:
                 continue
@@ -245,9 +254,8 @@ class StorePath:
             if copy.status is not StoreStatus.ACCEPTED:
                 found.memory.delete([(copy.slot, copy.offer.key)])
             elif found.summaries is not None:
-                came = (kind, copy.summary) if kind and copy.summary else None
                 sums = found.memory.checksums(copy.slot)
-                found.summaries.arrived(copy.offer.key, sums, came, SummarySource.CLIENT)
+                found.summaries.arrived(copy.offer.key, sums, copy.summary, SummarySource.CLIENT)
 
     def _place_locked(
         self, found: Namespace, copy: _Copy, slot: SlotId, now_us: int

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 from ucm.kernels.summarize import summarize_blocks
 from ucm.kernels.summary_record import content_of, encode_summary
+from ucm.storage.summary_areas import StoredSummary
 from ucm.storage.tier import SlotId
 
 from .block_columns import NO_ROW, NO_SLOT
@@ -299,11 +300,21 @@ class SummaryFills:
         """One job of the pool. Nothing is lost by what cannot be read but a summary."""
         areas = found.nvme.summaries if found.nvme is not None else None
         assert areas is not None, "it has a stored kind"
+        summaries: Sequence[StoredSummary | None] = [None] * len(places)
         try:
             summaries = areas.read(places)
         except (UcmError, OSError) as error:
             _log.warning("reading %d summaries: %s", len(places), error)
-            summaries = [None] * len(places)
+        finally:  # whatever went wrong: the namespace is held, and somebody may wait
+            self._keep_read(found, kind, places, summaries)
+
+    def _keep_read(
+        self,
+        found: Namespace,
+        kind: SummaryKind,
+        places: Sequence[tuple[SlotId, BlockKey]],
+        summaries: Sequence[StoredSummary | None],
+    ) -> None:
         with self._state.lock:
             shelf = found.summaries
             assert shelf is not None, "a namespace in use is not closed"

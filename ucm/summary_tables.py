@@ -112,6 +112,8 @@ class SequenceTable:
             InvalidArgumentError: the table would take more than `max_bytes`.
         """
         count, old = len(keys), len(self._contents)
+        if count > old:  # before a row is made: a refusal must not take what it refuses
+            self._check_size(count, self.scores.least_bytes(count), max_bytes)
         contents = np.array([source.content(index) for index in range(count)], np.uint64)
         changed = np.flatnonzero(contents[:old] != self._contents[: min(count, old)])
         for index in changed.tolist():
@@ -120,10 +122,10 @@ class SequenceTable:
         for start in range(old, count, ROWS_PER_STEP):
             end = min(start + ROWS_PER_STEP, count)
             rows = [self._row(source, contents, index) for index in range(start, end)]
-            self.scores.extend(np.stack(rows))
+            self.scores.replace(start, np.stack(rows))  # not `extend`: this may be a second try
             self._contents = np.concatenate([self._contents, contents[start:end]])
             self.keys = keys.packed[: end * KEY_BYTES]
-            self._check_size(count, max_bytes)
+            self._check_size(count, self.num_bytes, max_bytes)
 
     def _row(self, source: RowSource, contents: NDArray[np.uint64], index: int) -> Records:
         records = source.records(index) if contents[index] != NO_CONTENT else None
@@ -135,11 +137,11 @@ class SequenceTable:
         unknown["flags"] = MUST
         return unknown
 
-    def _check_size(self, wanted: int, max_bytes: int) -> None:
-        if self.num_bytes > max_bytes:
+    def _check_size(self, wanted: int, num_bytes: int, max_bytes: int) -> None:
+        if num_bytes > max_bytes:
             raise InvalidArgumentError(
-                f"{len(self._contents)} of {wanted} blocks take {self.num_bytes} bytes to score, "
-                f"summaries.table_bytes is {max_bytes}: raise it, or ask with fewer keys"
+                f"{wanted} blocks take {num_bytes} bytes or more to score, summaries.table_bytes "
+                f"is {max_bytes}: raise it, or ask with fewer keys"
             )
 
 

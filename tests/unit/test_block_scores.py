@@ -126,6 +126,29 @@ def test_queries_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
         filled(SummaryKind.MEAN).log_mass(0, np.zeros(shape, np.float32))
 
 
+@pytest.mark.parametrize("size", [1e8, 1e12, 1e30, 3e38, np.inf, np.nan])
+@pytest.mark.parametrize("kind", SummaryKind)
+def test_bounds_hold_for_queries_that_no_product_can_hold(kind: SummaryKind, size: float) -> None:
+    slabs = slabs_of(6, seed=3) * 10
+    table = SummaryTable(kind, LAYOUT)
+    table.extend(records_of(kind, slabs))
+    q = query(2) / np.abs(query(2)).max() * np.float32(size)
+    q[1] = query()[0]
+    lower, upper = table.bounds(0, q)
+    by_head = np.repeat(slabs[:, 0, 0], 2, axis=1).astype(np.float64)
+    if np.isfinite(size):
+        logits = np.einsum("qhd,nhbd->qhnb", q.astype(np.float64), by_head) / 4
+        assert (logits >= lower[..., None]).all()
+        assert (logits <= upper[..., None]).all()
+    assert np.isfinite(lower[1]).all()
+    assert (np.isfinite(upper[0]) == (size < 1e9)).all()
+    assert np.isfinite(table.log_mass(0, q)).all()
+    assert np.isfinite(shared_mass(table.log_mass(0, q))).all()
+    if kind in TOKEN_KINDS:
+        assert np.isfinite(table.token_logits(0, q)[0]).all()
+        assert (np.isinf(table.token_logits(0, q)[1][0]) == (not size < 1e9)).all()
+
+
 def test_layers_and_records_out_of_place_are_refused() -> None:
     table = filled(SummaryKind.MEAN)
     for layer in (-1, 2):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -143,6 +146,62 @@ def test_a_must_block_that_is_not_cached_is_left_out() -> None:
 def test_without_bounds_none_are_made() -> None:
     (found,) = choose(request_of((0,), bounds=False))
     assert (found.log_mass, found.lower, found.upper, found.skipped_upper) == (None,) * 4
+
+
+def test_a_query_too_large_to_be_scored_has_no_bounds_and_a_selection() -> None:
+    request = request_of((0,), Budget(ratio=0.25))
+    request.queries[0, 0] = 3e38
+    (found,) = choose(request)
+    assert len(found.blocks) == NUM_BLOCKS // 4
+    assert 0 <= found.mass <= 1
+    assert found.upper is not None
+    assert found.skipped_upper is not None
+    assert np.isposinf(found.upper[0]).all()
+    assert np.isposinf(found.skipped_upper[0]).all()
+    assert np.isfinite(found.upper[1]).all()
+    assert np.isfinite(found.skipped_upper[1]).all()
+
+
+@pytest.mark.parametrize("kind", [KIND, SummaryKind.SHADOW4])
+def test_many_queries_are_scored_in_parts_and_the_time_is_asked_between(
+    kind: SummaryKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = replace(request_of((0, 2)), queries=queries_of(2, 7))
+    candidates = Candidates(
+        table=table_of(kind),
+        count=5,
+        known=np.ones(5, np.bool_),
+        num_kv_heads=2,
+        block_tokens=4,
+    )
+    whole = choose_layers(candidates, request, lambda done: None)
+    asked: list[int] = []
+    monkeypatch.setattr("ucm.layer_choice.SCORES_AT_ONCE", 3 * NUM_HEADS * 5 * 4)
+    parts = choose_layers(candidates, request, asked.append)
+    assert asked == [0, 0, 0, 1, 1, 1]
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(one.blocks, other.blocks)
+        for name in ("shares", "log_mass", "lower", "upper", "skipped_upper"):
+            np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-5)
+
+
+def test_a_short_chain_in_a_long_table_costs_what_it_is_long() -> None:
+    """The checks of a request know the keys of the call, and not what was asked about before."""
+    request = replace(request_of((0,)), queries=queries_of(1, 4000))
+
+    def peak_bytes(table: SummaryTable) -> int:
+        candidates = Candidates(
+            table=table, count=1, known=np.ones(1, np.bool_), num_kv_heads=2, block_tokens=4
+        )
+        tracemalloc.start()
+        choose_layers(candidates, request, lambda done: None)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    short = table_of()
+    short.truncate(1)
+    assert peak_bytes(TABLE) < 1.5 * peak_bytes(short)
 
 
 def test_the_time_is_asked_before_each_layer() -> None:

@@ -144,6 +144,7 @@ def test_a_garbled_answer_is_refused(damage: Callable[[pb.SelectReply], None]) -
         {"mode": 9},
         {"queries": b""},
         {"queries": bytes(7)},
+        {"queries": b"", "num_queries": 2**32 - 1, "num_heads": 2**32 - 1},
         {"num_heads": 0},
         {"num_queries": 1 << 31},
         {"num_heads": 5},

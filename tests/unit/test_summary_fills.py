@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from ucm.layout import KvDtype, KvLayout
 from ucm.manager import Manager
 from ucm.reader_io import open_reader_io
 from ucm.storage.format import HEADER_BYTES
+from ucm.storage.summary_areas import SummaryAreas
 from ucm.summary_fills import SummaryGrants
 from ucm.testing.slab_pool import SlabPool, slabs_of
 from ucm.testing.stores import wait_until
@@ -304,6 +306,29 @@ def test_a_damaged_area_costs_the_summary_and_not_the_block(config: Config) -> N
     store.manager.complete_load(store.session, lease.lease_id)
     store.expect_all(keys)
     assert store.kept("computed") == 1
+    store.close()
+
+
+def test_a_read_that_fails_in_an_unforeseen_way_keeps_nobody_waiting(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(config)
+    keys = store.keys(3)
+    store.put(keys, [summary_of(block_of(key)) for key in keys])
+    store.close()
+    store = Store(config)
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SummaryAreas, "read", no_memory)
+        started_s = time.monotonic()
+        grants = store.ask(keys, timeout_s=WAIT_S)
+    assert time.monotonic() - started_s < WAIT_S / 2
+    assert set(grants.statuses) == {SummaryStatus.NO_SUMMARY}
+    store.manager.summaries.release(grants)
+    assert not store.manager.summaries._reading
     store.close()
 
 

@@ -163,7 +163,14 @@ def test_short_data_is_refused_and_padding_accepted(kind: SummaryKind) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("flags", 2), ("flags", 0x81), ("radii", np.nan), ("scales", np.inf), ("counts", 255)],
+    [
+        ("flags", 2),
+        ("flags", 0x81),
+        ("radii", np.nan),
+        ("scales", np.inf),
+        ("radii", -1),
+        ("counts", 255),
+    ],
 )
 def test_records_that_nobody_could_measure_are_refused(name: str, value: float) -> None:
     records = pattern(SummaryKind.GSA_K4)

@@ -11,6 +11,7 @@ import pytest
 
 from ucm.errors import CapacityError, InvalidArgumentError
 from ucm.hashing import CheckedKeys, chain_keys, check_keys
+from ucm.kernels.block_scores import SummaryTable
 from ucm.kernels.summarize import summarize_blocks
 from ucm.summary_tables import NO_CONTENT, SummaryTables, TableOwner
 from ucm.testing.selections import (
@@ -136,13 +137,36 @@ def test_the_least_recently_used_make_room() -> None:
 
 def test_a_table_that_would_be_too_large_is_refused_and_leaves_nothing() -> None:
     tables, keys = SummaryTables(1000), chain(8)
+    source = Source(keys)
     with (
         pytest.raises(InvalidArgumentError, match=r"summaries\.table_bytes"),
-        tables.using(OWNER, keys, Source(keys), time.monotonic() + 5),
+        tables.using(OWNER, keys, source, time.monotonic() + 5),
     ):
         pass
+    assert source.asked == [], "a refusal made rows, of layouts that take gigabytes too"
     assert (len(tables), tables.num_bytes) == (0, 0)
     assert tables.check_integrity() == []
+
+
+def test_a_table_that_memory_ran_out_for_is_right_the_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tables, keys = SummaryTables(ROOMY), chain(8)
+    write = SummaryTable.replace
+
+    def fails_behind(table: SummaryTable, start: int, records: Records) -> None:
+        write(table, start, records)
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr(SummaryTable, "replace", fails_behind)
+    with pytest.raises(MemoryError):
+        use(tables, keys, Source(keys))
+    found = use(tables, keys, Source(keys))
+    longer = use(tables, chain(12), Source(chain(12)))
+    whole = use(SummaryTables(ROOMY), chain(12), Source(chain(12)))
+    np.testing.assert_array_equal(found, whole[..., :8])
+    np.testing.assert_array_equal(longer, whole)
 
 
 def test_who_waits_for_a_table_in_use_is_refused_in_time() -> None:

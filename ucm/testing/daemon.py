@@ -115,8 +115,9 @@ class SpawnedDaemon:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Stop it with SIGSTOP for the length of the block."""
+        """Stop it with SIGSTOP for the length of the block; from the first line on it is still."""
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         try:
             yield
         finally:
