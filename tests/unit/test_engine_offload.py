@@ -261,3 +261,23 @@ def test_what_does_not_fit_is_refused_in_words(model: LlamaModel, source: HostSl
         pytest.raises(InvalidArgumentError, match="set offload"),
     ):
         engine.add_request(PROMPT, GREEDY)
+
+
+def test_a_preempted_sparse_one_finds_slots_in_all_layers(
+    tmp_path_factory: pytest.TempPathFactory, source: HostSlabSource
+) -> None:
+    # Each layer reads sink and recent blocks back into slots of its own choice: a block that begins
+    # needs the same one in all of them.
+    folder = write_tiny_model(tmp_path_factory.mktemp("deep"), num_hidden_layers=16)
+    deep = load_model(folder, torch.float32).model
+    options = sparse(budget=Budget(ratio=0.3), resident_blocks=6, stride=1)
+    with new_engine(deep, source, offload=None, sparse=options) as engine:
+        name = engine.add_request(PROMPT, replace(GREEDY, max_tokens=40))
+        tokens: list[int] = []
+        while engine.has_work:
+            tokens += [event.token_id for event in engine.step()]
+            assert engine.check_integrity() == []
+            if len(tokens) % 7 == 3 and engine._runner.running:
+                engine._runner._preempt(engine._runner.running[0])
+        assert len(tokens) == 40
+        assert engine.abort(name) is None
