@@ -148,6 +148,24 @@ def test_a_cache_that_hangs_is_waited_for_only_so_long(cache: FakeCache) -> None
     source.close()
 
 
+def test_a_shelf_that_shrinks_under_a_cancelled_read_stops_nobody(cache: FakeCache) -> None:
+    source = CacheSlabSource(lambda: cache, SPEC, replace(QUICK, deadline_s=0.2))
+    shelf, other = source.open("a"), source.open("b")
+    for each in (shelf, other):
+        fill(each, some_slabs(6))
+    read(shelf, 0, [1])
+    cache.hang.clear()
+    shelf.runs[0].renew_s = 0.0
+    under_way = shelf.read(1, [5], [torch.zeros(LAYOUT.slab_shape)])
+    with pytest.raises(SlabLostError, match="not in"):
+        under_way.wait(1)
+    under_way.cancel()
+    shelf.truncate(0)
+    cache.hang.set()
+    assert torch.equal(read(other, 1, [1]), some_slabs(6)[1, [1]])
+    source.close()
+
+
 def test_a_lease_is_renewed(source: CacheSlabSource, cache: FakeCache) -> None:
     shelf = source.open("a")
     fill(shelf, some_slabs(6))
