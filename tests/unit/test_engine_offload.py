@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.loading import load_model
-from ucm.engine.model import LlamaModel
+from ucm.engine.model import ForwardItem, LlamaModel
 from ucm.engine.request import FinishReason
 from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
@@ -281,3 +282,49 @@ def test_a_preempted_sparse_one_finds_slots_in_all_layers(
                 engine._runner._preempt(engine._runner.running[0])
         assert len(tokens) == 40
         assert engine.abort(name) is None
+
+
+def break_pass_after_loss(engine: Engine, lossy: LossySource, patch: pytest.MonkeyPatch) -> None:
+    """The first pass that is repeated because a slab was lost fails."""
+    runner, forward = engine._runner, engine._model.forward
+    num_losses = lossy.num_losses
+
+    def failing(items: Sequence[ForwardItem], kv_pool: Tensor, **details: object) -> Tensor:
+        if lossy.num_losses < num_losses:
+            patch.undo()
+            raise RuntimeError("out of memory")
+        return forward(items, kv_pool, **details)  # type: ignore[arg-type]
+
+    patch.setattr(runner._pass._model, "forward", failing)
+
+
+@pytest.mark.parametrize("is_aborted", [False, True])
+@pytest.mark.parametrize("max_attempts", [0, 3])
+def test_a_model_that_fails_after_a_slab_was_lost(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch, *, max_attempts: int, is_aborted: bool
+) -> None:
+    lossy = LossySource(1)
+    share = replace(SHARE, max_attempts=max(1, max_attempts))
+    with new_engine(model, lossy, num_blocks=20, offload=share) as engine:
+        object.__setattr__(engine.offloads.options, "max_attempts", max_attempts)
+        params = replace(GREEDY, max_tokens=20)
+        names = [engine.add_request(prompt, params) for prompt in (PROMPT, [5, 6, 7])]
+        break_pass_after_loss(engine, lossy, monkeypatch)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            collections.deque(iter(engine.step, None), maxlen=0)
+        assert engine.check_integrity() == []
+        if is_aborted:
+            engine.abort(names[0])
+        results = {}
+        while engine.has_work:
+            results.update({e.request_id: e.result for e in engine.step() if e.result})
+            assert engine.check_integrity() == []
+        assert engine.pool.blocks.num_available == 20
+    assert list(results[names[1]].outputs[0].token_ids) == roomy(model, [5, 6, 7], params)
+    found = results.get(names[0])
+    assert (found is None) is is_aborted
+    if found is not None and max_attempts:
+        assert list(found.outputs[0].token_ids) == roomy(model, PROMPT, params)
+    elif found is not None:
+        assert found.outputs[0].finish_reason is FinishReason.FAILED
+    lossy.close()

@@ -197,9 +197,11 @@ class BatchRunner:
             return []
         self._stalled_since_us = None
         attentions = self._sparse.begin_pass(batch) if self._sparse is not None else None
-        result = self._pass.run(batch, options, attentions)
-        for sequence in result.evicted:
-            self._preempt(sequence)
+        try:
+            result = self._pass.run(batch, options, attentions)
+        finally:  # what lost its KV has lost it, even if the pass then failed
+            for sequence in self._pass.take_evicted():
+                self._preempt(sequence)
         return [] if result.logits is None else self._finish_step(result.batch, result.logits)
 
     def _finish_step(
