@@ -18,11 +18,13 @@ from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
 from ucm.errors import ConfigError, InvalidArgumentError
 from ucm.kernels.block_scores import Budget
+from ucm.sparse.certificates import CertifiedOptions
 from ucm.sparse.mode_policy import SparseMode
 from ucm.sparse.offload import OffloadOptions
 from ucm.sparse.options import SparseOptions
 from ucm.sparse.slab_source import HostShelf, HostSlabSource, SlabLostError, SlabRead
 from ucm.testing.models import write_tiny_model
+from ucm.types import SummaryKind
 
 SHARE = OffloadOptions(resident_blocks=8, wave_blocks=3, num_waves=2)
 PROMPT = [3 + (i * i + 7 * i) % 90 for i in range(150)]
@@ -255,6 +257,9 @@ def test_what_does_not_fit_is_refused_in_words(model: LlamaModel, source: HostSl
         new_engine(model, None)
     with pytest.raises(ConfigError, match="resident_blocks"):
         new_engine(model, source, num_blocks=7)
+    promise = sparse(kind=SummaryKind.SHADOW4, certificate=CertifiedOptions())
+    with pytest.raises(ConfigError, match="certificate"):
+        new_engine(model, source, sparse=promise)
     with new_engine(model, source) as engine, pytest.raises(InvalidArgumentError, match="share"):
         engine.add_request(PROMPT, replace(GREEDY, n=2))
     with (

@@ -94,6 +94,11 @@ class EngineOptions:
                 f"engine: a sequence is to own {self.share.resident_blocks} blocks "
                 f"(resident_blocks), the pool has {self.num_blocks}"
             )
+        if self.share is not None and self.sparse is not None and self.sparse.certificate:
+            raise ConfigError(
+                "engine: a sequence beyond its share of the pool (resident_blocks) reads by "
+                "budget; it cannot keep a certificate's promise. Give up one of them"
+            )
         if not 0.0 < self.max_pinned_share <= 1.0:
             raise ConfigError(
                 f"engine: max_pinned_share is {self.max_pinned_share}, must be in (0, 1]"
