@@ -197,6 +197,22 @@ def test_estimates_that_overflow_end_no_step(
         assert attend(0, size**0.5 * queries(position), pool[0]).shape == (1, HEADS, DIM)
 
 
+def test_a_query_whose_estimates_overflow_reads_everything() -> None:
+    pool = make_pool()
+    certificate = ConformalOptions(delta=0.2, tail_mass=0.2, audit_stride=64)
+    decoding = make_decoding(options_of(kind=SummaryKind.GSA_2, certificate=certificate))
+    for position in range(405, 431):
+        step, q = make_step(position), queries(position)
+        q *= 1e20 if position == 430 else 1.0
+        attend = decoding.attention(step, pool)
+        assert attend is not None
+        out = attend(0, q, pool[0])
+    assert decoding.promises is not None
+    assert decoding.promises.calibrators is not None
+    assert decoding.promises.calibrators.of(0, HEADS).is_ready
+    assert torch.equal(out, dense(step, q, pool[0]))
+
+
 def test_true_log_mass_is_the_log_of_the_sum() -> None:
     rng = np.random.default_rng(0)
     q = rng.normal(size=(3, HEADS, DIM)).astype(np.float32)

@@ -236,11 +236,17 @@ class ConformalSelector:
         return due or not self.calibrators.of(layer, q.shape[1]).is_ready
 
     def estimates(self, layer: int, q: F32) -> tuple[F32, NDArray[np.bool_]]:
-        """What the summaries say of the first `end` blocks: log mass [1, H, end] and must [end]."""
+        """What the summaries say of the first `end` blocks: log mass [1, H, end] and must [end].
+
+        A block whose estimate is beyond what a number holds is one of those.
+        """
         end = self.blocks.end
         must = np.array(self.table.must(layer)[:end], copy=True)
         must[: self.blocks.first] = True
-        return self.table.log_mass(layer, q)[:, :, :end], must
+        with np.errstate(over="ignore", invalid="ignore"):
+            log_mass = self.table.log_mass(layer, q)[:, :, :end]
+        unknown = ~np.isfinite(log_mass).all((0, 1))
+        return np.where(unknown, np.float32(-np.inf), log_mass), must | unknown
 
     def choose(self, layer: int, q_THD: Tensor, /) -> Selection:
         """See `BlockSelector.choose`."""
