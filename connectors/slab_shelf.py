@@ -244,7 +244,7 @@ class Run:
         source = block.source
         if source is None:
             return f"the cache says {block.status}"
-        if source is SourceKind.PROMOTING and not self._wait_promotion(index, layer):
+        if source is SourceKind.PROMOTING and not self._wait_promotion(index, layer, wanted[0]):
             return "it was not promoted"
         if source is SourceKind.EXTENT and index not in self._mover.checksums and layer > 0:
             self._read, self._view = None, self._own
@@ -260,12 +260,13 @@ class Run:
             self.corrupt.append(self.plan.blocks[index].key)
         return outcome.is_good or outcome.is_dropped
 
-    def _wait_promotion(self, index: int, layer: int) -> bool:
+    def _wait_promotion(self, index: int, layer: int, read: CacheRead) -> bool:
+        """Wait as long as the read's owner does: the lease lasts longer, and others are waiting."""
         progress, rank = self.plan.progress, self._ranks[index]
         if progress is None:
             return False
         num_slabs = layer * progress.num_blocks + rank + 1
-        return progress.wait(num_slabs, self.plan.timeout_s) and rank < progress.num_usable()
+        return progress.wait(num_slabs, read.timeout_s) and rank < progress.num_usable()
 
     # `SlabTarget` and `WriteGate`
 

@@ -177,27 +177,35 @@ class CacheSlabSource:
         shelf, size = read.shelf, self.options.run_blocks
         number, index = divmod(block, size)
         run = self._run_of(shelf, number, index)
+        if run is None:
+            return "it left the shelf"
         wanted = (read, read.views[read.done])
         why = run.fetch(index, read.layer, wanted, self._scratch)
         if why:
             self._end_run(shelf, number)
         return why
 
-    def _run_of(self, shelf: CacheShelf, number: int, index: int) -> Run:
-        """The lease of a run, renewed at half time, when it lacks the block, or its cache died."""
+    def _run_of(self, shelf: CacheShelf, number: int, index: int) -> Run | None:
+        """The lease of a run, renewed at half time, when it lacks the block, or its cache died.
+
+        None when the block left the shelf: who asked has cancelled, and did not wait for us.
+        """
         run = shelf.runs.get(number)
         first = number * self.options.run_blocks
+        with self._changed:
+            wanted = shelf.keys[first : min(first + self.options.run_blocks, shelf.num_kept)]
+        if index >= len(wanted):
+            return None
         if run is not None:
             keys = [block.key for block in run.plan.blocks]
             is_fresh = time.monotonic() < run.renew_s and run.generation == self._generation
-            if is_fresh and index < len(keys) and keys[index] == shelf.keys[first + index]:
+            if is_fresh and index < len(keys) and keys[index] == wanted[index]:
                 return run
             self._end_run(shelf, number)
         connection = self._connect()
-        last = min(first + self.options.run_blocks, shelf.num_kept)
         plan = connection.cache.begin_load(
             connection.namespace.id,
-            shelf.keys[first:last],
+            wanted,
             mode=LoadMode.DIRECT,
             timeout_s=self.options.lease_s,
         )

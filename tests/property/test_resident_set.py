@@ -18,27 +18,41 @@ pytestmark = pytest.mark.timeout(60)
 class ResidentSetMachine(RuleBasedStateMachine):
     """The oracle: for each layer, the block of each slot and which reads are under way."""
 
-    @initialize(num_slots=st.integers(6, 12), sink=st.integers(1, 2), recent=st.integers(0, 2))
-    def start(self, num_slots: int, sink: int, recent: int) -> None:
+    @initialize(
+        num_slots=st.integers(6, 12),
+        sink=st.integers(1, 2),
+        recent=st.integers(0, 2),
+        num_restored=st.sampled_from([0, 0, 15]),
+    )
+    def start(self, num_slots: int, sink: int, recent: int, num_restored: int) -> None:
         self.sink, self.recent = sink, recent
         self.set = ResidentSet(LAYERS, num_slots, sink_blocks=sink, recent_blocks=recent)
+        self.set.restore(num_restored)
         self.where: list[dict[int, int]] = [{} for _ in range(LAYERS)]
         self.reads: list[tuple[int, Placement]] = []
 
     @rule(count=st.integers(1, 4))
     def begin(self, count: int) -> None:
         before = [dict(layer) for layer in self.where]
+        num_fresh = self.set.num_blocks - self.set.num_kept
+        first_recent = self.set.num_blocks + count - 1 - self.recent
+        is_pinned = {
+            slot
+            for layer in self.where
+            for block, slot in layer.items()
+            if block < self.sink or block >= first_recent or block >= self.set.num_kept
+        }
         try:
             slots = self.set.begin_blocks(count)
         except CapacityError:
-            assert self.reads or self.set.num_blocks + count - self.set.num_kept > 1
+            assert self.reads or num_fresh + count > self.set.num_slots
             return
+        if set(slots) & is_pinned:
+            assert self.reads or count > self.set.num_slots - len(is_pinned)
         first = self.set.num_blocks - count
         for number, layer in enumerate(self.where):
             gone = {block for block, slot in layer.items() if slot in slots}
             assert all(block < self.set.num_kept for block in gone)
-            assert not gone & set(range(self.sink))
-            assert not any(block >= self.set.num_blocks - 1 - self.recent for block in gone)
             for block in gone:
                 del layer[block]
             layer.update(zip(range(first, first + count), slots, strict=True))
@@ -150,6 +164,23 @@ def test_reads_ahead_are_counted() -> None:
     assert (made.stats.useful_ahead, made.stats.late_ahead) == (1, 1)
     made.begin_blocks(5)
     assert made.stats.wasted_ahead == 1
+
+
+def test_a_new_block_finds_a_slot_where_each_layer_has_the_sink_elsewhere() -> None:
+    made = ResidentSet(4, 4, recent_blocks=0)
+    made.restore(20)
+    for layer in range(4):
+        blocks = np.roll([0, 5, 6, 7], layer)
+        mass = np.zeros(20, dtype=np.float32)
+        mass[blocks] = [0.4, 0.3, 0.2, 0.1]
+        made.want(layer, blocks, mass)
+        placed = made.place(layer, blocks, blocks)
+        made.end_load(layer, placed.slots, 4)
+    assert len({int(made.slots_of(layer, np.array([0]))[0]) for layer in range(4)}) == 4
+    (slot,) = made.begin_blocks(1)
+    assert made.slot_of_new(20) == slot
+    assert made.check_integrity() == []
+    assert [0 in made.missing(layer) for layer in range(4)].count(True) == 1
 
 
 def test_what_is_not_kept_cannot_leave() -> None:

@@ -22,6 +22,7 @@ from ucm.engine.sampling import SamplingParams
 from ucm.errors import TierUnavailableError
 from ucm.hashing import NamespaceSpec
 from ucm.layout import KvDtype, KvLayout
+from ucm.load_plan import LoadPlan
 from ucm.manager import Manager
 from ucm.sparse.offload import OffloadOptions
 from ucm.sparse.slab_source import SlabLostError
@@ -146,6 +147,66 @@ def test_a_cache_that_hangs_is_waited_for_only_so_long(cache: FakeCache) -> None
     assert torch.equal(read(shelf, 1, [1]), some_slabs(6)[1, [1]])
     assert not into.any()
     source.close()
+
+
+def test_a_shelf_that_shrinks_under_a_cancelled_read_stops_nobody(cache: FakeCache) -> None:
+    source = CacheSlabSource(lambda: cache, SPEC, replace(QUICK, deadline_s=0.2))
+    shelf, other = source.open("a"), source.open("b")
+    for each in (shelf, other):
+        fill(each, some_slabs(6))
+    read(shelf, 0, [1])
+    cache.hang.clear()
+    shelf.runs[0].renew_s = 0.0
+    under_way = shelf.read(1, [5], [torch.zeros(LAYOUT.slab_shape)])
+    with pytest.raises(SlabLostError, match="not in"):
+        under_way.wait(1)
+    under_way.cancel()
+    shelf.truncate(0)
+    cache.hang.set()
+    assert torch.equal(read(other, 1, [1]), some_slabs(6)[1, [1]])
+    source.close()
+
+
+class StuckPromotion:
+    """A `LoadProgress` that never gets on; it says how long it was waited for."""
+
+    num_blocks = 1
+
+    def __init__(self) -> None:
+        self.waited_s: list[float] = []
+
+    def wait(self, _num_slabs: int, timeout_s: float) -> bool:
+        self.waited_s.append(timeout_s)
+        return False
+
+    def num_done(self) -> int:
+        return 0
+
+    def num_usable(self) -> int:
+        return 1
+
+    def checksums(self, _index: int) -> tuple[int, ...]:
+        return ()
+
+    def close(self) -> None: ...
+
+
+def test_a_promotion_that_hangs_holds_the_source_no_longer_than_a_read(
+    source: CacheSlabSource, cache: FakeCache
+) -> None:
+    shelf = source.open("a")
+    fill(shelf, some_slabs(1))
+    stuck, begin_load = StuckPromotion(), cache.begin_load
+
+    def promoting(*args: object, **details: object) -> LoadPlan:
+        plan = begin_load(*args, **details)  # type: ignore[arg-type]
+        blocks = tuple(replace(block, source=SourceKind.PROMOTING) for block in plan.blocks)
+        return replace(plan, blocks=blocks, progress=stuck)
+
+    cache.begin_load = promoting  # type: ignore[method-assign]
+    with pytest.raises(SlabLostError, match="not promoted"):
+        read(shelf, 0, [0])
+    assert stuck.waited_s == [QUICK.deadline_s] * 2
 
 
 def test_a_lease_is_renewed(source: CacheSlabSource, cache: FakeCache) -> None:

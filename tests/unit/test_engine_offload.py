@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,17 +12,19 @@ from torch import Tensor
 
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.loading import load_model
-from ucm.engine.model import LlamaModel
+from ucm.engine.model import ForwardItem, LlamaModel
 from ucm.engine.request import FinishReason
 from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
 from ucm.errors import ConfigError, InvalidArgumentError
 from ucm.kernels.block_scores import Budget
+from ucm.sparse.certificates import CertifiedOptions
 from ucm.sparse.mode_policy import SparseMode
 from ucm.sparse.offload import OffloadOptions
 from ucm.sparse.options import SparseOptions
 from ucm.sparse.slab_source import HostShelf, HostSlabSource, SlabLostError, SlabRead
 from ucm.testing.models import write_tiny_model
+from ucm.types import SummaryKind
 
 SHARE = OffloadOptions(resident_blocks=8, wave_blocks=3, num_waves=2)
 PROMPT = [3 + (i * i + 7 * i) % 90 for i in range(150)]
@@ -254,6 +257,9 @@ def test_what_does_not_fit_is_refused_in_words(model: LlamaModel, source: HostSl
         new_engine(model, None)
     with pytest.raises(ConfigError, match="resident_blocks"):
         new_engine(model, source, num_blocks=7)
+    promise = sparse(kind=SummaryKind.SHADOW4, certificate=CertifiedOptions())
+    with pytest.raises(ConfigError, match="certificate"):
+        new_engine(model, source, sparse=promise)
     with new_engine(model, source) as engine, pytest.raises(InvalidArgumentError, match="share"):
         engine.add_request(PROMPT, replace(GREEDY, n=2))
     with (
@@ -261,3 +267,69 @@ def test_what_does_not_fit_is_refused_in_words(model: LlamaModel, source: HostSl
         pytest.raises(InvalidArgumentError, match="set offload"),
     ):
         engine.add_request(PROMPT, GREEDY)
+
+
+def test_a_preempted_sparse_one_finds_slots_in_all_layers(
+    tmp_path_factory: pytest.TempPathFactory, source: HostSlabSource
+) -> None:
+    # Each layer reads sink and recent blocks back into slots of its own choice: a block that begins
+    # needs the same one in all of them.
+    folder = write_tiny_model(tmp_path_factory.mktemp("deep"), num_hidden_layers=16)
+    deep = load_model(folder, torch.float32).model
+    options = sparse(budget=Budget(ratio=0.3), resident_blocks=6, stride=1)
+    with new_engine(deep, source, offload=None, sparse=options) as engine:
+        name = engine.add_request(PROMPT, replace(GREEDY, max_tokens=40))
+        tokens: list[int] = []
+        while engine.has_work:
+            tokens += [event.token_id for event in engine.step()]
+            assert engine.check_integrity() == []
+            if len(tokens) % 7 == 3 and engine._runner.running:
+                engine._runner._preempt(engine._runner.running[0])
+        assert len(tokens) == 40
+        assert engine.abort(name) is None
+
+
+def break_pass_after_loss(engine: Engine, lossy: LossySource, patch: pytest.MonkeyPatch) -> None:
+    """The first pass that is repeated because a slab was lost fails."""
+    runner, forward = engine._runner, engine._model.forward
+    num_losses = lossy.num_losses
+
+    def failing(items: Sequence[ForwardItem], kv_pool: Tensor, **details: object) -> Tensor:
+        if lossy.num_losses < num_losses:
+            patch.undo()
+            raise RuntimeError("out of memory")
+        return forward(items, kv_pool, **details)  # type: ignore[arg-type]
+
+    patch.setattr(runner._pass._model, "forward", failing)
+
+
+@pytest.mark.parametrize("is_aborted", [False, True])
+@pytest.mark.parametrize("max_attempts", [0, 3])
+def test_a_model_that_fails_after_a_slab_was_lost(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch, *, max_attempts: int, is_aborted: bool
+) -> None:
+    lossy = LossySource(1)
+    share = replace(SHARE, max_attempts=max(1, max_attempts))
+    with new_engine(model, lossy, num_blocks=20, offload=share) as engine:
+        object.__setattr__(engine.offloads.options, "max_attempts", max_attempts)
+        params = replace(GREEDY, max_tokens=20)
+        names = [engine.add_request(prompt, params) for prompt in (PROMPT, [5, 6, 7])]
+        break_pass_after_loss(engine, lossy, monkeypatch)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            collections.deque(iter(engine.step, None), maxlen=0)
+        assert engine.check_integrity() == []
+        if is_aborted:
+            engine.abort(names[0])
+        results = {}
+        while engine.has_work:
+            results.update({e.request_id: e.result for e in engine.step() if e.result})
+            assert engine.check_integrity() == []
+        assert engine.pool.blocks.num_available == 20
+    assert list(results[names[1]].outputs[0].token_ids) == roomy(model, [5, 6, 7], params)
+    found = results.get(names[0])
+    assert (found is None) is is_aborted
+    if found is not None and max_attempts:
+        assert list(found.outputs[0].token_ids) == roomy(model, PROMPT, params)
+    elif found is not None:
+        assert found.outputs[0].finish_reason is FinishReason.FAILED
+    lossy.close()

@@ -166,6 +166,53 @@ def test_conformal_steps_learn_and_then_leave_blocks_out() -> None:
     assert decoding.stats.blocks_read < decoding.stats.blocks_dense
 
 
+@pytest.mark.parametrize("certificate", [CERTIFIED, ConformalOptions(delta=0.1, tail_mass=0.2)])
+def test_dense_layers_read_everything_whatever_is_promised(
+    certificate: CertifiedOptions | ConformalOptions,
+) -> None:
+    pool = make_pool()
+    decoding = make_decoding(options_of(certificate=certificate, dense_layers=1))
+    for position in range(401, 440):
+        step, q = make_step(position), queries(position)
+        attend = decoding.attention(step, pool)
+        assert attend is not None
+        outs = [attend(layer, q, pool[layer]) for layer in range(LAYERS)]
+        assert torch.equal(outs[0], dense(step, q, pool[0]))
+    assert decoding.promises is not None
+    if isinstance(certificate, CertifiedOptions):
+        assert decoding.promises.certified.layers == 39 * (LAYERS - 1)
+
+
+@pytest.mark.parametrize("size", [1e15, 1e25, 1e38])
+@pytest.mark.parametrize("certificate", [CERTIFIED, ConformalOptions(delta=0.2, tail_mass=0.2)])
+def test_estimates_that_overflow_end_no_step(
+    certificate: CertifiedOptions | ConformalOptions, size: float
+) -> None:
+    pool = make_pool()
+    decoding = make_decoding(options_of(certificate=certificate))
+    pool[0, make_step(419).block_ids[20], 0, 0, 3] = size
+    for position in range(405, 440):
+        attend = decoding.attention(make_step(position), pool)
+        assert attend is not None
+        assert attend(0, size**0.5 * queries(position), pool[0]).shape == (1, HEADS, DIM)
+
+
+def test_a_query_whose_estimates_overflow_reads_everything() -> None:
+    pool = make_pool()
+    certificate = ConformalOptions(delta=0.2, tail_mass=0.2, audit_stride=64)
+    decoding = make_decoding(options_of(kind=SummaryKind.GSA_2, certificate=certificate))
+    for position in range(405, 431):
+        step, q = make_step(position), queries(position)
+        q *= 1e20 if position == 430 else 1.0
+        attend = decoding.attention(step, pool)
+        assert attend is not None
+        out = attend(0, q, pool[0])
+    assert decoding.promises is not None
+    assert decoding.promises.calibrators is not None
+    assert decoding.promises.calibrators.of(0, HEADS).is_ready
+    assert torch.equal(out, dense(step, q, pool[0]))
+
+
 def test_true_log_mass_is_the_log_of_the_sum() -> None:
     rng = np.random.default_rng(0)
     q = rng.normal(size=(3, HEADS, DIM)).astype(np.float32)

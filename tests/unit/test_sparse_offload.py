@@ -15,6 +15,7 @@ from ucm.kernels.attention import PagedSequence, tiled_attention
 from ucm.kernels.block_attention import attend_blocks
 from ucm.sparse.offload import Chooser, OffloadedAttention, OffloadOptions, Wanted
 from ucm.sparse.slab_source import HostSlabSource, SlabLostError
+from ucm.sparse.wave_stream import WaveStream
 from ucm.storage.throttled_io import TokenBucket
 
 LAYERS, KV_HEADS, HEADS, B, D = 3, 2, 6, 4, 16
@@ -204,6 +205,20 @@ def test_a_lost_slab_ends_the_pass_and_spoils_nothing(source: HostSlabSource) ->
     assert kept > 2
     sequence.attention.stop()
     assert sequence.attention.stream.is_idle
+
+
+def test_reads_that_are_refused_cost_no_buffer(source: HostSlabSource) -> None:
+    shelf = source.open("s")
+    slabs = torch.arange(6.0).reshape(1, 6, 1, 1, 1, 1)
+    shelf.put(range(6), slabs, num_exact=6)
+    stream = WaveStream(shelf, torch.zeros(2, 2, 1, 1, 1, 1))
+    for _ in range(2):
+        with pytest.raises(SlabLostError, match="not on the shelf"):
+            stream.expect(0, np.array([0, 9]))
+        stream.reset()
+    stream.expect(0, np.arange(6))
+    assert torch.cat([wave.clone() for wave in stream.waves(0)]).flatten().tolist() == [*range(6)]
+    assert stream.is_idle
 
 
 def test_a_full_source_says_so(source: HostSlabSource) -> None:

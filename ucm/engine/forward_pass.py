@@ -66,8 +66,6 @@ class PassResult:
     """What was computed: less or more than planned for sequences whose load came short."""
     logits: torch.Tensor | None
     """[len(batch), vocab_size] fp32; None when nothing was left to compute."""
-    evicted: Sequence[TokenSequence]
-    """Sequences that must give their blocks up: see `LoadQueue.end`."""
 
 
 @dataclass(slots=True)
@@ -131,6 +129,12 @@ class ForwardPass:
         self._offers = parts.offers
         self._offloads = parts.offloads
         self._clock = parts.clock
+        self._evicted: list[TokenSequence] = []
+
+    def take_evicted(self) -> list[TokenSequence]:
+        """Sequences that must give their blocks up, whether or not the pass then came through."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
 
     def run(
         self,
@@ -145,9 +149,8 @@ class ForwardPass:
 
         Blocks for the pass and for the loads. When it raises (the model failed) the joined loads
         and the stores are as they were before it. When it returns logits, its stores wait for
-        `StoreOffers.complete_pass`.
+        `StoreOffers.complete_pass`. The caller calls `take_evicted` in either case.
         """
-        evicted: list[TokenSequence] = []
         others = attentions or {}
         while batch:
             progress = self._offers.begin_pass(batch)
@@ -158,12 +161,12 @@ class ForwardPass:
             cut, lost = self._trim_short(gate) if logits is None else self._end_joined(gate)
             if logits is not None and not cut:
                 self._report(batch, gate, seconds)
-                return PassResult(batch, logits, evicted)
+                return PassResult(batch, logits)
             self._offers.fail_pass()
             lost += self._offloads.take_lost()
-            evicted += lost
+            self._evicted += lost
             batch = _refit([work for work in batch if work.sequence not in lost], cut, options)
-        return PassResult(batch, None, evicted)
+        return PassResult(batch, None)
 
     def _attempt(
         self, batch: Sequence[Work], gate: _Gate, others: Mapping[str, ItemAttention]

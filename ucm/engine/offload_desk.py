@@ -176,6 +176,7 @@ class OffloadDesk:
     def forget(self, sequence: TokenSequence) -> None:
         """The sequence has left the engine, or the desk."""
         self.leave(sequence)
+        self.failed = [each for each in self.failed if each[0] is not sequence]
         place = self._places.pop(sequence.id, None)
         if place is not None:
             place.shelf.close()

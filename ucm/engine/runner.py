@@ -94,6 +94,11 @@ class EngineOptions:
                 f"engine: a sequence is to own {self.share.resident_blocks} blocks "
                 f"(resident_blocks), the pool has {self.num_blocks}"
             )
+        if self.share is not None and self.sparse is not None and self.sparse.certificate:
+            raise ConfigError(
+                "engine: a sequence beyond its share of the pool (resident_blocks) reads by "
+                "budget; it cannot keep a certificate's promise. Give up one of them"
+            )
         if not 0.0 < self.max_pinned_share <= 1.0:
             raise ConfigError(
                 f"engine: max_pinned_share is {self.max_pinned_share}, must be in (0, 1]"
@@ -197,9 +202,11 @@ class BatchRunner:
             return []
         self._stalled_since_us = None
         attentions = self._sparse.begin_pass(batch) if self._sparse is not None else None
-        result = self._pass.run(batch, options, attentions)
-        for sequence in result.evicted:
-            self._preempt(sequence)
+        try:
+            result = self._pass.run(batch, options, attentions)
+        finally:  # what lost its KV has lost it, even if the pass then failed
+            for sequence in self._pass.take_evicted():
+                self._preempt(sequence)
         return [] if result.logits is None else self._finish_step(result.batch, result.logits)
 
     def _finish_step(

@@ -236,11 +236,17 @@ class ConformalSelector:
         return due or not self.calibrators.of(layer, q.shape[1]).is_ready
 
     def estimates(self, layer: int, q: F32) -> tuple[F32, NDArray[np.bool_]]:
-        """What the summaries say of the first `end` blocks: log mass [1, H, end] and must [end]."""
+        """What the summaries say of the first `end` blocks: log mass [1, H, end] and must [end].
+
+        A block whose estimate is beyond what a number holds is one of those.
+        """
         end = self.blocks.end
         must = np.array(self.table.must(layer)[:end], copy=True)
         must[: self.blocks.first] = True
-        return self.table.log_mass(layer, q)[:, :, :end], must
+        with np.errstate(over="ignore", invalid="ignore"):
+            log_mass = self.table.log_mass(layer, q)[:, :, :end]
+        unknown = ~np.isfinite(log_mass).all((0, 1))
+        return np.where(unknown, np.float32(-np.inf), log_mass), must | unknown
 
     def choose(self, layer: int, q_THD: Tensor, /) -> Selection:
         """See `BlockSelector.choose`."""
@@ -281,7 +287,8 @@ class ConformalStep:
         keys, _ = blocks.read(np.arange(blocks.end, dtype=np.int64), kv_layer)
         window = StepBlocks(blocks.step, 0, blocks.end).window(kv_layer)
         true, rest = true_log_mass(q, keys), true_log_mass(q, window.keys[None])[..., 0]
-        if np.isnan(true).any() or np.isnan(rest).any():
+        # NaN, or more than a number holds: such a step shows nothing.
+        if not ((true < np.inf).all() and (rest < np.inf).all()):
             return
         calibrator = self.selector.calibrators.of(layer, q.shape[1])
         calibrator.audit(log_mass, must, true, rest)
@@ -303,11 +310,26 @@ def true_log_mass(q_QHD: F32, keys_NGBD: F32) -> F32:
     return joined
 
 
+@dataclass(slots=True)
+class _DenseFirst:
+    """An `ItemAttention`: the first layers read everything, and no promise is about them."""
+
+    num_layers: int
+    dense: _Dense
+    others: ItemAttention
+
+    def __call__(self, layer: int, q_THD: Tensor, kv_layer: Tensor, /) -> Tensor:
+        """See `ItemAttention`."""
+        attend = self.dense if layer < self.num_layers else self.others
+        return attend(layer, q_THD, kv_layer)
+
+
 class Promises:
     """An engine's attention with certificates. Of the engine's thread."""
 
-    def __init__(self, options: CertifiedOptions | ConformalOptions) -> None:
-        """Keep what was asked for."""
+    def __init__(self, options: CertifiedOptions | ConformalOptions, dense_layers: int = 0) -> None:
+        """Keep what was asked for; the first `dense_layers` read everything."""
+        self._dense_layers = dense_layers
         self._certified = options if isinstance(options, CertifiedOptions) else None
         self.certified = CertifiedStats()
         self.calibrators = Calibrators(options) if isinstance(options, ConformalOptions) else None
@@ -325,8 +347,13 @@ class Promises:
             table: of the sequence, `blocks.end` summaries at least.
             over: attention over what a selector chooses.
         """
+        promised: ItemAttention
         if self._certified is not None:
-            return CertifiedStep(blocks, table, self._certified, self.certified)
-        assert self.calibrators is not None
-        selector = ConformalSelector(blocks, table, self.calibrators)
-        return ConformalStep(selector, over(selector))
+            promised = CertifiedStep(blocks, table, self._certified, self.certified)
+        else:
+            assert self.calibrators is not None
+            selector = ConformalSelector(blocks, table, self.calibrators)
+            promised = ConformalStep(selector, over(selector))
+        if self._dense_layers == 0:
+            return promised
+        return _DenseFirst(self._dense_layers, _Dense(blocks.step), promised)

@@ -100,7 +100,9 @@ class SparseDecoding:
         self._policy = ModePolicy(options.thresholds)
         self._summaries = PoolSummaries(options.kind, layout, num_blocks, life_of)
         self._selectors: dict[str, SequenceSelector] = {}
-        self.promises = None if options.certificate is None else Promises(options.certificate)
+        self.promises: Promises | None = None
+        if options.certificate is not None:
+            self.promises = Promises(options.certificate, options.dense_layers)
 
     def begin_pass(self, signals: LoadSignals) -> SparseMode:
         """Settle the mode of the next pass."""

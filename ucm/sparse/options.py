@@ -50,7 +50,8 @@ class SparseOptions:
     """Of the mode `auto`."""
     certificate: CertifiedOptions | ConformalOptions | None = None
     """A promise that decides how much is read, in the place of the budget and the stride; None
-    promises nothing. `CertifiedOptions` needs a kind that is a shadow."""
+    promises nothing. `CertifiedOptions` needs a kind that is a shadow. Not for sequences beyond
+    their share of the pool: the engine refuses both."""
     resident_blocks: int | None = None
     """Pool blocks that a sequence may own at most, the rest lying in a slab source; None: all."""
 

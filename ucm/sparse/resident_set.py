@@ -9,9 +9,13 @@ full and *kept* (it can be read back) each layer gives its slot up on its own, t
 attention wants more.
 
     role of a slot in a layer
-    pinned     its block is the sink, recent, or not kept          the same in all layers
+    fresh      its block is not kept                               the same in all layers
+    pinned     its block is the sink or recent                     leaves only for a new block
     loading    a read into it is under way                         never given away
     evictable  the rest; the block with the least decayed mass goes first
+
+A sink that was read back (the set was restored) may be in another slot of each layer. A new block
+needs one slot in all of them, so where no other is left it takes one that is pinned somewhere.
 
 Invariants: no slot holds two blocks, no block is in two slots of a layer; a block that is not kept
 is in its slot in all layers. Ahead-of-time reads are counted: useful (wanted when it was there),
@@ -37,6 +41,8 @@ Mass = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
 
 NOBODY = -1
+_PINNED = 1e9
+"""Worth of a pinned slot: a block's decayed mass is at most about 1."""
 
 
 @dataclass(slots=True)
@@ -118,11 +124,12 @@ class ResidentSet:
         """Give the next `count` blocks a slot, the same in all layers; no read may be under way.
 
         Raises:
-            CapacityError: so many slots are pinned that the rest does not do; nothing was changed.
+            CapacityError: so many blocks are not kept that the rest does not do; nothing was
+                changed.
         """
         total = self.num_blocks + count
         pinned = self._pinned(total)
-        busy = (pinned & (self._holder >= 0) | self._is_loading).any(0)
+        busy = ((self._holder >= self.num_kept) | self._is_loading).any(0)
         slots = np.flatnonzero(~busy)
         if len(slots) < count:
             raise CapacityError(
@@ -280,11 +287,14 @@ class ResidentSet:
         return (holder < self._sink_blocks) | ~is_kept
 
     def _worth(self, pinned: Flags) -> npt.NDArray[np.float64]:
-        """[L, num_slots]: what is lost with each slot; older blocks go first among equals."""
+        """[L, num_slots]: what is lost with each slot; older blocks go first among equals.
+
+        More is lost with one that is pinned than with all others together.
+        """
         holder = self._holder
         rows = np.arange(len(holder))[:, None]
         worth = np.where(holder >= 0, self._mass[rows, holder] + 1e-12 * (holder + 1), 0.0)
-        return np.where(pinned & (holder >= 0), np.inf, worth).astype(np.float64)
+        return np.where(pinned & (holder >= 0), _PINNED, worth).astype(np.float64)
 
     def _evict(self, layers: int | slice, slots: Indexes) -> None:
         holder = self._holder[layers][..., slots]

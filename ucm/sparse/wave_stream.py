@@ -95,7 +95,9 @@ class WaveStream:
 
     def _pump(self) -> None:
         while self._free and self._expected:
-            wave = self._expected.popleft()
-            slabs = self._free.popleft()
+            wave, slabs = self._expected[0], self._free[0]
             read = self._shelf.read(wave.layer, wave.blocks, list(slabs[: len(wave.blocks)]))
+            # Only now: a read that is refused costs neither the wave nor the buffer.
+            self._expected.popleft()
+            self._free.popleft()
             self._arriving.append(_Arriving(wave, read, slabs))
