@@ -2,9 +2,10 @@
 
 A decode step computes one token: in each layer its query chooses blocks, and attention reads those.
 Here the T tokens of a *window* are computed in one pass, and each token's query chooses for itself,
-in each layer, among the blocks that were full before it. A token's choice depends only on its own
-query and on blocks before it, so the result is that of T decode steps fed the same tokens (a test
-compares them), at the price of one.
+in each layer, among the blocks that were full before it; or it takes the choice of the token
+before, as the engine's steps do within a stride. A token's choice depends only on its own query,
+or on one before, and on blocks before it, so the result is that of T decode steps fed the same
+tokens (a test compares them), at the price of one.
 
     blocks   | sink | ... chosen among ... | recent | filling |     of the token at `position`
     read       always   as the budget says   always    always
@@ -52,6 +53,13 @@ class Window:
     block_tokens: int
     sink_blocks: int = 1
     recent_blocks: int = 2
+    stride: int = 1
+    """Steps that a layer's choice is used for; what becomes full meanwhile is read."""
+
+    def is_fresh(self, layer: int, token: int) -> bool:
+        """Whether a layer chooses anew for a token; layers take turns, as in the engine."""
+        turn = self.start + token + layer
+        return token == 0 or turn // self.stride != (turn - 1) // self.stride
 
     @property
     def num_blocks(self) -> int:
@@ -155,9 +163,12 @@ class WindowAttention:
         for token in range(tokens):
             num = window.num_full(token)
             must = window.must(token)
-            chosen = self._choose(told[token], must | unknown[:num])
-            read[token, :num] = False
-            read[token, chosen] = True
+            if window.is_fresh(layer, token):
+                chosen = self._choose(told[token], must | unknown[:num])
+                read[token, :num] = False
+                read[token, chosen] = True
+            else:
+                read[token] = read[token - 1]
             best = self._choose(true[token], must)
             self._count(share[token], read[token], best, must)
         return read
@@ -260,6 +271,7 @@ def run_window(
     token_ids: Sequence[int],
     ranking: Ranking | None = None,
     budget: Budget | None = None,
+    stride: int = 1,
 ) -> WindowResult:
     """Compute `token_ids` behind a context, whose pool has room for them.
 
@@ -268,8 +280,9 @@ def run_window(
         token_ids: of the window.
         ranking: what to choose by; None reads everything.
         budget: how much to read.
+        stride: steps that a choice is used for.
     """
-    window = Window(context.num_tokens, len(token_ids), context.block_tokens)
+    window = Window(context.num_tokens, len(token_ids), context.block_tokens, stride=stride)
     attention = WindowAttention(window, ranking, budget)
     item = ForwardItem(
         token_ids, context.num_tokens, range(context.pool.shape[1]), attention=attention

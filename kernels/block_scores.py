@@ -54,6 +54,7 @@ class SummaryTable:
         self.layout = layout
         self._dtype = layout_dtype(layout, kind)
         self._columns = make_columns(kind, layout)
+        self._scale = np.float32(1 / math.sqrt(layout.head_dim))
         self._must = np.zeros((layout.num_layers, 0), np.bool_)
         self._length = 0
 
@@ -141,6 +142,26 @@ class SummaryTable:
         if must.any():
             found[:, :, must] = -np.inf
         return found
+
+    def shares(self, layer: int, q: Floats, num_blocks: int | None = None) -> Floats:
+        """`shared_mass(log_mass(...))`, in half the time: what decode steps choose by.
+
+        Args:
+            layer: which.
+            q: [nq, H, D].
+            num_blocks: as for `log_mass`.
+
+        Returns:
+            [n]; 0 for blocks of `must`.
+
+        Raises:
+            InvalidArgumentError: as `log_mass`.
+        """
+        rows = self._rows(layer, q)
+        num = self._leading(num_blocks)
+        if not num:
+            return np.zeros(0, np.float32)
+        return self._columns.shares(layer, rows, num, self._must[layer, :num])
 
     def bounds(self, layer: int, q: Floats, num_blocks: int | None = None) -> tuple[Floats, Floats]:
         """Sound bounds of every logit q . k / sqrt(D) of each block's stored keys.
@@ -232,8 +253,11 @@ class SummaryTable:
             raise InvalidArgumentError(
                 f"a query is [nq, H, {dim}] with H a multiple of {heads}, not {list(q.shape)}"
             )
-        scaled = q.astype(np.float32, copy=False) * np.float32(1 / math.sqrt(dim))
-        scaled[_wild(q)] = 0
+        scaled = q.astype(np.float32, copy=False) * self._scale
+        if not np.abs(scaled).max() <= MAX_QUERY * self._scale:  # also where it is not a number
+            scaled[_wild(q)] = 0
+        if len(q) == 1:
+            return scaled.reshape(heads, -1, dim)
         split = scaled.reshape(len(q), heads, -1, dim).transpose(1, 0, 2, 3)
         rows: Floats = split.reshape(heads, -1, dim)
         return rows
@@ -326,12 +350,12 @@ def choose_blocks(p: Floats, budget: Budget, must: Bools, block_tokens: int) -> 
         must: [n] blocks that are taken whatever the budget says.
         block_tokens: tokens of a block.
     """
-    num = len(p)
-    rank = np.where(must, np.float32(np.inf), p)
-    order = np.argsort(-rank, kind="stable")
-    count = max(int(must.sum()), min(num, _budget_blocks(p[order], budget, block_tokens)))
-    blocks = np.sort(order[:count])
-    return Choice(blocks, min(1.0, float(p[blocks].sum())))
+    order = np.argsort(np.where(must, np.float32(-np.inf), -p), kind="stable")
+    ranked = p[order]
+    count = max(int(np.count_nonzero(must)), _budget_blocks(ranked, budget, block_tokens))
+    blocks = order[:count]
+    blocks.sort()
+    return Choice(blocks, min(1.0, float(ranked[:count].sum())))
 
 
 def _budget_blocks(ranked: Floats, budget: Budget, block_tokens: int) -> int:

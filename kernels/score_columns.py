@@ -23,6 +23,7 @@ from .summarize import hash_directions, unpack_codes
 from .summary_record import NUM_CENTROIDS, SHADOW_BITS, WITH_VALUES, Records
 
 Floats: TypeAlias = NDArray[np.float32]
+Bools: TypeAlias = NDArray[np.bool_]
 Bounds: TypeAlias = tuple[Floats, Floats]
 
 INITIAL_BLOCKS = 64
@@ -117,6 +118,10 @@ class Columns(ABC):
     def log_mass(self, layer: int, q_GmD: Floats, num: int) -> Floats:
         """[G, m, num] estimates of the log of the sum of exp(logit) over each block's keys."""
 
+    def shares(self, layer: int, q_GmD: Floats, num: int, must: Bools) -> Floats:
+        """[num] the mean over heads of each one's softmax over blocks; 0 for those of `must`."""
+        return mean_softmax(self.log_mass(layer, q_GmD, num)[:, None], must)
+
     @abstractmethod
     def bounds(self, layer: int, q_GmD: Floats, num: int) -> Bounds:
         """(lower, upper) [G, m, num] of every logit of each block."""
@@ -149,6 +154,29 @@ def log_sum(terms_GCmn: Floats) -> Floats:
     return found
 
 
+def mean_softmax(terms_GCmn: Floats, must: Bools) -> Floats:
+    """[n] the mean over heads of each one's softmax over all its terms, summed over C.
+
+    That is the softmax over blocks of the log of each one's sum, with one exponential of a term and
+    no logarithm. Changes `terms`. Blocks of `must` get 0.
+    """
+    has_must = must.any()
+    if has_must:
+        terms_GCmn[..., must] = -np.inf
+    top = terms_GCmn.max(axis=(1, 3), keepdims=True)
+    if has_must:
+        top[top == -np.inf] = 0
+    terms_GCmn -= top
+    weights = np.exp(terms_GCmn, out=terms_GCmn)
+    sums = weights.sum(axis=(1, 3), keepdims=True)
+    if has_must:
+        sums[sums == 0] = 1
+    parts = np.empty(weights.shape[:3], np.float32)
+    parts[:] = 1 / (sums[..., 0] * sums.size)
+    found: Floats = parts.reshape(-1) @ weights.reshape(-1, weights.shape[3])
+    return found
+
+
 class CentroidColumns(Columns):
     """Clusters of keys: centre, log of the count, radius."""
 
@@ -177,11 +205,19 @@ class CentroidColumns(Columns):
         logits: Floats = q_GmD[:, None] @ self._of("centres", layer, num)
         return logits
 
+    def _terms(self, layer: int, q_GmD: Floats, num: int) -> Floats:
+        """[G, C, m, num] whose exponentials add up to a block's mass."""
+        terms = self._logits(layer, q_GmD, num)
+        terms += self._of("bias", layer, num)[:, :, None]
+        return terms
+
     def log_mass(self, layer: int, q_GmD: Floats, num: int) -> Floats:
         """See `Columns.log_mass`."""
-        logits = self._logits(layer, q_GmD, num)
-        logits += self._of("bias", layer, num)[:, :, None]
-        return log_sum(logits)
+        return log_sum(self._terms(layer, q_GmD, num))
+
+    def shares(self, layer: int, q_GmD: Floats, num: int, must: Bools) -> Floats:
+        """See `Columns.shares`."""
+        return mean_softmax(self._terms(layer, q_GmD, num), must)
 
     def bounds(self, layer: int, q_GmD: Floats, num: int) -> Bounds:
         """See `Columns.bounds`."""
@@ -203,16 +239,15 @@ class AxisColumns(CentroidColumns):
         parts["rest_radii"] = records["rest_radius"].astype(np.float32)
         return parts
 
-    def log_mass(self, layer: int, q_GmD: Floats, num: int) -> Floats:
-        """See `Columns.log_mass`: the spread adds half the logits' variance to the mean's term."""
-        terms = self._logits(layer, q_GmD, num)
-        terms += self._of("bias", layer, num)[:, :, None]
+    def _terms(self, layer: int, q_GmD: Floats, num: int) -> Floats:
+        """The spread adds half the logits' variance to the mean's term."""
+        terms = super()._terms(layer, q_GmD, num)
         square = (q_GmD[:, None] @ self._of("axes", layer, num)) ** 2
         left = np.maximum(norms(q_GmD)[:, :, None] ** 2 - square.sum(axis=1), 0)
         variances = self._of("variances", layer, num)[:, :, None]
         spread = (square * variances[:, :2]).sum(axis=1) + left * variances[:, 2]
         terms[:, 0] += np.minimum(spread / 2, MAX_SPREAD)
-        return log_sum(terms)
+        return terms
 
     def bounds(self, layer: int, q_GmD: Floats, num: int) -> Bounds:
         """See `Columns.bounds`: of the first cluster the ball's or the box's along the axes."""

@@ -102,6 +102,24 @@ def test_logits_of_keys_make_up_the_mass(kind: SummaryKind) -> None:
     assert empty.token_logits(0, q)[0].shape == (2, 4, 0, 8)
 
 
+@pytest.mark.parametrize("kind", SummaryKind)
+def test_shares_are_those_of_the_estimated_masses(kind: SummaryKind) -> None:
+    table, spoiled = filled(kind), slabs_of(2, seed=1)
+    for queries in (query(), query(3)):
+        expected = shared_mass(table.log_mass(1, queries))
+        np.testing.assert_allclose(table.shares(1, queries), expected, rtol=1e-5, atol=1e-7)
+    spoiled[0, :, 0, 0, 0, 0] = np.nan
+    table.extend(records_of(kind, spoiled))
+    found, expected = table.shares(0, query()), shared_mass(table.log_mass(0, query()))
+    assert found[5] == 0
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    expected = shared_mass(table.log_mass(0, query())[:, :, :4])
+    np.testing.assert_allclose(table.shares(0, query(), 4), expected, rtol=1e-5, atol=1e-7)
+    table.replace(0, records_of(kind, np.full_like(slabs_of(7), np.nan)))
+    assert (table.shares(0, query()) == 0).all()
+    assert SummaryTable(kind, LAYOUT).shares(0, query()).shape == (0,)
+
+
 def test_what_a_kind_does_not_keep_is_refused() -> None:
     for kind in SummaryKind:
         if kind not in TOKEN_KINDS:

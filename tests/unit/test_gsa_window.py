@@ -49,14 +49,19 @@ def test_a_pass_that_reads_everything_is_the_dense_pass(
     assert everything.stats.mass == pytest.approx(everything.stats.count)
 
 
+@pytest.mark.parametrize("stride", [1, 4])
 @pytest.mark.parametrize("kind", [SummaryKind.GSA_K4, SummaryKind.MEAN, SummaryKind.SHADOW4])
 def test_a_pass_equals_the_engines_decode_steps(
-    context: Context, tokens: list[int], kind: SummaryKind
+    context: Context, tokens: list[int], kind: SummaryKind, stride: int
 ) -> None:
     ranking = ranking_of(kind.value, context)
-    together = run_window(context, tokens[CONTEXT:], ranking, NARROW).logits
+    together = run_window(context, tokens[CONTEXT:], ranking, NARROW, stride).logits
     options = SparseOptions(
-        kind=kind, budget=NARROW, min_context_tokens=1, catch_up_blocks=context.pool.shape[1]
+        kind=kind,
+        budget=NARROW,
+        stride=stride,
+        min_context_tokens=1,
+        catch_up_blocks=context.pool.shape[1],
     )
     attend = sparse_attention(context, options)
     stepwise = torch.stack(

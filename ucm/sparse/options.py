@@ -28,7 +28,7 @@ class SparseOptions:
     """How much a layer reads in the mode `latency`, sink and recent window included."""
     concurrency_budget: Budget = field(default_factory=lambda: Budget(ratio=0.125))
     """The same in the mode `concurrency`."""
-    stride: int = 4
+    stride: int = 5
     """Steps that a selection is used for in the mode `latency`; every step refreshes the layers
     whose turn it is. Choosing in every layer of every step (1) costs 14 % of a step at 4,096 tokens
     of SmolLM2-135M, 4 a quarter of that."""

@@ -31,7 +31,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ucm.kernels.block_scores import Budget, SummaryTable, choose_blocks, shared_mass
+from ucm.kernels.block_scores import Budget, SummaryTable, choose_blocks
 
 from .options import SparseOptions
 from .protocols import BlockIndexes, DecodeStep, Selection
@@ -153,7 +153,7 @@ class SequenceSelector:
         num = step.num_scored
         must = step.must | self.table.must(layer)[:num]
         tokens = self.table.layout.block_tokens
-        shares = shared_mass(self.table.log_mass(layer, as_floats(q_THD))[:, :, :num])
+        shares = self.table.shares(layer, as_floats(q_THD), num)
         choice = choose_blocks(shares, step.settings.budget, must, tokens)
         blocks = np.concatenate((choice.blocks, step.behind))
         return _Kept(blocks, step.position, step.num_blocks, choice.mass, shares)
