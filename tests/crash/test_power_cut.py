@@ -141,7 +141,7 @@ class Promises:
                 self.unsure.add(int(name))
         self.journal.unlink(missing_ok=True)
         known = self.flushed | self.unsure
-        first = max(known, default=self.next_name - 1) + 1
+        first = max({*known, self.next_name - 1}) + 1  # a life may end before its first promise
         self.unsure.update(range(first, first + 6))  # the write that the cut came into
         self.next_name = first + 6
 
