@@ -118,6 +118,7 @@ def test_rows_behind_the_position_do_not_matter() -> None:
         {"mode": SparseMode.EXACT},
         {"mode": SparseMode.REUSE},
         {"budget": Budget(ratio=1.0)},
+        {"budget": Budget(eps=0.0)},
         {"min_context_tokens": 24 * B + 2},
     ],
 )
@@ -132,7 +133,8 @@ def test_dense_steps_are_left_to_the_model(options: dict[str, object]) -> None:
 def test_a_step_that_chooses_everything_is_dense_to_the_bit() -> None:
     pool, step = make_pool(), step_at(24 * B + 3)
     outs = []
-    for options in ({"budget": Budget(eps=0.0, min_ratio=1.0, max_ratio=1.0)}, {"dense_layers": 2}):
+    everything = Budget(eps=0.5, min_ratio=1.0, max_ratio=1.0)
+    for options in ({"budget": everything}, {"dense_layers": 2}):
         decoding = decoding_of(**options)
         decoding.begin_pass(SIGNALS)
         attention = decoding.attention(step, pool)

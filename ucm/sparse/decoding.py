@@ -123,7 +123,7 @@ class SparseDecoding:
             settings = Settings(options.concurrency_budget, options.concurrency_stride)
         else:
             return None
-        return None if settings.budget.ratio == 1.0 else settings
+        return None if settings.budget.is_everything else settings
 
     @property
     def may_select(self) -> bool:
