@@ -56,7 +56,7 @@ class SparseDecode:
         attentions = {}
         for sequence in decodes:
             if sequence.is_offloaded:  # it has a chooser of its own
-                is_sparse = self._decoding.settings is not None
+                is_sparse = self._decoding.count_step(sequence.num_computed)
             else:
                 attention = self._decoding.attention(_step_of(sequence), self._pool.tensor)
                 is_sparse = attention is not None
