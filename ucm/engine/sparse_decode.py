@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ucm.sparse.certified_attention import Promises
 from ucm.sparse.decoding import SparseDecoding, SparseStats
 from ucm.sparse.mode_policy import LoadSignals
 from ucm.sparse.offload_chooser import SummaryChooser
@@ -45,6 +46,11 @@ class SparseDecode:
     def stats(self) -> SparseStats:
         """Counters over the engine's life."""
         return self._decoding.stats
+
+    @property
+    def promises(self) -> Promises | None:
+        """What certificates came to; None without one."""
+        return self._decoding.promises
 
     def begin_pass(self, batch: Sequence[Work]) -> dict[str, ItemAttention]:
         """Who attends for the items of the next pass that are not dense, by sequence.
