@@ -8,7 +8,8 @@
                  most 1 % of its mass unread: for each head alone, in the order of the bounds
 
 The queries are those of the last tokens of each document, computed densely, so that errors of
-earlier layers do not enter. Sink, two recent blocks and the one being filled are always read.
+earlier layers do not enter. Sink, two recent blocks and the one being filled are always read; where
+a document has no more than these, everything is read and there is no error to bound.
 
 `conformal` learns from all other documents and is tested on each in turn, audits going on at the
 usual stride; with one document it learns from the first half of the window.
@@ -192,6 +193,11 @@ def _certified(document: Captured, kind: SummaryKind, options: CertificateBenchO
     rows = np.linspace(0, document.queries.shape[1] - 1, options.certified_steps).astype(int)
     worst, errors, read = 0.0, [], []
     for row in rows.tolist():
+        first, end, _ = _candidates(document.position(row))
+        if first == end:
+            errors += [0.0] * len(document.queries)
+            read += [1.0] * len(document.queries)
+            continue
         for layer in range(len(document.queries)):
             error, bound, norm, ratio = _certify_one(document, table, (layer, row), options)
             worst = max(worst, float((error / bound).max()))
@@ -352,9 +358,14 @@ def _geometric(captured: Mapping[str, Captured], options: CertificateBenchOption
     for document in captured.values():
         width = document.queries.shape[1]
         rows = np.linspace(0, width - 1, options.certified_steps).astype(int)
+        sampled = replace_queries(document, rows)
+        first, end, _ = _candidates(sampled.position(0))
+        if first == end:
+            for each in found.values():
+                each.append(1.0)
+            continue
         tables = {kind: document.table(kind) for kind in options.geometric_kinds}
         for layer in range(len(document.queries)):
-            sampled = replace_queries(document, rows)
             for kind, table in tables.items():
                 masses = _masses(sampled, table, layer)
                 upper = _log_upper(table, layer, sampled.queries[layer])[:, :, 1:]

@@ -1,13 +1,13 @@
-"""The plot of the sparse attention benchmark: quality against bytes read, a line a selector."""
+"""The plot of the sparse attention benchmark: quality against bytes read, a line a selector.
+
+matplotlib is imported by drawing only: a name can be refused where it is not installed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import matplotlib as mpl
-from matplotlib.figure import Figure
 
 from ucm.errors import ConfigError
 
@@ -36,6 +36,9 @@ def save_plot(result: Mapping[str, Any], path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     with mpl.rc_context({"svg.hashsalt": "ucm", "svg.fonttype": "none"}):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()

@@ -286,11 +286,12 @@ class Budget:
     tokens: int | None = None
     """Tokens in the chosen blocks."""
     eps: float | None = None
-    """As few blocks as are estimated to hold all but this part of the attention mass."""
+    """As few blocks as are estimated to hold all but this part of the attention mass, within the
+    two limits below; 0 leaves nothing out: all blocks, whatever the limits are."""
     min_ratio: float = 1 / 16
-    """With `eps`: never less than this part of the blocks."""
+    """With `eps` above 0: never less than this part of the blocks."""
     max_ratio: float = 1 / 2
-    """With `eps`: never more."""
+    """With `eps` above 0: never more."""
 
     def __post_init__(self) -> None:
         if sum(each is not None for each in (self.ratio, self.tokens, self.eps)) != 1:
@@ -305,6 +306,11 @@ class Budget:
             raise InvalidArgumentError(
                 f"budget between {self.min_ratio} and {self.max_ratio} of the blocks"
             )
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether all blocks are read whatever they hold."""
+        return self.ratio == 1.0 or self.eps == 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +366,8 @@ def choose_blocks(p: Floats, budget: Budget, must: Bools, block_tokens: int) -> 
 
 def _budget_blocks(ranked: Floats, budget: Budget, block_tokens: int) -> int:
     num = len(ranked)
+    if budget.is_everything:
+        return num
     if budget.ratio is not None:
         return _part(budget.ratio, num)
     if budget.tokens is not None:

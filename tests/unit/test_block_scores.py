@@ -208,6 +208,7 @@ NONE = np.zeros(6, np.bool_)
         (Budget(eps=0.01), [1, 3, 4]),
         (Budget(eps=0.01, max_ratio=1), [0, 1, 2, 3, 4, 5]),
         (Budget(eps=0.9, min_ratio=0.5), [1, 3, 4]),
+        (Budget(eps=0), [0, 1, 2, 3, 4, 5]),
     ],
 )
 def test_budgets(budget: Budget, expected: list[int]) -> None:

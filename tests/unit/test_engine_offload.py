@@ -160,6 +160,27 @@ def test_sparse_decode_beyond_the_pool_reads_less(
         assert stats is not None
         assert len(tokens) == 12
         assert 0 < stats.blocks_read < 0.45 * stats.blocks_dense
+        assert (stats.sparse_steps, stats.dense_steps) == (11, 0)
+        assert stats.summarised_blocks == (len(PROMPT) + 11) // 4
+        assert stats.seal_s > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"mode": SparseMode.EXACT}, "dense_by_mode"),
+        ({"budget": Budget(ratio=1.0)}, "dense_by_budget"),
+        ({"min_context_tokens": 1000}, "dense_by_context"),
+    ],
+)
+def test_dense_steps_beyond_the_pool_are_counted_with_their_reason(
+    model: LlamaModel, source: HostSlabSource, settings: dict[str, object], why: str
+) -> None:
+    with new_engine(model, source, sparse=sparse(**settings)) as engine:
+        assert run(engine, PROMPT) == [roomy(model, PROMPT)]
+        stats = engine.sparse_stats
+        assert stats is not None
+        assert (stats.sparse_steps, stats.dense_steps, getattr(stats, why)) == (0, 11, 11)
 
 
 def test_sparse_decode_is_the_same_as_in_a_roomy_pool(

@@ -15,6 +15,7 @@ from ucm.bench.gsa_certificates import (
     measure_certificates,
 )
 from ucm.engine.loading import load_model
+from ucm.engine.model import LlamaModel
 from ucm.sparse.certificates import CertifiedOptions
 from ucm.testing.models import write_tiny_model
 
@@ -22,11 +23,15 @@ OPTIONS = replace(CertificateBenchOptions().quick(), window_tokens=64, layer_str
 
 
 @pytest.fixture(scope="module")
-def captured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Captured]:
-    model = load_model(write_tiny_model(tmp_path_factory.mktemp("model")), "fp32").model
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
+    return load_model(write_tiny_model(tmp_path_factory.mktemp("model")), "fp32").model
+
+
+@pytest.fixture(scope="module")
+def captured(tiny_model: LlamaModel) -> dict[str, Captured]:
     random = np.random.default_rng(3)
     return {
-        name: capture(model, random.integers(3, 250, length).tolist(), 64)
+        name: capture(tiny_model, random.integers(3, 250, length).tolist(), 64)
         for name, length in (("one", 400), ("two", 333))
     }
 
@@ -63,3 +68,19 @@ def test_the_captured_queries_are_those_of_the_last_tokens(captured: dict[str, C
     assert document.queries.shape[1] == 64
     assert document.kv.shape[1] == -(-333 // BLOCK_TOKENS)
     assert np.abs(document.kv[:, -1, :, :, 333 % BLOCK_TOKENS :]).max() == 0.0
+
+
+@pytest.mark.parametrize("length", [65, 105, 205])
+def test_a_document_with_nothing_to_choose_from(length: int, tiny_model: LlamaModel) -> None:
+    tokens = np.random.default_rng(length).integers(3, 250, length).tolist()
+    document = capture(tiny_model, tokens, length // 2)
+    result = measure_certificates({"short": document}, OPTIONS)
+    certified, geometric = result["certified"], result["geometric"]
+    assert 0 <= certified["max_error_over_bound"] <= 1
+    assert 0 < certified["blocks_read_ratio"] <= 1
+    assert 0 < result["conformal"]["blocks_read_ratio"] <= 1
+    assert 0 <= result["conformal"]["violation_rate"] <= 1
+    assert 0 < geometric["oracle"] <= geometric["box"] <= 1
+    if length < 4 * BLOCK_TOKENS:  # sink, recent blocks and the one being filled are all there is
+        assert certified["blocks_read_ratio"] == geometric["oracle"] == 1.0
+        assert certified["max_error_over_bound"] == 0.0

@@ -84,6 +84,10 @@ def test_a_certified_step_is_near_dense_and_reads_less() -> None:
     assert stats.complete == 0
     assert 0.0 < stats.read_ratio < 0.7
     assert stats.worst_bound <= 0.05
+    all_stats, slab_bytes = decoding.stats, 2 * GROUPS * TOKENS * DIM * 4
+    assert (all_stats.blocks_read, all_stats.blocks_dense) == (stats.blocks_read, LAYERS * 53)
+    assert all_stats.bytes_read == stats.blocks_read * slab_bytes
+    assert all_stats.bytes_dense == LAYERS * 53 * slab_bytes
 
 
 def test_only_what_was_asked_for_is_read() -> None:
@@ -94,7 +98,7 @@ def test_only_what_was_asked_for_is_read() -> None:
     attend = make_decoding(options).attention(step, pool)
     assert attend is not None
     reads: list[int] = []
-    blocks = attend.blocks  # type: ignore[attr-defined]
+    blocks = attend.attend.blocks  # type: ignore[attr-defined]
     real = StepBlocks.read
 
     def spy(self: StepBlocks, chosen: np.ndarray, kv_layer: torch.Tensor) -> object:
@@ -178,6 +182,9 @@ def test_dense_layers_read_everything_whatever_is_promised(
         assert attend is not None
         outs = [attend(layer, q, pool[layer]) for layer in range(LAYERS)]
         assert torch.equal(outs[0], dense(step, q, pool[0]))
+    num_blocks = sum(make_step(position).num_blocks for position in range(401, 440))
+    assert decoding.stats.blocks_dense == LAYERS * num_blocks
+    assert num_blocks < decoding.stats.blocks_read < LAYERS * num_blocks
     assert decoding.promises is not None
     if isinstance(certificate, CertifiedOptions):
         assert decoding.promises.certified.layers == 39 * (LAYERS - 1)

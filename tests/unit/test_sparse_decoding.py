@@ -113,26 +113,29 @@ def test_rows_behind_the_position_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "why"),
     [
-        {"mode": SparseMode.EXACT},
-        {"mode": SparseMode.REUSE},
-        {"budget": Budget(ratio=1.0)},
-        {"min_context_tokens": 24 * B + 2},
+        ({"mode": SparseMode.EXACT}, "dense_by_mode"),
+        ({"mode": SparseMode.REUSE}, "dense_by_mode"),
+        ({"budget": Budget(ratio=1.0)}, "dense_by_budget"),
+        ({"budget": Budget(eps=0.0)}, "dense_by_budget"),
+        ({"min_context_tokens": 24 * B + 2}, "dense_by_context"),
     ],
 )
-def test_dense_steps_are_left_to_the_model(options: dict[str, object]) -> None:
+def test_dense_steps_are_left_to_the_model(options: dict[str, object], why: str) -> None:
     decoding = decoding_of(**options)
     decoding.begin_pass(SIGNALS)
     assert decoding.attention(step_at(24 * B), make_pool()) is None
-    assert (decoding.stats.dense_steps, decoding.stats.sparse_steps) == (1, 0)
-    assert decoding.stats.summarised_blocks == 0
+    stats = decoding.stats
+    assert (stats.dense_steps, stats.sparse_steps, getattr(stats, why)) == (1, 0, 1)
+    assert stats.summarised_blocks == 0
 
 
 def test_a_step_that_chooses_everything_is_dense_to_the_bit() -> None:
     pool, step = make_pool(), step_at(24 * B + 3)
     outs = []
-    for options in ({"budget": Budget(eps=0.0, min_ratio=1.0, max_ratio=1.0)}, {"dense_layers": 2}):
+    everything = Budget(eps=0.5, min_ratio=1.0, max_ratio=1.0)
+    for options in ({"budget": everything}, {"dense_layers": 2}):
         decoding = decoding_of(**options)
         decoding.begin_pass(SIGNALS)
         attention = decoding.attention(step, pool)

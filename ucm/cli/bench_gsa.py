@@ -94,11 +94,11 @@ def bench_options(options: GsaOptions) -> GsaBenchOptions:
 
 def _check_plot(path: Path) -> None:
     """Complain now about what would fail after the measurement."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: `pip install 'ucm-cache[plot]'`")
     from ucm.bench.gsa_plot import check_plot
 
     check_plot(path)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: `pip install 'ucm-cache[plot]'`")
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: name a file")
     if not path.parent.is_dir():

@@ -15,6 +15,7 @@ import typer
 import ucm
 from ucm import model_hub
 from ucm.errors import ConfigError, TierUnavailableError
+from ucm.types import SummaryKind
 
 from .console import print_json
 from .option_class import takes_options
@@ -71,30 +72,52 @@ class GenerateOptions:
         str | None,
         typer.Option(
             metavar="MODE",
-            help="Long contexts: read only the blocks that matter. latency, concurrency, auto; "
-            "reuse and exact read everything.",
+            help="Long contexts: the tokens behind the prompt read only the blocks that matter; "
+            "prompts are dense. latency, concurrency, auto; reuse and exact read everything. "
+            "Default: off.",
         ),
     ] = None
     sparse_budget: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="Share of the blocks to read.")
+        float | None,
+        typer.Option(
+            metavar="RATIO",
+            help="Share of the blocks to read; 1 reads all. "
+            "Default: 0.3, in the mode concurrency 0.125.",
+        ),
     ] = None
     sparse_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Or: tokens to read in each layer.")
+        int | None,
+        typer.Option(metavar="N", help="Or: tokens to read in each layer. Default: by ratio."),
     ] = None
     sparse_eps: Annotated[
-        float | None, typer.Option(metavar="EPS", help="Or: attention mass that may be left out.")
+        float | None,
+        typer.Option(
+            metavar="EPS",
+            help="Or: attention mass that may be left out, as estimated; 0 reads all, more than 0 "
+            "reads 1/16 to 1/2 of the blocks whatever the estimate. Default: by ratio.",
+        ),
     ] = None
     sparse_summary: Annotated[
-        str | None, typer.Option(metavar="KIND", help="What blocks are chosen by: gsa-k4, ...")
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help=f"What blocks are chosen by: {', '.join(SummaryKind)}. Default: gsa-k4.",
+        ),
     ] = None
     sparse_stride: Annotated[
-        int | None, typer.Option(metavar="STEPS", help="Steps that a choice is used for.")
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Steps that a choice is used for. Default: 4, in the mode concurrency 8.",
+        ),
     ] = None
     sparse_dense_layers: Annotated[
-        int | None, typer.Option(metavar="N", help="First layers that read everything.")
+        int | None,
+        typer.Option(metavar="N", help="First layers that read everything. Default: 0."),
     ] = None
     sparse_min_context: Annotated[
-        int | None, typer.Option(metavar="TOKENS", help="Shorter contexts are read whole.")
+        int | None,
+        typer.Option(metavar="TOKENS", help="Shorter contexts are read whole. Default: 1024."),
     ] = None
     explain: Annotated[
         bool,

@@ -86,19 +86,32 @@ def _one_of(
 def sparse_line(stats: SparseStats) -> str:
     """What the request's decode steps read and left out, for people."""
     if not stats.sparse_steps:
-        why = (
-            "the context is below --sparse-min-context"
-            if stats.mode.is_sparse
-            else f"mode {stats.mode.value}"
-        )
-        return f"sparse: all {stats.dense_steps} steps read everything ({why})"
-    share = stats.bytes_read / stats.bytes_dense
+        return _dense_line(stats)
+    share = stats.bytes_read / stats.bytes_dense if stats.bytes_dense else 1.0
     line = (
-        f"sparse ({stats.mode.value}): {stats.sparse_steps} steps read {share:.0%} of their KV "
-        f"({stats.bytes_read / 2**20:,.0f} of {stats.bytes_dense / 2**20:,.0f} MiB); choosing took "
-        f"{1e3 * stats.select_s / stats.sparse_steps:.1f} ms a step, the summaries of "
-        f"{stats.summarised_blocks} blocks {1e3 * stats.seal_s:,.0f} ms in all"
+        f"sparse ({stats.mode.value}): {_count(stats.sparse_steps, 'step')} read {share:.0%} of "
+        f"their KV ({stats.bytes_read / 2**20:,.0f} of {stats.bytes_dense / 2**20:,.0f} MiB); "
+        f"choosing took {1e3 * stats.select_s / stats.sparse_steps:.1f} ms a step, the summaries "
+        f"of {stats.summarised_blocks} blocks {1e3 * stats.seal_s:,.0f} ms in all"
     )
     if stats.mode_switches:
-        line += f"; {stats.mode_switches} mode switches"
+        line += f"; {_count(stats.mode_switches, 'mode switch', 'es')}"
     return line
+
+
+def _dense_line(stats: SparseStats) -> str:
+    """Why nothing was left out."""
+    if not stats.dense_steps:
+        return "sparse: nothing to leave out, the prompt gave the only token (prompts are dense)"
+    reasons = {
+        f"mode {stats.mode.value}": stats.dense_by_mode,
+        "the budget is everything": stats.dense_by_budget,
+        "the context is below --sparse-min-context": stats.dense_by_context,
+    }
+    why = "; ".join(reason for reason, count in reasons.items() if count)
+    steps = _count(stats.dense_steps, "step")
+    return f"sparse: all {steps} read everything ({why})"
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else plural}"

@@ -14,6 +14,7 @@ from types import TracebackType
 
 from ucm.clock import Clock, SystemClock
 from ucm.errors import ConfigError, InvalidArgumentError
+from ucm.sparse.certified_attention import Promises
 from ucm.sparse.decoding import SparseStats
 from ucm.sparse.slab_source import SlabSource
 
@@ -84,6 +85,11 @@ class Engine:
     def sparse_stats(self) -> SparseStats | None:
         """What sparse attention read and left out; None without it."""
         return self._runner.sparse_stats
+
+    @property
+    def promises(self) -> Promises | None:
+        """What certificates came to (`SparseOptions.certificate`); None without one."""
+        return self._runner.promises
 
     @property
     def hook_stats(self) -> HookStats:

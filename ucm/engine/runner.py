@@ -26,6 +26,7 @@ import torch
 from ucm.clock import Clock
 from ucm.errors import CapacityError, ConfigError
 from ucm.layout import KvLayout
+from ucm.sparse.certified_attention import Promises
 from ucm.sparse.decoding import SparseStats
 from ucm.sparse.offload import OffloadOptions
 from ucm.sparse.options import SparseOptions
@@ -156,6 +157,11 @@ class BatchRunner:
     def sparse_stats(self) -> SparseStats | None:
         """What sparse attention read and left out; None without it."""
         return None if self._sparse is None else self._sparse.stats
+
+    @property
+    def promises(self) -> Promises | None:
+        """What certificates came to; None without one."""
+        return None if self._sparse is None else self._sparse.promises
 
     def check_integrity(self) -> list[str]:
         """Every violated invariant of pool and sequences, in words; empty when sound."""

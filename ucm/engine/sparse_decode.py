@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ucm.sparse.certified_attention import Promises
 from ucm.sparse.decoding import SparseDecoding, SparseStats
 from ucm.sparse.mode_policy import LoadSignals
 from ucm.sparse.offload_chooser import SummaryChooser
@@ -46,6 +47,11 @@ class SparseDecode:
         """Counters over the engine's life."""
         return self._decoding.stats
 
+    @property
+    def promises(self) -> Promises | None:
+        """What certificates came to; None without one."""
+        return self._decoding.promises
+
     def begin_pass(self, batch: Sequence[Work]) -> dict[str, ItemAttention]:
         """Who attends for the items of the next pass that are not dense, by sequence.
 
@@ -56,7 +62,7 @@ class SparseDecode:
         attentions = {}
         for sequence in decodes:
             if sequence.is_offloaded:  # it has a chooser of its own
-                is_sparse = self._decoding.settings is not None
+                is_sparse = self._decoding.count_step(sequence.num_computed)
             else:
                 attention = self._decoding.attention(_step_of(sequence), self._pool.tensor)
                 is_sparse = attention is not None

@@ -43,12 +43,18 @@ class SparseStats:
     sparse_steps: int = 0
     """Decode steps of a sequence that went through a selection."""
     dense_steps: int = 0
-    """Decode steps of a sequence that did not: too short, or by the mode."""
+    """Decode steps of a sequence that did not: the sum of the next three."""
+    dense_by_mode: int = 0
+    """The mode reads everything."""
+    dense_by_budget: int = 0
+    """The budget is everything."""
+    dense_by_context: int = 0
+    """The sequence is shorter than `min_context_tokens`."""
     fresh_selections: int = 0
     """Of a layer and step."""
     stale_selections: int = 0
     blocks_read: int = 0
-    """Slabs of one layer that sparse steps read."""
+    """Slabs of one layer that sparse steps read; also those that a certificate asked for."""
     blocks_dense: int = 0
     """Slabs that the same steps would have read densely."""
     bytes_read: int = 0
@@ -64,9 +70,12 @@ class SparseStats:
 
     def count(self, selection: Selection, num_blocks: int, slab_bytes: int) -> None:
         """Add one layer's selection, of a sequence of `num_blocks`."""
-        num = len(selection.blocks)
         self.fresh_selections += selection.is_fresh
         self.stale_selections += not selection.is_fresh
+        self.count_slabs(len(selection.blocks), num_blocks, slab_bytes)
+
+    def count_slabs(self, num: int, num_blocks: int, slab_bytes: int) -> None:
+        """Add one layer's reads: `num` slabs of a sequence of `num_blocks`."""
         self.blocks_read += num
         self.blocks_dense += num_blocks
         self.bytes_read += num * slab_bytes
@@ -123,7 +132,7 @@ class SparseDecoding:
             settings = Settings(options.concurrency_budget, options.concurrency_stride)
         else:
             return None
-        return None if settings.budget.ratio == 1.0 else settings
+        return None if settings.budget.is_everything else settings
 
     @property
     def may_select(self) -> bool:
@@ -141,22 +150,37 @@ class SparseDecoding:
             None when the step is dense.
         """
         settings = self.settings
-        if settings is None or step.position + 1 < self.options.min_context_tokens:
-            self.stats.dense_steps += 1
+        if not self.count_step(step.position) or settings is None:
             return None
         selector = self._selector(step.sequence_id)
         self.feed(step.sequence_id, step.block_ids[: selector.num_scored(step)], kv_pool)
-        self.stats.sparse_steps += 1
         if self.promises is not None:
             options, num_scored = self.options, selector.num_scored(step)
             blocks = StepBlocks.of(step, num_scored, options.sink_blocks, options.recent_blocks)
-            return self.promises.attention(
+            promised = self.promises.attention(
                 blocks,
                 selector.table,
                 lambda chosen: _SparseStep(step, chosen, self.stats, self._layout),
             )
+            return _PromisedStep(step, promised, self.promises, self.stats, self._layout)
         selector.begin(step, settings)
         return _SparseStep(step, selector, self.stats, self._layout)
+
+    def count_step(self, position: int) -> bool:
+        """Count one decode step of a sequence, whoever attends for it.
+
+        Returns:
+            Whether it may leave blocks out.
+        """
+        stats, is_short = self.stats, position + 1 < self.options.min_context_tokens
+        if self.settings is not None and not is_short:
+            stats.sparse_steps += 1
+            return True
+        stats.dense_steps += 1
+        stats.dense_by_mode += not stats.mode.is_sparse
+        stats.dense_by_context += stats.mode.is_sparse and is_short
+        stats.dense_by_budget += stats.mode.is_sparse and not is_short
+        return False
 
     def chooser(self) -> SummaryChooser:
         """Chooses for a sequence whose KV lies below the pool, as the mode says."""
@@ -185,10 +209,10 @@ class SparseDecoding:
         table = self._selector(sequence_id).table
         if len(table) >= len(sealed_ids):
             return
-        started_s = time.perf_counter()
+        started_s, num_made = time.perf_counter(), self._summaries.num_made
         table.extend(self._summaries.records(sealed_ids[len(table) :], kv_pool))
         self.stats.seal_s += time.perf_counter() - started_s
-        self.stats.summarised_blocks = self._summaries.num_made
+        self.stats.summarised_blocks += self._summaries.num_made - num_made
 
     def drop(self, sequence_id: str) -> None:
         """The sequence left or gave its blocks up; nothing happens if it is not known."""
@@ -200,6 +224,28 @@ class SparseDecoding:
             selector = SequenceSelector(self._summaries.table(), self.options)
             self._selectors[sequence_id] = selector
         return selector
+
+
+@dataclass(slots=True)
+class _PromisedStep:
+    """An `ItemAttention` with a promise, whose reads are counted like those of a selection."""
+
+    step: DecodeStep
+    attend: ItemAttention
+    promises: Promises
+    stats: SparseStats
+    layout: KvLayout
+
+    def __call__(self, layer: int, q_THD: Tensor, kv_layer: Tensor, /) -> Tensor:
+        """See `ItemAttention`."""
+        certified, num_blocks = self.promises.certified, self.step.num_blocks
+        num_read, num_counted = certified.blocks_read, self.stats.blocks_dense
+        out = self.attend(layer, q_THD, kv_layer)
+        if self.stats.blocks_dense == num_counted:  # there was no selection, which counts itself
+            # Nothing was certified in the first layers, which are dense.
+            num = certified.blocks_read - num_read or num_blocks
+            self.stats.count_slabs(num, num_blocks, self.layout.slab_bytes)
+        return out
 
 
 @dataclass(slots=True)

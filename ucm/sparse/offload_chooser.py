@@ -74,12 +74,14 @@ class SummaryChooser:
 
     def seal(self, slabs: Tensor, /) -> None:
         """See `Chooser.seal`."""
-        layout = self._table.layout
+        started_s, layout = time.perf_counter(), self._table.layout
         count = slabs.shape[1]
         flat = slabs.transpose(0, 1).reshape(-1, *slabs.shape[2:]).cpu()
         bits = flat.view(torch.uint16) if flat.dtype is torch.bfloat16 else flat
         made = summarize(self._table.kind, bits.numpy(), layout.dtype)
         self._table.extend(made.reshape(count, layout.num_layers, layout.num_kv_heads))
+        self._stats.summarised_blocks += count
+        self._stats.seal_s += time.perf_counter() - started_s
 
     def truncate(self, num_blocks: int, /) -> None:
         """See `Chooser.truncate`."""

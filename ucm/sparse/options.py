@@ -44,9 +44,11 @@ class SparseOptions:
     min_context_tokens: int = 1024
     """Shorter sequences are dense: choosing costs more than reading there."""
     catch_up_blocks: int = 32
-    """Blocks a step that get their summary when a sequence arrives without (it was loaded, or is
-    shared): the first generated token sees this many, the second twice as many; the rest is read
-    meanwhile."""
+    """Blocks a step that join those a sequence chooses among: the first generated token chooses
+    among this many, the second among twice as many; the rest is read meanwhile. That bounds the
+    summaries that a step makes for a prompt that was loaded or is shared. One computed here has
+    all of its summaries before, and waits for them all the same: its tokens must not depend on
+    where its KV came from."""
     thresholds: ModeThresholds = field(default_factory=ModeThresholds)
     """Of the mode `auto`."""
     certificate: CertifiedOptions | ConformalOptions | None = None
