@@ -140,8 +140,10 @@ class CacheApi(Protocol):
                 block: sessions with other kinds, or without, share them. Whoever creates the
                 namespace decides what is kept on NVMe; summaries of another kind are computed
                 again when a block comes to memory. A session keeps the last kind that it named.
+                The plain word ("gsa-k4") will do.
 
         Raises:
+            InvalidArgumentError: there is no such kind of summaries.
             LayoutMismatchError: the namespace exists with another layout, or this kind cannot
                 describe its blocks.
             CapacityError: the limit on open namespaces is reached.
