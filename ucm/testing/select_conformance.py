@@ -433,6 +433,8 @@ class SelectTests:
             {"queries": np.full_like(queries_of(2), np.inf)},
             {"must_blocks": (4,)},
             {"must_blocks": (-1,)},
+            {"mode": "x"},
+            {"budget": 0.3},
         ],
     )
     def test_a_request_that_does_not_fit_is_refused(
