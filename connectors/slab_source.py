@@ -70,6 +70,9 @@ class SlabSourceOptions:
 class CacheSlabSource:
     """See `SlabSource` and the module."""
 
+    capacity_bytes = None
+    """Not known here: the cache evicts."""
+
     def __init__(
         self, factory: CacheFactory, spec: NamespaceSpec, options: SlabSourceOptions | None = None
     ) -> None:

@@ -21,7 +21,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ucm.errors import InvalidArgumentError
+from ucm.errors import InvalidArgumentError, UcmError
 from ucm.layout import KvLayout
 from ucm.types import SummaryKind
 
@@ -311,6 +311,24 @@ class Budget:
     def is_everything(self) -> bool:
         """Whether all blocks are read whatever they hold."""
         return self.ratio == 1.0 or self.eps == 0.0
+
+
+def check_budget(
+    budget: object, what: str = "a budget", error: type[UcmError] = InvalidArgumentError
+) -> None:
+    """Refuse what is no `Budget`, with the one that a plain number may stand for.
+
+    Raises:
+        UcmError: an `error` that begins with `what`.
+    """
+    if isinstance(budget, Budget):
+        return
+    example = "ratio=0.3"
+    if isinstance(budget, int) and budget > 1:
+        example = f"tokens={budget}"
+    elif isinstance(budget, float) and 0 < budget <= 1:
+        example = f"ratio={budget}"
+    raise error(f"{what} is a Budget, not {budget!r}; for example Budget({example})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,13 @@ class StoreSlot:
     """Writable, `layout.block_bytes` long; None unless WANTED."""
     summary: memoryview | None = None
     """Writable: where the block's encoded summary may be put, from its first byte on, before the
-    store completes; what follows it carries no meaning. None when no summary is wanted."""
+    store completes; what follows it carries no meaning. None when no summary is wanted.
+
+    Left as it is, the cache computes the summary itself, in the background and in memory: unless
+    that was done before the block went to NVMe, it is gone after a restart or an eviction, and
+    every selection has the block (NO_SUMMARY) until it was promoted. To be sure of one, write it:
+    `ucm.kernels.summarize.summarize_blocks` of `data`, then
+    `ucm.kernels.summary_record.encode_summary` with the block's `ucm.checksum.block_checksums`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +146,10 @@ class CacheApi(Protocol):
                 block: sessions with other kinds, or without, share them. Whoever creates the
                 namespace decides what is kept on NVMe; summaries of another kind are computed
                 again when a block comes to memory. A session keeps the last kind that it named.
+                The plain word ("gsa-k4") will do.
 
         Raises:
+            InvalidArgumentError: there is no such kind of summaries.
             LayoutMismatchError: the namespace exists with another layout, or this kind cannot
                 describe its blocks.
             CapacityError: the limit on open namespaces is reached.

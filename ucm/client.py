@@ -40,6 +40,7 @@ from .api import (
     StoreLease,
 )
 from .door_client import DoorClient, Greeting
+from .enum_words import word_of
 from .errors import (
     BlockNotFoundError,
     CapacityError,
@@ -146,6 +147,8 @@ class RemoteCache:
     ) -> NamespaceHandle:
         """See `CacheApi.open_namespace`. A call that adds nothing asks the daemon nothing."""
         namespace = spec.fingerprint()
+        if summary is not None:
+            summary = word_of(SummaryKind, summary, "a kind of summaries")
         with self._at_door() as left_s:
             found = self._namespaces.get(namespace)
             if found is None or summary not in (None, found.handle.summary):

@@ -24,6 +24,7 @@ from . import __version__
 from .api import LookupResult, NamespaceHandle, PinLease, SlabChecksums
 from .clock import Clock, SystemClock
 from .config import Config
+from .enum_words import word_of
 from .errors import CapacityError, TierUnavailableError
 from .grants import LoadGrants, ManagerStatus, StoreGrants, TierStatus
 from .hashing import NamespaceSpec
@@ -170,6 +171,8 @@ class Manager:
         self, session: SessionId, spec: NamespaceSpec, *, summary: SummaryKind | None = None
     ) -> NamespaceHandle:
         """See `CacheApi.open_namespace`. Blocks for the recovery of what is on disk."""
+        if summary is not None:
+            summary = word_of(SummaryKind, summary, "a kind of summaries")
         with self._state.lock:
             self._state.session_locked(session)
 

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ucm.kernels.block_scores import Budget, check_budget
+
+from .enum_words import word_of
 from .errors import InvalidArgumentError
 from .types import LeaseId, SummaryStatus
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from ucm.kernels.block_scores import Budget
 
     from .layout import KvLayout
     from .types import SummaryKind
@@ -63,8 +64,14 @@ class SelectRequest:
     must_blocks: Sequence[int] = ()
     """Indexes in the keys of blocks that are in every selection: the sink, the recent window."""
     mode: SelectMode = SelectMode.SHARED
+    """The plain word ("per_head") will do."""
     bounds: bool = True
     """Whether to answer `log_mass`, `lower`, `upper` and `skipped_upper` too."""
+
+    def __post_init__(self) -> None:
+        """Make a plain word the mode that it spells; `check` refuses what is none."""
+        if self.mode in tuple(SelectMode):
+            object.__setattr__(self, "mode", word_of(SelectMode, self.mode, "mode"))
 
     @property
     def num_queries(self) -> int:
@@ -84,6 +91,8 @@ class SelectRequest:
         """
         _check_layers(self.layers, layout.num_layers)
         _check_queries(self.queries, len(self.layers), layout)
+        word_of(SelectMode, self.mode, "a selection's mode")
+        check_budget(self.budget)
         scores = self.num_queries * self.num_heads * num_keys
         if scores > MAX_LAYER_SCORES:
             raise InvalidArgumentError(
@@ -174,8 +183,10 @@ class SelectResult:
 class SummaryLease:
     """Encoded summaries that stay in place while they are leased; ended by `CacheApi.release`.
 
-    One entry for every key asked for, in order. `ucm.kernels.summary_record.decode_summary` reads
-    them. After the lease's time an entry may hold another block's summary: `contents` tells.
+    One entry for every key asked for, in order. After the lease's time an entry may hold another
+    block's summary: `contents` tells. So an entry is read, and checked, by
+    `ucm.kernels.summary_record.summary_of(layout, entry, content)`, with the entry's own number
+    of `contents`; it answers None where the entry is not that block's summary any more.
     """
 
     id: LeaseId

@@ -266,6 +266,13 @@ def test_a_query_of_the_wrong_shape_is_refused(field: str, value: NDArray[np.flo
 
 
 @pytest.mark.parametrize("limit", [-0.1, np.nan, np.inf])
-def test_a_limit_must_be_a_limit(limit: float) -> None:
-    with pytest.raises(InvalidArgumentError):
-        CertifiedOptions(relative_error=limit)
+@pytest.mark.parametrize("name", ["relative_error", "absolute_error", "tail_mass"])
+def test_a_limit_must_be_a_limit(name: str, limit: float) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"{name} is {limit}"):
+        CertifiedOptions(**{name: limit})
+
+
+def test_all_of_the_mass_is_no_limit() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"tail_mass is 1\.0"):
+        CertifiedOptions(tail_mass=1.0)
+    assert CertifiedOptions(tail_mass=0.0).is_dense

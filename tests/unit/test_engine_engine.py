@@ -203,6 +203,7 @@ def test_abort_returns_what_there_is() -> None:
     assert engine.abort("unknown") is None
     result = engine.abort(waiting)
     assert result is not None
+    assert 0.0 <= result.timings.total_s < 60.0
     assert result.outputs[0].finish_reason is FinishReason.ABORTED
     assert result.outputs[0].token_ids == ()
     running = engine.add_request(PROMPT, greedy(20))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ucm.clock import SimClock
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.loading import load_model
 from ucm.engine.model import ForwardItem, LlamaModel
-from ucm.engine.request import FinishReason
+from ucm.engine.request import FinishReason, TokenEvent
 from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
 from ucm.errors import ConfigError, InvalidArgumentError
@@ -44,7 +45,12 @@ def source() -> Iterator[HostSlabSource]:
 
 
 def new_engine(
-    model: LlamaModel, source: HostSlabSource | None, *, num_blocks: int = 10, **settings: object
+    model: LlamaModel,
+    source: HostSlabSource | None,
+    *,
+    num_blocks: int = 10,
+    clock: SimClock | None = None,
+    **settings: object,
 ) -> Engine:
     chosen: dict[str, object] = {"offload": SHARE, **settings}
     options = EngineOptions(
@@ -53,7 +59,7 @@ def new_engine(
         scheduler=SchedulerOptions(max_step_tokens=40, prefill_chunk_tokens=32),
         **chosen,  # type: ignore[arg-type]
     )
-    return Engine(model, None, options, source=source)
+    return Engine(model, None, options, source=source, clock=clock)
 
 
 def roomy(model: LlamaModel, prompt: Sequence[int], params: SamplingParams = GREEDY) -> list[int]:
@@ -74,6 +80,12 @@ def run(engine: Engine, *prompts: Sequence[int]) -> list[list[int]]:
         assert engine.check_integrity() == []
     assert engine.pool.blocks.num_available == engine.options.num_blocks
     return [found[name] for name in names]
+
+
+def steps(engine: Engine) -> Iterator[TokenEvent]:
+    """Every event until there is nothing left to do."""
+    while engine.has_work:
+        yield from engine.step()
 
 
 def test_a_context_larger_than_the_pool(model: LlamaModel, source: HostSlabSource) -> None:
@@ -265,12 +277,41 @@ def test_without_a_source_the_pool_serves_what_it_can_hold(model: LlamaModel) ->
 
 
 def test_a_full_source_ends_the_request(model: LlamaModel) -> None:
-    small = HostSlabSource(20_000)
-    with new_engine(model, small) as engine:
-        (result,) = engine.generate_all([PROMPT], GREEDY)
+    small = HostSlabSource(64 << 20)
+    small.reserve(small.capacity_bytes - 20_000)  # what others keep there
+    clock = SimClock()
+    clock.advance_us(42_000_000)
+    with new_engine(model, small, clock=clock) as engine:
+        name = engine.add_request(PROMPT, GREEDY)
+        clock.advance_us(1_500_000)
+        (result,) = [event.result for event in steps(engine) if event.result]
+    assert result.request_id == name
     assert result.outputs[0].finish_reason is FinishReason.FAILED
     assert "capacity" in (result.error or "")
+    assert result.timings.total_s == pytest.approx(1.5)
     small.close()
+
+
+def test_what_the_source_can_never_hold_is_refused_at_once(model: LlamaModel) -> None:
+    """Unless the pool can hold it."""
+    num_blocks = (len(PROMPT) + GREEDY.max_tokens - 1) // 4
+    with new_engine(model, None, num_blocks=60, offload=None) as engine:
+        block_bytes = engine.pool.layout.num_layers * engine.pool.layout.slab_bytes
+    small = HostSlabSource(num_blocks * block_bytes - 1)
+    with new_engine(model, small) as engine:
+        with pytest.raises(InvalidArgumentError, match="slab source holds"):
+            engine.add_request(PROMPT, GREEDY)
+        assert not engine.has_work
+    small.close()
+    exact = HostSlabSource(num_blocks * block_bytes)
+    with new_engine(model, exact) as engine:
+        assert run(engine, PROMPT) == [roomy(model, PROMPT)]
+        assert engine.offloads.stats.recomputed == 0
+    exact.close()
+    tiny = HostSlabSource(1)
+    with new_engine(model, tiny, num_blocks=60) as engine:
+        assert run(engine, PROMPT) == [roomy(model, PROMPT)]
+    tiny.close()
 
 
 def test_what_does_not_fit_is_refused_in_words(model: LlamaModel, source: HostSlabSource) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -260,3 +261,9 @@ def test_options_that_leave_no_room_are_refused() -> None:
         OffloadOptions(resident_blocks=4)
     with pytest.raises(ConfigError, match="num_waves"):
         OffloadOptions(resident_blocks=9, num_waves=1)
+
+
+@pytest.mark.parametrize("capacity", [0, -5, "1GiB", 1.5, None, True])
+def test_a_source_of_no_size_is_refused(capacity: Any) -> None:
+    with pytest.raises(ConfigError, match="capacity_bytes is"):
+        HostSlabSource(capacity)

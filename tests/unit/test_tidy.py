@@ -109,6 +109,7 @@ LAYERS = {
     "ucm.protos": 1,
     "ucm.errors": 0,
     "ucm.types": 0,
+    "ucm.enum_words": 0,
     "ucm.layout": 0,
     "ucm.hashing": 0,
     "ucm.config": 0,

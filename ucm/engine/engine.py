@@ -66,6 +66,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
         self._clock = clock or SystemClock()
+        self._source = source
         self._runner = BatchRunner(model, self.options, hook, self._clock, source)
         self._requests: dict[str, RequestState] = {}
         self._mailboxes: dict[str, deque[TokenEvent]] = {}
@@ -171,6 +172,7 @@ class Engine:
         self._mailboxes.pop(request_id, None)
         if request is None:
             return None
+        request.ended_us = self._clock.now_us()
         for item in request.samples:
             if item.finish_reason is None:
                 item.finish_reason = FinishReason.ABORTED
@@ -312,7 +314,7 @@ class Engine:
         request = self._requests.pop(sequence.request_id)
         (state,) = request.samples
         state.finish_reason = FinishReason.FAILED
-        request.error = why
+        request.error, request.ended_us = why, self._clock.now_us()
         self._runner.retire(sequence)
         return TokenEvent(
             request_id=request.id,
@@ -366,11 +368,27 @@ class Engine:
                 f"{num_blocks} KV blocks, the pool has {options.num_blocks}; shorten the prompt, "
                 "lower max_tokens, raise num_blocks or set offload"
             )
+        if is_long and num_blocks > options.num_blocks:
+            self._check_source(max_length)
         if params.n > options.scheduler.max_sequences:
             raise InvalidArgumentError(
                 f"n is {params.n}, the batch holds {options.scheduler.max_sequences} sequences"
             )
         return max_length
+
+    def _check_source(self, max_length: int) -> None:
+        """Refuse what the pool cannot hold and the source, were it empty, could not either."""
+        capacity_bytes = self._source.capacity_bytes if self._source is not None else None
+        layout = self.pool.layout
+        block_bytes = layout.num_layers * layout.slab_bytes
+        num_bytes = (max_length - 1) // layout.block_tokens * block_bytes
+        if capacity_bytes is not None and num_bytes > capacity_bytes:
+            raise InvalidArgumentError(
+                f"the KV of {max_length} tokens, the answer included, is {num_bytes} bytes; the "
+                f"slab source holds {capacity_bytes} (its capacity) and the pool "
+                f"{self.options.num_blocks * block_bytes}; shorten the prompt, lower max_tokens, "
+                "raise capacity_bytes or num_blocks"
+            )
 
     def _is_long(self, max_length: int) -> bool:
         """Whether a sequence of this length does not fit its share of the pool."""

@@ -43,7 +43,7 @@ class RequestTimings:
     tpot_s: float
     """Mean time between two tokens of the first sample; 0 when there is one."""
     total_s: float
-    """From `add_request` to the last token of the last sample."""
+    """From `add_request` to the last token of the last sample, or to its failure or abort."""
     num_prompt_tokens: int
     num_local_tokens: int
     """Prompt tokens that the pool held at the first admission."""
@@ -116,6 +116,8 @@ class RequestState:
     added_us: int
     samples: list[SampleState] = field(default_factory=list)
     error: str | None = None
+    ended_us: int | None = None
+    """When it failed or was aborted; None unless it was."""
 
     @property
     def is_finished(self) -> bool:
@@ -139,7 +141,9 @@ class RequestState:
         root = first.sequence
         first_us = self.added_us if first.first_us is None else first.first_us
         num_intervals = root.num_tokens - root.num_prompt - 1
-        last_us = max(sample.last_us for sample in self.samples)
+        last_us = self.ended_us
+        if last_us is None:
+            last_us = max(sample.last_us for sample in self.samples)
         return RequestTimings(
             ttft_s=(first_us - self.added_us) / 1e6,
             tpot_s=(first.last_us - first_us) / 1e6 / num_intervals if num_intervals > 0 else 0.0,

@@ -90,6 +90,7 @@ class EngineOptions:
                 f"engine: num_blocks is {self.num_blocks} and block_tokens {self.block_tokens}, "
                 "both must be >= 1"
             )
+        self._check_parts()
         if self.share is not None and self.share.resident_blocks > self.num_blocks:
             raise ConfigError(
                 f"engine: a sequence is to own {self.share.resident_blocks} blocks "
@@ -104,6 +105,16 @@ class EngineOptions:
             raise ConfigError(
                 f"engine: max_pinned_share is {self.max_pinned_share}, must be in (0, 1]"
             )
+
+    def _check_parts(self) -> None:
+        """Refuse a word where options are due."""
+        if not isinstance(self.sparse, SparseOptions | None):
+            raise ConfigError(
+                f"engine: sparse is a SparseOptions, not {self.sparse!r}; for example "
+                "SparseOptions(mode='latency')"
+            )
+        if not isinstance(self.offload, OffloadOptions | None):
+            raise ConfigError(f"engine: offload is an OffloadOptions, not {self.offload!r}")
 
 
 @dataclass(slots=True)

@@ -73,9 +73,16 @@ class CertifiedOptions:
 
     def __post_init__(self) -> None:
         """Refuse what is not a limit."""
-        limits = (self.relative_error, self.absolute_error, self.tail_mass or 0.0)
-        if not all(0.0 <= limit < np.inf for limit in limits):
-            raise InvalidArgumentError(f"error limits must be finite and not negative: {limits}")
+        for name in ("relative_error", "absolute_error"):
+            limit = getattr(self, name)
+            if not 0.0 <= limit < np.inf:
+                raise InvalidArgumentError(
+                    f"certificate: {name} is {limit}, must be finite and not negative"
+                )
+        if self.tail_mass is not None and not 0.0 <= self.tail_mass < 1.0:
+            raise InvalidArgumentError(
+                f"certificate: tail_mass is {self.tail_mass}, a share of the softmax mass in [0, 1)"
+            )
 
     @property
     def is_dense(self) -> bool:

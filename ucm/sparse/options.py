@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Final
 
+from ucm.enum_words import word_of
 from ucm.errors import ConfigError
-from ucm.kernels.block_scores import Budget
+from ucm.kernels.block_scores import Budget, check_budget
 from ucm.types import SummaryKind
 
 from .certificates import CertifiedOptions
@@ -21,7 +24,7 @@ class SparseOptions:
     """Which blocks decode steps read."""
 
     mode: SparseMode = SparseMode.LATENCY
-    """By hand, or `auto`."""
+    """By hand, or `auto`. The plain word will do, here and for the kind."""
     kind: SummaryKind = SummaryKind.GSA_K4
     """Of the summaries that blocks are chosen by."""
     budget: Budget = field(default_factory=lambda: Budget(ratio=0.3))
@@ -59,20 +62,56 @@ class SparseOptions:
     """Pool blocks that a sequence may own at most, the rest lying in a slab source; None: all."""
 
     def __post_init__(self) -> None:
-        for name in ("stride", "concurrency_stride", "sink_blocks", "catch_up_blocks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"sparse: {name} is {getattr(self, name)}, must be >= 1")
-        for name in ("dense_layers", "recent_blocks", "min_context_tokens"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"sparse: {name} is {getattr(self, name)}, must be >= 0")
+        mode = word_of(SparseMode, self.mode, "sparse: mode", ConfigError)
+        object.__setattr__(self, "mode", mode)
+        kind = word_of(SummaryKind, self.kind, "sparse: kind", ConfigError)
+        object.__setattr__(self, "kind", kind)
+        for name in ("budget", "concurrency_budget"):
+            check_budget(getattr(self, name), f"sparse: {name}", ConfigError)
+        for name, least in _LEAST.items():
+            _check_number(name, getattr(self, name), least)
+        if not isinstance(self.thresholds, ModeThresholds):
+            raise ConfigError(f"sparse: thresholds is a ModeThresholds, not {self.thresholds!r}")
+        self._check_certificate()
+        self._check_resident_blocks()
+
+    def _check_certificate(self) -> None:
+        promise = self.certificate
+        if promise is not None and not isinstance(promise, (CertifiedOptions, ConformalOptions)):
+            raise ConfigError(
+                f"sparse: certificate is a CertifiedOptions or ConformalOptions, not {promise!r}"
+            )
         if isinstance(self.certificate, CertifiedOptions) and self.kind not in SHADOWS:
             raise ConfigError(
                 f"sparse: certified attention needs summaries of kind shadow4 or shadow2, not "
                 f"{self.kind}"
             )
+
+    def _check_resident_blocks(self) -> None:
+        if self.resident_blocks is None:
+            return
         least = self.sink_blocks + self.recent_blocks + 2
-        if self.resident_blocks is not None and self.resident_blocks < least:
+        _check_number("resident_blocks", self.resident_blocks, None)
+        if self.resident_blocks < least:
             raise ConfigError(
                 f"sparse: resident_blocks is {self.resident_blocks}; sink, recent window, the "
                 f"block being filled and one more need {least}"
             )
+
+
+_LEAST: Final = {
+    "stride": 1,
+    "concurrency_stride": 1,
+    "sink_blocks": 1,
+    "catch_up_blocks": 1,
+    "dense_layers": 0,
+    "recent_blocks": 0,
+    "min_context_tokens": 0,
+}
+
+
+def _check_number(name: str, number: object, least: int | None) -> None:
+    if not isinstance(number, Integral):
+        raise ConfigError(f"sparse: {name} is {number!r}, must be a whole number")
+    if least is not None and int(number) < least:
+        raise ConfigError(f"sparse: {name} is {number}, must be >= {least}")

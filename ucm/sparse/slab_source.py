@@ -20,11 +20,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Protocol
 
 from torch import Tensor
 
-from ucm.errors import CapacityError
+from ucm.errors import CapacityError, ConfigError
 
 
 class SlabLostError(Exception):
@@ -102,6 +103,10 @@ class SlabShelf(Protocol):
 class SlabSource(Protocol):
     """A tier below the pool."""
 
+    @property
+    def capacity_bytes(self) -> int | None:
+        """Most bytes of all shelves; None where that is not known."""
+
     def open(self, name: str) -> SlabShelf:
         """An empty shelf for the sequence `name`."""
 
@@ -162,13 +167,23 @@ class HostSlabSource:
             limiter: every read takes its bytes here first; no limit when None. It may be replaced
                 between reads.
             sleep: waits; tests turn a clock instead.
+
+        Raises:
+            ConfigError: the capacity is no whole number of bytes above 0.
         """
+        is_number = isinstance(capacity_bytes, Integral) and not isinstance(capacity_bytes, bool)
+        if not is_number or capacity_bytes < 1:
+            raise ConfigError(
+                f"slab source: capacity_bytes is {capacity_bytes!r}, must be a whole number of "
+                "bytes >= 1, for example 1 << 30"
+            )
         self.limiter = limiter
         self.read_bytes = 0
         """Bytes that were read back, over its life."""
         self.kept_bytes = 0
         """Bytes on all shelves."""
-        self._capacity_bytes = capacity_bytes
+        self.capacity_bytes = capacity_bytes
+        """Most bytes of all shelves."""
         self._sleep = sleep
         self._changed = threading.Condition()
         self._wanted: deque[_HostRead] = deque()
@@ -196,10 +211,10 @@ class HostSlabSource:
         Raises:
             CapacityError: more than the capacity.
         """
-        if self.kept_bytes + num_bytes > self._capacity_bytes:
+        if self.kept_bytes + num_bytes > self.capacity_bytes:
             raise CapacityError(
                 f"slab source: {num_bytes} bytes more than the {self.kept_bytes} kept pass the "
-                f"capacity of {self._capacity_bytes}"
+                f"capacity of {self.capacity_bytes}"
             )
         self.kept_bytes += num_bytes
 

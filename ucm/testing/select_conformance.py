@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import pytest
@@ -111,6 +112,17 @@ class SelectTests:
         assert (again.id, again.summary) == (plain.id, KIND)
         assert open_with(one, None).summary is KIND
         assert open_with(other, SummaryKind.BOX).summary is SummaryKind.BOX
+
+    def test_a_kind_may_be_a_plain_word(self, cache: CacheApi) -> None:
+        """And a word that is none is refused, with those that are."""
+        for unknown in ("gsa", "GSA_K4", 1):
+            with pytest.raises(InvalidArgumentError, match="gsa-k4, gsa-2"):
+                open_with(cache, cast(SummaryKind, unknown))
+        handle = open_with(cache, cast(SummaryKind, KIND.value))
+        assert handle.summary is KIND
+        keys = select_chain(handle, 2)
+        put_blocks(cache, handle, keys)
+        assert cache.select(handle.id, keys, request_of(), timeout_s=WAIT_S).layers
 
     def test_without_summaries_there_is_nothing_to_select_from(self, cache: CacheApi) -> None:
         """And the error says what to do."""
@@ -421,6 +433,8 @@ class SelectTests:
             {"queries": np.full_like(queries_of(2), np.inf)},
             {"must_blocks": (4,)},
             {"must_blocks": (-1,)},
+            {"mode": "x"},
+            {"budget": 0.3},
         ],
     )
     def test_a_request_that_does_not_fit_is_refused(
