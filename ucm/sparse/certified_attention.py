@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ucm.kernels.attention import PagedSequence, select_attention
-from ucm.kernels.block_scores import SummaryTable
+from ucm.kernels.block_scores import MAX_QUERY, SummaryTable
 
 from .certificates import CertifiedOptions, CertifiedResult, WindowKv, certify
 from .conformal import ConformalOptions, ConformalStats, TailCalibrator
@@ -253,7 +253,7 @@ class ConformalSelector:
         num_blocks = self.blocks.step.num_blocks
         everything = Selection(np.arange(num_blocks, dtype=np.int64), 1.0)
         q = as_floats(q_THD)
-        if self.is_audit(layer, q) or not (self.blocks.any_candidate and np.isfinite(q).all()):
+        if self.is_audit(layer, q) or not (self.blocks.any_candidate and _is_scored(q)):
             return everything
         log_mass, must = self.estimates(layer, q)
         calibrator = self.calibrators.of(layer, q.shape[1])
@@ -261,6 +261,11 @@ class ConformalSelector:
         behind = np.arange(self.blocks.end, num_blocks, dtype=np.int64)
         limit = self.calibrators.options.tail_mass
         return Selection(np.concatenate([chosen, behind]), 1.0 - limit)
+
+
+def _is_scored(q: F32) -> bool:
+    """Whether estimates say anything of the query; not of one that is not finite either."""
+    return bool(np.abs(q).max() <= MAX_QUERY)
 
 
 @dataclass(slots=True)
