@@ -207,7 +207,7 @@ def test_sparse_generation_says_what_it_read(
 ) -> None:
     base = ["generate", "--model", str(tiny), "--prompt", "cache " * 700, "--max-tokens", "6"]
     arguments = [*base, "--sparse", "latency", "--sparse-budget", "0.2"]
-    code, _, err = run_cli(arguments, monkeypatch, capsys)
+    code, _, err = run_cli([*arguments, "--sparse-stride", "4"], monkeypatch, capsys)
     assert code == 0, err
     # 45 blocks, 44 of them full. The first step chooses among 32 and reads 7 of them and the other
     # 13; later ones choose among all and read 9 and the one being filled. With a stride of 4 the
