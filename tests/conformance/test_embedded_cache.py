@@ -59,6 +59,7 @@ class EmbeddedHarness:
         return self._folder
 
     def check_integrity(self) -> list[str]:
+        self.manager.flush(timeout_s=10)  # between a commit and its settling, both are right
         return self.manager.check_integrity()
 
     def close(self) -> None:

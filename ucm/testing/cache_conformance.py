@@ -70,7 +70,8 @@ class CacheApiTests(PinTests):
     def cache(self, harness: CacheHarness) -> Iterator[CacheApi]:
         """One session."""
         yield harness.open_session()
-        assert harness.check_integrity() == []
+        problems = harness.check_integrity()
+        assert problems == [], problems
 
     @pytest.fixture
     def handle(self, cache: CacheApi) -> NamespaceHandle:
