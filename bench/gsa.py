@@ -106,8 +106,8 @@ class GsaBenchOptions:
         return replace(
             self,
             own_documents=("prose",),
-            max_tokens=1100,
-            own_max_tokens=1100,
+            max_tokens=960,
+            own_max_tokens=960,
             window_tokens=32,
             step_tokens=2,
             has_copy_probe=False,
