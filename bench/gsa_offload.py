@@ -23,16 +23,15 @@ import torch
 from ucm.clock import SystemClock
 from ucm.engine.model import ForwardItem, LlamaModel
 from ucm.engine.pool import KvPool
+from ucm.engine.runner import layout_of
 from ucm.errors import InvalidArgumentError
 from ucm.kernels.block_scores import Budget, SummaryTable
-from ucm.layout import KvLayout
 from ucm.sparse.decoding import SparseStats
 from ucm.sparse.offload import OffloadedAttention, OffloadOptions
 from ucm.sparse.offload_chooser import SummaryChooser
 from ucm.sparse.options import SparseOptions
 from ucm.sparse.selector import Settings
 from ucm.sparse.slab_source import HostSlabSource, SlabShelf
-from ucm.sparse.table import kv_dtype
 from ucm.storage.throttled_io import bucket_of
 from ucm.types import SummaryKind
 
@@ -191,14 +190,7 @@ class _Measurement:
         }
 
     def _pool(self) -> KvPool:
-        c = self.model.config
-        layout = KvLayout(
-            num_layers=c.num_layers,
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            block_tokens=self.case.block_tokens,
-            dtype=kv_dtype(torch.empty(0, dtype=self.model.dtype)),
-        )
+        layout = layout_of(self.model, self.case.block_tokens)
         return KvPool(layout, self.case.resident_tokens // self.case.block_tokens)
 
     def _settings(self) -> Settings | None:

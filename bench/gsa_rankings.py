@@ -111,15 +111,8 @@ def summary_share(selector: str, context: Context) -> float:
     """
     if selector == ORACLE:
         return 0.0
-    _, _, _, groups, tokens, dim = context.pool.shape
-    layout = KvLayout(
-        num_layers=1,
-        num_kv_heads=groups,
-        head_dim=dim,
-        block_tokens=tokens,
-        dtype=KvDtype.BFLOAT16,
-    )
+    layout = context.layout
     fields = layout_dtype(layout, SummaryKind(selector)).fields
     assert fields is not None
     read = sum(dtype.itemsize for name, (dtype, *_) in fields.items() if name not in NOT_SCORED)
-    return read / (2 * tokens * dim * KV_ELEMENT_BYTES)
+    return read / (2 * layout.block_tokens * layout.head_dim * KV_ELEMENT_BYTES)

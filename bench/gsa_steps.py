@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ucm.engine.model import ForwardItem, ItemAttention
+from ucm.engine.model import ForwardItem
 from ucm.kernels.block_scores import Budget
-from ucm.layout import KvDtype, KvLayout
 from ucm.sparse.decoding import SparseDecoding
 from ucm.sparse.mode_policy import LoadSignals
 from ucm.sparse.options import SparseOptions
-from ucm.sparse.protocols import DecodeStep
+from ucm.sparse.protocols import DecodeStep, ItemAttention
 from ucm.types import SummaryKind
 
 from .gsa_rankings import ORACLE, OracleRanking
@@ -97,15 +96,7 @@ def _sparse(context: Context, selector: str, budget: Budget) -> Attend:
 
 
 def _decoding(context: Context, options: SparseOptions) -> SparseDecoding:
-    layers, blocks, _, groups, tokens, dim = context.pool.shape
-    layout = KvLayout(
-        num_layers=layers,
-        num_kv_heads=groups,
-        head_dim=dim,
-        block_tokens=tokens,
-        dtype=KvDtype(str(context.pool.dtype).removeprefix("torch.")),
-    )
-    return SparseDecoding(options, layout, blocks, lambda _block: 0)
+    return SparseDecoding(options, context.layout, context.pool.shape[1], lambda _block: 0)
 
 
 def _attention(decoding: SparseDecoding, context: Context, position: int) -> ItemAttention:

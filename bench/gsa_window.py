@@ -33,7 +33,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ucm.engine.model import ForwardItem, LlamaModel
+from ucm.engine.runner import layout_of
 from ucm.kernels.block_scores import Budget, choose_blocks, shared_mass
+from ucm.layout import KvLayout
 
 Floats: TypeAlias = NDArray[np.float32]
 Bools: TypeAlias = NDArray[np.bool_]
@@ -219,6 +221,11 @@ class Context:
     def block_tokens(self) -> int:
         """Tokens of a block."""
         return int(self.pool.shape[4])
+
+    @property
+    def layout(self) -> KvLayout:
+        """Of the pool's blocks."""
+        return layout_of(self.model, self.block_tokens)
 
 
 @dataclass(slots=True)

@@ -21,10 +21,11 @@ import torch
 
 from ucm.engine.loading import default_model_folder, load_model
 from ucm.engine.model import ForwardItem, LlamaModel
-from ucm.kernels.block_scores import SummaryTable, shared_mass
+from ucm.engine.runner import layout_of
+from ucm.kernels.block_scores import SummaryTable
 from ucm.kernels.summarize import summarize
 from ucm.kernels.summary_record import summary_bytes
-from ucm.layout import KvDtype, KvLayout
+from ucm.layout import KvLayout
 from ucm.types import SummaryKind
 
 if TYPE_CHECKING:
@@ -90,16 +91,9 @@ def _figures(layout: KvLayout, kind: SummaryKind, prefill: float, step: float) -
 
 def _pool_of(model: LlamaModel) -> tuple[KvLayout, torch.Tensor]:
     """A pool for the longest context, full of noise."""
-    c = model.config
-    layout = KvLayout(
-        num_layers=c.num_layers,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-        block_tokens=BLOCK_TOKENS,
-        dtype=KvDtype.FLOAT32,
-    )
+    layout = layout_of(model, BLOCK_TOKENS)
     torch.manual_seed(SEED)
-    return layout, torch.randn(c.num_layers, CONTEXT_BLOCKS, *layout.slab_shape)
+    return layout, torch.randn(layout.num_layers, CONTEXT_BLOCKS, *layout.slab_shape)
 
 
 def _item(start: int, num_tokens: int) -> ForwardItem:
@@ -121,7 +115,7 @@ def _table(kind: SummaryKind, layout: KvLayout, pool: torch.Tensor) -> SummaryTa
 
 def _score(table: SummaryTable, query: NDArray[np.float32]) -> None:
     for layer in range(table.layout.num_layers):
-        shared_mass(table.log_mass(layer, query))
+        table.shares(layer, query)
 
 
 def _time(work: Callable[[], object]) -> float:

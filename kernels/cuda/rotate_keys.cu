@@ -26,18 +26,22 @@ __device__ __forceinline__ Plane plane_of(u64 index, u32 head_dim, bool is_inter
     return Plane{row + number, row + number + half, number};
 }
 
-__device__ __forceinline__ float from_bfloat16(u16 bits)
+__device__ __forceinline__ float load(const float *from) { return *from; }
+
+__device__ __forceinline__ void store(float *to, float value) { *to = value; }
+
+__device__ __forceinline__ float load(const u16 *from)
 {
     union {
         u32 bits;
         float value;
     } wide;
-    wide.bits = (u32)bits << 16;
+    wide.bits = (u32)*from << 16;
     return wide.value;
 }
 
 // To the nearest, ties to even; NaN stays NaN.
-__device__ __forceinline__ u16 to_bfloat16(float value)
+__device__ __forceinline__ void store(u16 *to, float value)
 {
     union {
         float value;
@@ -45,8 +49,24 @@ __device__ __forceinline__ u16 to_bfloat16(float value)
     } wide;
     wide.value = value;
     if (value != value)
-        return (u16)((wide.bits >> 16) | 0x40);
-    return (u16)((wide.bits + 0x7FFFu + ((wide.bits >> 16) & 1u)) >> 16);
+        *to = (u16)((wide.bits >> 16) | 0x40);
+    else
+        *to = (u16)((wide.bits + 0x7FFFu + ((wide.bits >> 16) & 1u)) >> 16);
+}
+
+template <typename T>
+__device__ __forceinline__ void rotate_own_plane(T *target, const T *source, const float *table,
+                                                 u64 num_rows, u64 shape)
+{
+    u32 head_dim = (u32)shape, half = head_dim / 2;
+    u64 index = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (index >= num_rows * half)
+        return;
+    Plane at = plane_of(index, head_dim, (shape >> 32) & 1);
+    float a = load(source + at.first), b = load(source + at.second);
+    float cosine = table[at.number], sine = table[half + at.number];
+    store(target + at.first, a * cosine - b * sine);
+    store(target + at.second, b * cosine + a * sine);
 }
 
 // shape: head_dim in the low 32 bits; bit 32: interleaved. Launch ceil(num_rows * head_dim / 2 / 256)
@@ -54,28 +74,12 @@ __device__ __forceinline__ u16 to_bfloat16(float value)
 extern "C" __global__ void ucm_rotate_keys_float32(float *target, const float *source,
                                                    const float *table, u64 num_rows, u64 shape)
 {
-    u32 head_dim = (u32)shape, half = head_dim / 2;
-    u64 index = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (index >= num_rows * half)
-        return;
-    Plane at = plane_of(index, head_dim, (shape >> 32) & 1);
-    float a = source[at.first], b = source[at.second];
-    float cosine = table[at.number], sine = table[half + at.number];
-    target[at.first] = a * cosine - b * sine;
-    target[at.second] = b * cosine + a * sine;
+    rotate_own_plane(target, source, table, num_rows, shape);
 }
 
-// As above.
+// As above; bfloat16 as its bits.
 extern "C" __global__ void ucm_rotate_keys_bfloat16(u16 *target, const u16 *source,
                                                     const float *table, u64 num_rows, u64 shape)
 {
-    u32 head_dim = (u32)shape, half = head_dim / 2;
-    u64 index = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (index >= num_rows * half)
-        return;
-    Plane at = plane_of(index, head_dim, (shape >> 32) & 1);
-    float a = from_bfloat16(source[at.first]), b = from_bfloat16(source[at.second]);
-    float cosine = table[at.number], sine = table[half + at.number];
-    target[at.first] = to_bfloat16(a * cosine - b * sine);
-    target[at.second] = to_bfloat16(b * cosine + a * sine);
+    rotate_own_plane(target, source, table, num_rows, shape);
 }

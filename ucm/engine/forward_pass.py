@@ -25,6 +25,7 @@ import torch
 
 from ucm import tracing
 from ucm.clock import Clock
+from ucm.sparse.protocols import ItemAttention
 from ucm.sparse.slab_source import SlabLostError
 from ucm.tracing import Track
 
@@ -33,7 +34,6 @@ from .hook import StepReport
 from .interfaces import DecoderModel
 from .layer_clock import LayerClock
 from .load_queue import Load, LoadQueue
-from .model import ItemAttention
 from .offload_desk import OffloadDesk
 from .pool import KvPool
 from .scheduler import SchedulerOptions, Work

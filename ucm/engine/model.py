@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,40 +24,10 @@ from ucm.errors import ConfigError, LayoutMismatchError
 from ucm.kernels.attention import AttentionFn, PagedSequence, select_attention
 from ucm.kernels.linear import Linear
 from ucm.kernels.norm import RmsNorm
+from ucm.sparse.protocols import ItemAttention, QueriesAhead
 
 from .config import ModelConfig
 from .rope import RopeTable, rotate_
-
-
-class ItemAttention(Protocol):
-    """Computes one item's attention in the place of the dense one: sparse, or beyond the pool."""
-
-    def __call__(self, layer: int, q_THD: Tensor, kv_layer: Tensor, /) -> Tensor:
-        """Attend in one layer; called once a layer, in order, when its new KV is in the pool.
-
-        Args:
-            layer: number of the layer.
-            q_THD: [T, H, D] the item's queries, rotated; may be strided.
-            kv_layer: [num_blocks, 2, G, B, D] the pool's layer.
-
-        Returns:
-            [T, H, D] in q's dtype.
-        """
-
-
-class QueriesAhead(Protocol):
-    """Told about a layer's queries before they are known exactly."""
-
-    def __call__(self, layer: int, q_THD: Tensor, /) -> None:
-        """Take the predicted queries of `layer`, before layer `layer - 1` attends.
-
-        The prediction is InfiniGen's (arXiv 2406.19707): the next layer's norm and query weights
-        applied to this layer's input, which one layer changes little. The first layer has none.
-
-        Args:
-            layer: number of the layer that will ask.
-            q_THD: [T, H, D] for the item's tokens, rotated; the callee may keep it.
-        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from ucm.errors import CapacityError
 from ucm.sparse.offload import Chooser, OffloadedAttention, OffloadOptions
+from ucm.sparse.protocols import ItemAttention
 from ucm.sparse.slab_source import SlabLostError, SlabShelf, SlabSource
 
-from .model import ForwardItem, ItemAttention
+from .model import ForwardItem
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -148,7 +148,7 @@ class BatchRunner:
         """Oldest first."""
         self._options = options
         self._clock = clock
-        layout = _layout_of(model, options.block_tokens)
+        layout = layout_of(model, options.block_tokens)
         self.pool = KvPool(layout, options.num_blocks, options.device)
         self.hook = GuardedHook(hook, self.pool.tensor, layout.block_tokens)
         self.loads = LoadQueue(self.hook, self.pool, options.scheduler, clock)
@@ -410,7 +410,12 @@ def _by_arrival(sequence: TokenSequence) -> tuple[int, int]:
     return sequence.arrival
 
 
-def _layout_of(model: DecoderModel, block_tokens: int) -> KvLayout:
+def layout_of(model: DecoderModel, block_tokens: int) -> KvLayout:
+    """The layout of a pool of blocks of this model.
+
+    Raises:
+        ConfigError: its dtype cannot be stored.
+    """
     config = model.config
     kinds = {dtype: kind for kind, dtype in TORCH_DTYPES.items()}
     if model.dtype not in kinds:

@@ -71,14 +71,31 @@ class BlockSelector(Protocol):
 
 
 class ItemAttention(Protocol):
-    """As `ucm.engine.model.ItemAttention`: the attention of one item of a pass."""
+    """Computes one item's attention in the place of the dense one: sparse, or beyond the pool."""
 
     def __call__(self, layer: int, q_THD: Tensor, kv_layer: Tensor, /) -> Tensor:
-        """Attend in one layer, [T, H, D], when its new KV is in `kv_layer` [blocks, 2, G, B, D]."""
+        """Attend in one layer; called once a layer, in order, when its new KV is in the pool.
+
+        Args:
+            layer: number of the layer.
+            q_THD: [T, H, D] the item's queries, rotated; may be strided.
+            kv_layer: [num_blocks, 2, G, B, D] the pool's layer.
+
+        Returns:
+            [T, H, D] in q's dtype.
+        """
 
 
 class QueriesAhead(Protocol):
-    """As `ucm.engine.model.QueriesAhead`: told a layer's queries before they are known exactly."""
+    """Told about a layer's queries before they are known exactly."""
 
     def __call__(self, layer: int, q_THD: Tensor, /) -> None:
-        """Take the predicted, rotated queries [T, H, D] of `layer`, before the layer before it."""
+        """Take the predicted queries of `layer`, before layer `layer - 1` attends.
+
+        The prediction is InfiniGen's (arXiv 2406.19707): the next layer's norm and query weights
+        applied to this layer's input, which one layer changes little. The first layer has none.
+
+        Args:
+            layer: number of the layer that will ask.
+            q_THD: [T, H, D] for the item's tokens, rotated; the callee may keep it.
+        """

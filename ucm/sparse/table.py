@@ -23,7 +23,7 @@ from torch import Tensor
 from ucm.kernels.block_scores import SummaryTable
 from ucm.kernels.summarize import summarize
 from ucm.kernels.summary_record import Records, record_dtype
-from ucm.layout import KvDtype, KvLayout
+from ucm.layout import KvLayout
 from ucm.types import SummaryKind
 
 MAX_BLOCKS_AT_ONCE = 16
@@ -94,8 +94,3 @@ class PoolSummaries:
         self._records[block_ids] = made.reshape(len(missing), layers, heads)
         self._lives[block_ids] = [life for _, life in missing]
         self.num_made += len(missing)
-
-
-def kv_dtype(kv_pool: Tensor) -> KvDtype:
-    """What a pool's elements are called in a layout."""
-    return KvDtype(str(kv_pool.dtype).removeprefix("torch."))
