@@ -30,6 +30,7 @@ LAYERS = {
     "ucm.connectors": 5,
     "ucm.engine": 5,
     "ucm.sparse": 5,
+    "ucm.reuse": 5,
     "ucm.model_hub": 5,
     "ucm.call_guard": 4,
     "ucm.row_uses": 3,
@@ -126,11 +127,13 @@ FORBIDDEN = {
     "ucm.connectors": ("ucm.storage", "ucm.manager", "ucm.embedded", "ucm.daemon", "ucm.service"),
     "ucm.engine": ("ucm.api", "ucm.client", "ucm.connectors", "ucm.storage", "ucm.manager"),
     "ucm.sparse": ("ucm.api", "ucm.client", "ucm.connectors", "ucm.storage", "ucm.engine"),
+    "ucm.reuse": ("ucm.api", "ucm.client", "ucm.connectors", "ucm.storage", "ucm.engine"),
 }
 HEAVY_IMPORTS = {
     "torch": (
         "ucm.engine",
         "ucm.sparse",
+        "ucm.reuse",
         "ucm.kernels",
         "ucm.connectors",
         "ucm.bench",

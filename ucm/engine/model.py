@@ -145,15 +145,46 @@ class LlamaModel:
         # A copy made outside inference mode is an ordinary tensor: samplers may write to it.
         return logits.to(torch.float32, copy=True)
 
+    # One layer at a time, for who recomputes some tokens and not others (`ucm.reuse`).
+
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
+        """The first hidden states, [T, C]."""
+        return self._embedding[torch.tensor(token_ids, dtype=torch.int64)]
+
+    def project(self, layer: int, x_TC: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's queries, keys and values, rotated.
+
+        Args:
+            layer: its number.
+            x_TC: hidden states before the layer.
+            positions: [T] int64.
+
+        Returns:
+            q_THD, and the keys and values [2, G, T, D].
+        """
+        c, weights = self.config, self._layers[layer]
+        cos, sin = self._rope.at(positions)
+        qkv_TXD = weights.qkv(weights.input_norm(x_TC)).view(len(x_TC), -1, c.head_dim)
+        rotate_(qkv_TXD[:, : c.num_heads + c.num_kv_heads], cos, sin)
+        kv = qkv_TXD[:, c.num_heads :].view(-1, 2, c.num_kv_heads, c.head_dim)
+        return qkv_TXD[:, : c.num_heads], kv.permute(1, 2, 0, 3)
+
+    def finish(self, layer: int, x_TC: Tensor, attended_THD: Tensor) -> Tensor:
+        """The hidden states behind a layer, given what its attention gave; [T, C]."""
+        weights = self._layers[layer]
+        return _finish(weights, x_TC, attended_THD.reshape(len(x_TC), -1))
+
+    def logits(self, x_TC: Tensor) -> Tensor:
+        """[T, vocab_size] fp32 of hidden states behind the last layer."""
+        return self._head(self._final_norm(x_TC)).to(torch.float32, copy=True)
+
     def _run_layer(
         self, layer: _Layer, x_TC: Tensor, kv_layer: Tensor, step: _Step, index: int
     ) -> Tensor:
         if step.ahead:
             self._look_ahead(x_TC, step, index + 1)
         attended = self._attend(layer, layer.input_norm(x_TC), kv_layer, step, index)
-        x_TC = layer.out.add(attended, x_TC)
-        gate, up = layer.gate_up(layer.mlp_norm(x_TC)).chunk(2, dim=-1)
-        return layer.down.add(F.silu(gate, inplace=True).mul_(up), x_TC)
+        return _finish(layer, x_TC, attended)
 
     def _attend(
         self, layer: _Layer, x_TC: Tensor, kv_layer: Tensor, step: _Step, index: int
@@ -245,6 +276,13 @@ class LlamaModel:
                 f"the KV pool is {shape} {kv_pool.dtype}; the model needs contiguous "
                 f"[{c.num_layers}, blocks, 2, {c.num_kv_heads}, tokens, {c.head_dim}] {self.dtype}"
             )
+
+
+def _finish(layer: _Layer, x_TC: Tensor, attended_TX: Tensor) -> Tensor:
+    """Output projection and MLP, each added to what came before."""
+    x_TC = layer.out.add(attended_TX, x_TC)
+    gate, up = layer.gate_up(layer.mlp_norm(x_TC)).chunk(2, dim=-1)
+    return layer.down.add(F.silu(gate, inplace=True).mul_(up), x_TC)
 
 
 class _WeightTaker:

@@ -1,0 +1,66 @@
+"""Options of reuse at any position."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class RecomputePolicy(enum.StrEnum):
+    """Which rows of reused chunks are recomputed."""
+
+    NONE = "none"
+    CACHEBLEND = "cacheblend"
+    LEGO = "lego"
+    QUERY = "query"
+    PROGRESSIVE = "progressive"
+    FULL = "full"
+
+
+class ReuseTarget(enum.StrEnum):
+    """What the budget of a request is chosen for."""
+
+    FIXED = "fixed"
+    QUALITY = "quality"
+    LATENCY = "latency"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlendOptions:
+    """How one blend chooses its rows; see `ucm.reuse.progressive`."""
+
+    policy: RecomputePolicy = RecomputePolicy.PROGRESSIVE
+    budget: float = 0.18
+    """Recomputed share of the chunks' token-layers, every probe included; 0 to 1."""
+    decay: float = 0.5
+    """Exponent p of the sets' size over depth; 0 keeps it constant."""
+    theta: float = 0.02
+    """Relative drift below which a row leaves the set."""
+    num_queries: int = 16
+    """Last query tokens whose attention says which rows matter."""
+    importance_layers: int | None = None
+    """How many layers that attention runs ahead of the recompute; None: all of them first."""
+    guard_tokens: int = 0
+    """Probes a chunk that say how far what was kept has drifted; 0: no quality guard."""
+    guard_limit: float = 0.3
+    """Median relative drift of a chunk's probes above which it is computed in full."""
+    slice_tokens: int = 512
+    """Rows computed between two steps."""
+    seed: int = 0
+    """Of the choice of probes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReuseOptions:
+    """How an engine reuses chunks."""
+
+    sink_tokens: tuple[int, ...]
+    """What every chunk is encoded behind: the system prompt, or the first tokens of it; >= 4."""
+    blend: BlendOptions = field(default_factory=BlendOptions)
+    target: ReuseTarget = ReuseTarget.FIXED
+    max_drift: float = 0.15
+    """QUALITY: the probes' median relative drift that is aimed at."""
+    max_blend_s: float = 0.5
+    """LATENCY: what repairing a request's chunks may take, in seconds."""
+    min_budget: float = 0.05
+    max_budget: float = 0.5

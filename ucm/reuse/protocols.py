@@ -1,0 +1,105 @@
+"""What blending is to the model it runs and to the place that holds the KV.
+
+    blend -> LayerwiseModel   embed, then project and finish of every layer: computes
+          -> KvRows           read and write of every layer: where the KV comes from and goes to
+
+Shapes: S rows that are recomputed, T positions of the request so far, H query heads, G KV heads,
+D head size, C hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class LayerwiseModel(Protocol):
+    """A decoder that is run a layer at a time; `ucm.engine.model.LlamaModel` is one."""
+
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
+        """The first hidden states, [S, C]."""
+
+    def project(self, layer: int, x_TC: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's queries [S, H, D], and its keys (rotated) and values [2, G, S, D]."""
+
+    def finish(self, layer: int, x_TC: Tensor, attended_THD: Tensor) -> Tensor:
+        """The hidden states behind a layer, given what its attention gave; [S, C]."""
+
+    def logits(self, x_TC: Tensor) -> Tensor:
+        """[S, vocab_size] fp32 of hidden states behind the last layer."""
+
+
+class KvRows(Protocol):
+    """The KV of one request's positions, a layer at a time."""
+
+    def read(self, layer: int) -> Tensor:
+        """The KV of positions 0..stop - 1, [2, G, stop, D] contiguous, K post-RoPE.
+
+        Exact rows as they are, rows of chunks moved to their new positions from the original bytes
+        or as `write` left them; what nobody has computed yet is arbitrary. The caller may write
+        into it; it is good until the next `read`.
+        """
+
+    def write(self, layer: int, positions: Tensor, kv_2GSD: Tensor) -> None:
+        """Make these rows of a layer final.
+
+        Args:
+            layer: its number.
+            positions: [S] int64, ascending.
+            kv_2GSD: their keys (post-RoPE) and values.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkSpan:
+    """Rows of one chunk that stand in the request: whole blocks, but for a cut in front."""
+
+    start: int
+    """First position."""
+    stop: int
+    is_exact: bool = False
+    """Whether the chunk stands where it was encoded, behind the same tokens: nothing to repair."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlendPlan:
+    """What is to be blended: positions `start` to `stop` - 1 of a request.
+
+    Positions before `start` are exact. Those in no span are computed in every layer.
+    """
+
+    token_ids: Sequence[int]
+    """All of the request, its query (from `stop` on) included."""
+    spans: tuple[ChunkSpan, ...]
+    """Ascending, disjoint, within `start` to `stop`."""
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlendStep:
+    """Where a blend has come to."""
+
+    next_layer: int
+    """The layer whose rows it reads next."""
+    token_layers: float
+    """What it computed since the step before; fresh rows and probes included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlendOutcome:
+    """What a blend did."""
+
+    cost: float
+    """Recomputed token-layers of chunk rows, all probes included, of all chunk token-layers."""
+    rows_per_layer: tuple[int, ...]
+    """Chunk rows that ran each layer."""
+    num_fresh: int
+    """Rows computed in every layer, because no chunk holds them."""
+    drift: tuple[float, ...] = ()
+    """For each span the median relative drift of its probes; empty when none were sent."""
+    drifted: tuple[int, ...] = ()
+    """Indexes of spans above the limit of the quality guard: to be computed in full."""
