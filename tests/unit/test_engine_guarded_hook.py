@@ -74,6 +74,21 @@ class BrokenHook:
         raise self._error
 
 
+class DeafHook(BrokenHook):
+    """Has what it is asked for, but was written before chunks."""
+
+    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:  # type: ignore[override]
+        """See `KvHook.match`."""
+        return len(token_ids)
+
+
+def test_a_hook_that_knows_no_extra_keys_has_no_chunks() -> None:
+    """What it would find by its tokens alone is a prompt's."""
+    guard = GuardedHook(DeafHook(TypeError()), torch.zeros(1), block_tokens=4)
+    assert guard.match_blocks(list(range(8)), 0, 2, ("ucm.chunk", bytes(32))) == 0
+    assert guard.stats.errors == 1
+
+
 @pytest.mark.parametrize(
     "error",
     [
