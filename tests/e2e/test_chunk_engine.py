@@ -25,6 +25,7 @@ from ucm.engine.loading import LoadedModel, load_model
 from ucm.engine.model import ForwardItem
 from ucm.engine.request import RequestResult
 from ucm.engine.sampling import SamplingParams
+from ucm.errors import InvalidArgumentError
 from ucm.hashing import Encodable, NamespaceSpec
 from ucm.layout import KvDtype
 from ucm.load_decision import LoadKind, forced
@@ -255,5 +256,5 @@ def test_behind_another_sink_nothing_is_found(
             assert not set(foreign.keys(session.spec.fingerprint())) & set(
                 known.keys(session.spec.fingerprint())
             )
-            with pytest.raises(Exception, match="another sink prefix"):
+            with pytest.raises(InvalidArgumentError, match="another sink prefix"):
                 other.add_request(SegmentedPrompt([Text(PREFIX), known, Text(QUERY)]))
