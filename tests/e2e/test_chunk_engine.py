@@ -240,6 +240,30 @@ def test_prompts_of_the_same_tokens_stay_exact(
 
 
 @pytest.mark.timeout(60)
+def test_a_prompts_blocks_are_not_taken_for_a_chunks(
+    open_session: OpenSession, loaded: LoadedModel
+) -> None:
+    """The reverse: prompts of just these tokens came first, into the pool and into the store."""
+    with engine_of(loaded, None) as alone:
+        expected = answer(alone, prompt_of(alone, A, B)).outputs[0]
+    with open_session() as session:
+        with engine_of(loaded, session) as engine:
+            for prompt in (A, B, [*SINK, *A], [*SINK, *B]):
+                answer(engine, prompt)
+            assert session.flush(20.0)
+            result = answer(engine, prompt_of(engine, B, A))
+            assert result.reuse is not None
+            assert result.reuse.num_encoded_tokens == NUM_CHUNK_TOKENS
+            assert (result.reuse.num_found_tokens, result.reuse.num_loaded_tokens) == (0, 0)
+        with engine_of(loaded, session) as other:
+            assert session.flush(20.0)
+            result = answer(other, prompt_of(other, A, B))
+            assert result.reuse is not None
+            assert result.reuse.num_loaded_tokens == NUM_CHUNK_TOKENS
+            assert result.outputs[0] == expected
+
+
+@pytest.mark.timeout(60)
 def test_behind_another_sink_nothing_is_found(
     open_session: OpenSession, loaded: LoadedModel
 ) -> None:
