@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,8 @@ class DeafHook(BrokenHook):
 
 def test_a_hook_that_knows_no_extra_keys_has_no_chunks() -> None:
     """What it would find by its tokens alone is a prompt's."""
-    guard = GuardedHook(DeafHook(TypeError()), torch.zeros(1), block_tokens=4)
+    hook: Any = DeafHook(TypeError())
+    guard = GuardedHook(hook, torch.zeros(1), block_tokens=4)
     assert guard.match_blocks(list(range(8)), 0, 2, ("ucm.chunk", bytes(32))) == 0
     assert guard.stats.errors == 1
 
