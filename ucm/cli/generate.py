@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -185,8 +184,9 @@ def cache_factory(cache: Path, deadline_s: float) -> Callable[[], CacheApi]:
 def _generate(
     options: GenerateOptions, model: Path, prompt: str, factory: Callable[[], CacheApi] | None
 ) -> None:
-    from ucm.connectors.reference import ReferenceConnector
-    from ucm.engine.engine import Engine, EngineOptions
+    from ucm.connectors.cached_engine import CachedEngineOptions, open_engine
+    from ucm.connectors.session import SessionOptions
+    from ucm.engine.engine import EngineOptions
     from ucm.engine.loading import load_model
     from ucm.engine.sampling import SamplingParams
 
@@ -195,20 +195,18 @@ def _generate(
     params = SamplingParams(
         max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed
     )
-    sizes = EngineOptions(sparse=sparse_options(options))
-    with ExitStack() as stack:
-        session = None
-        if factory is not None:
-            session = _open_session(loaded, factory, options, sizes.block_tokens)
-            stack.callback(session.close)
-        hook = ReferenceConnector(session) if session is not None else None
-        engine = stack.enter_context(Engine(loaded.model, loaded.tokenizer, sizes, hook))
-        result = _stream(engine, token_ids, params, show=not options.as_json)
-        if session is not None:
-            session.flush(FLUSH_TIMEOUT_S)
-        _report(result, session, engine.sparse_stats, as_json=options.as_json)
+    settings = CachedEngineOptions(
+        engine=EngineOptions(sparse=sparse_options(options)),
+        session=SessionOptions(deadline_s=options.deadline_s),
+        accepts_lossy=options.accept_lossy,
+        connect_timeout_s=CONNECT_TIMEOUT_S,
+    )
+    with open_engine(loaded, factory, settings) as cached:
+        result = _stream(cached.engine, token_ids, params, show=not options.as_json)
+        cached.flush(FLUSH_TIMEOUT_S)
+        _report(result, cached.session, cached.engine.sparse_stats, as_json=options.as_json)
         if options.explain and not options.as_json:
-            print(_explanation(session), file=sys.stderr)
+            print(_explanation(cached.session), file=sys.stderr)
 
 
 def _encode(loaded: LoadedModel, prompt: str, *, is_chat: bool) -> list[int]:
@@ -219,32 +217,6 @@ def _encode(loaded: LoadedModel, prompt: str, *, is_chat: bool) -> list[int]:
     except ConfigError as error:
         raise ConfigError(f"{error}; --raw does without a template") from error
     return loaded.tokenizer.encode(text)
-
-
-def _open_session(
-    loaded: LoadedModel,
-    factory: Callable[[], CacheApi],
-    options: GenerateOptions,
-    block_tokens: int,
-) -> CacheSession:
-    """Connect; here a cache that cannot be reached is an error, for the user named it."""
-    from ucm.connectors.reference import kv_dtype, namespace_spec
-    from ucm.connectors.session import CacheSession, SessionOptions
-
-    spec = namespace_spec(
-        loaded.config,
-        weights_digest=loaded.weights_digest,
-        dtype=kv_dtype(options.dtype),
-        block_tokens=block_tokens,
-    )
-    spec = dataclasses.replace(spec, accepts_lossy=options.accept_lossy)
-    session = CacheSession(factory, spec, SessionOptions(deadline_s=options.deadline_s))
-    try:
-        session.connect(CONNECT_TIMEOUT_S)
-    except BaseException:
-        session.close()
-        raise
-    return session
 
 
 def _stream(
