@@ -55,7 +55,7 @@ class TextFile:
     """A document."""
 
     name: str
-    """What it is called in a collection; valid Unicode, whatever the file system says."""
+    """What it is called in a collection; printable, whatever the file system says."""
     text: str
     num_bytes: int
     """Of the file."""
@@ -155,7 +155,7 @@ def check_encoding(encoding: str) -> str:
 
 
 def name_of(path: Path, root: Path | None = None) -> str:
-    """What a document is called: its path from `root`, or its absolute path; valid Unicode."""
+    """What a document is called: its path from `root`, or its absolute path, on one line."""
     absolute = path.absolute()
     if root is not None and absolute.is_relative_to(root.absolute()):
         absolute = absolute.relative_to(root.absolute())
@@ -163,8 +163,9 @@ def name_of(path: Path, root: Path | None = None) -> str:
 
 
 def _printable(path: Path) -> str:
-    """File names are bytes: those that are not UTF-8 are spelled out."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """File names are bytes: what is not UTF-8, or cannot be printed, is spelled out."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _decode(data: bytes, encoding: str) -> str | tuple[SkipReason, str]:
@@ -179,11 +180,8 @@ def _decode(data: bytes, encoding: str) -> str | tuple[SkipReason, str]:
     try:
         text = data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        detail = (
-            f"not {encoding}: byte 0x{data[error.start]:02x} at {error.start:,}; convert it, or "
-            "name its encoding"
-        )
-        return SkipReason.ENCODING, detail
+        place = f"byte 0x{data[error.start]:02x} at {error.start:,}"
+        return SkipReason.ENCODING, f"it is not {encoding}: {place}; convert it"
     if not text.strip():
         return SkipReason.EMPTY, "it holds nothing but white space"
     return text
@@ -192,7 +190,7 @@ def _decode(data: bytes, encoding: str) -> str | tuple[SkipReason, str]:
 def _why_not_text(data: bytes) -> tuple[SkipReason, str] | None:
     for mark, name in _BYTE_ORDER_MARKS:
         if data.startswith(mark):
-            return SkipReason.ENCODING, f"it begins as {name} does; convert it, or name {name}"
+            return SkipReason.ENCODING, f"it is {name}; convert it"
     for magic, what in _KNOWN_BINARIES:
         if data.startswith(magic):
             return SkipReason.BINARY, f"it is {what}"
