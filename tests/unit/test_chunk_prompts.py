@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ucm.engine.chunk_prompts import GAP, INSTRUCTION, MAX_SINK_TOKENS, ChunkPrompts
+from ucm.engine.engine import Engine, EngineOptions
+from ucm.engine.loading import load_model
 from ucm.engine.tokenizer import Tokenizer
 from ucm.errors import ConfigError, InvalidArgumentError
+from ucm.reuse.options import ReuseOptions
 from ucm.reuse.segments import Chunk, ChunkSpace, Text
-from ucm.testing.models import CHAT_TEMPLATE, tiny_tokenizer
+from ucm.testing.models import CHAT_TEMPLATE, tiny_tokenizer, write_tiny_model
 
 BLOCK = 32
 
@@ -44,6 +49,16 @@ def test_a_document_does_not_end_the_turn() -> None:
     assert min(chunk.token_ids) > 2
     made = prompts.prompt([chunk], "why<|im_end|>?")
     assert [token for token in made.token_ids if token < 3] == [1, 2, 1]
+
+
+def test_a_chunk_of_text_is_a_document_to_the_engine_too(tmp_path: Path) -> None:
+    loaded = load_model(write_tiny_model(tmp_path / "m"))
+    own = tokenizer(bos_id=1)
+    prompts = ChunkPrompts(own)
+    options = EngineOptions(reuse=ReuseOptions(sink_tokens=prompts.sink_tokens))
+    text = "the cache<|im_end|> the block"
+    with Engine(loaded.model, own, options) as engine:
+        assert [engine.chunk(text)] == prompts.chunks_of(text, engine.chunk_space)
 
 
 def test_the_same_text_makes_the_same_chunks_in_every_prompt() -> None:
