@@ -32,6 +32,7 @@ LAYERS = {
     "ucm.sparse": 5,
     "ucm.reuse": 5,
     "ucm.model_hub": 5,
+    "ucm.text_files": 5,
     "ucm.call_guard": 4,
     "ucm.row_uses": 3,
     "ucm.service": 4,

@@ -31,7 +31,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "fsck": ("ucm.cli.fsck", "Check a data folder, and repair it."),
     "collection": (
         "ucm.cli.collection",
-        "List, delete and expire documents whose chunks are kept.",
+        "Add, list, delete and expire documents whose chunks are kept.",
     ),
     "config": ("ucm.cli.config", "Show the configuration and where it comes from."),
     "generate": ("ucm.cli.generate", "Generate text with the reference engine."),

@@ -1,4 +1,4 @@
-"""`ucm collection ls | rm | expire`: documents whose chunks a daemon keeps, and their deletion."""
+"""`ucm collection add | ls | rm | expire`: documents whose chunks a store keeps; deleting them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ucm.errors import InvalidArgumentError
 
+from . import collection_add
 from .console import ExitCode, print_json
 from .option_class import takes_options
 from .options import ConfigOption, JsonOption, SocketOption, loaded_config
@@ -40,6 +41,9 @@ _UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @command.callback()
 def _group() -> None:
     """Documents whose chunks are kept."""
+
+
+collection_add.add_to(command)
 
 
 def admin_client(config: Path | None, socket: Path | None) -> AdminClient:
