@@ -84,7 +84,8 @@ def with_descendants(
         entries: of the tier, a parent before its children.
         keys: of blocks.
     """
-    wanted, found = set(keys), list[tuple[SlotId, BlockKey]]()
+    wanted = set(keys)
+    found: list[tuple[SlotId, BlockKey]] = []
     for entry in entries:
         if entry.key in wanted or entry.parent in wanted:
             wanted.add(entry.key)

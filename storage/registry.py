@@ -31,6 +31,7 @@ import contextlib
 import logging
 import shutil
 import threading
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
@@ -429,12 +430,9 @@ _BATCH: Final = 1000
 """Records that are read in one go, so that no reader holds pages of the map for long."""
 
 
-def verify(folder: Path) -> list[str]:
-    """Check the registry's file without mapping it; every problem in words. None if there is none.
-
-    Reads all of it, in pure Python: nothing in the file can crash it.
-    """
-    return index.verify(folder) if (folder / "data.mdb").exists() else []
+def wall_us() -> int:
+    """UNIX time in microseconds: what registered times mean after a restart."""
+    return time.time_ns() // 1000
 
 
 def _unfinished(folder: Path) -> Path:
