@@ -252,6 +252,9 @@ def test_chunks_are_computed_once_and_reused_in_any_order(
     assert warm["cache"]["wrong_bytes"] == 0
     assert whole["reuse"]["cost"] > 0.7, "all of it, but for what no later layer reads"
     assert whole["num_prompt_tokens"] == warm["num_prompt_tokens"]
+    assert run("ab", *store, "--recompute", "latency")["reuse"]["num_chunk_tokens"] > 500
+    guarded = run("ab", *store, "--recompute", "quality")["reuse"]
+    assert guarded["drift"] is not None or guarded["fallback"] == "drifted"
     assert run("")["reuse"] is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -77,6 +78,9 @@ class AddOptions:
     accept_lossy: Annotated[
         bool, typer.Option("--accept-lossy", help="As with `ucm generate`: another namespace.")
     ] = False
+    expires: Annotated[
+        str, typer.Option(metavar="WHEN", help="Delete them in 90s, 30m, 12h or 7d, or never.")
+    ] = "never"
     config: ConfigOption = None
     as_json: JsonOption = False
 
@@ -91,6 +95,7 @@ def add_command(options: AddOptions) -> None:
     """
     check_collection_name(options.name)
     check_encoding(options.encoding)
+    _expiry(options)
     files, skipped = find_files(options.paths, options.root)
     model = model_hub.resolve(options.model)
     log = _Log(collection=options.name, quiet=options.as_json)
@@ -172,7 +177,16 @@ def _opened(model: Path, options: AddOptions) -> Iterator[CollectionIngest]:
             accepts_lossy=options.accept_lossy,
         )
         with open_engine(loaded, factory, settings) as cached:
-            yield CollectionIngest(cached, collections, options.name, prompts)
+            yield CollectionIngest(
+                cached, collections, options.name, prompts, expires_s=_expiry(options)
+            )
+
+
+def _expiry(options: AddOptions) -> float:
+    """UNIX time; 0: never."""
+    from .collection import parse_when
+
+    return parse_when(options.expires, time.time())
 
 
 @contextlib.contextmanager

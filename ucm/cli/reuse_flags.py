@@ -13,6 +13,7 @@ from ucm.text_files import SkippedFile, read_text
 if TYPE_CHECKING:
     from ucm.engine.chunk_prompts import ChunkPrompts
     from ucm.engine.reuse_report import ReuseReport
+    from ucm.engine.tokenizer import Tokenizer
     from ucm.reuse.options import ReuseOptions
 
     from .generate import GenerateOptions
@@ -56,6 +57,19 @@ def reuse_options(recompute: str | None, prompts: ChunkPrompts) -> ReuseOptions:
     from ucm.reuse.options import ReuseOptions
 
     return ReuseOptions(sink_tokens=prompts.sink_tokens, **_recompute(recompute))  # type: ignore[arg-type]
+
+
+def pool_blocks(texts: list[str], tokenizer: Tokenizer, max_tokens: int) -> int:
+    """Blocks of a pool in which a request about documents finds room.
+
+    A chunk takes its place in the prompt, its original as much again; the rest is for the question,
+    the answer, and a chunk that is being computed.
+    """
+    from ucm.engine.engine import EngineOptions
+
+    defaults = EngineOptions()
+    num_tokens = sum(len(tokenizer.encode_plain(text)) for text in texts)
+    return defaults.num_blocks + (2 * num_tokens + max_tokens) // defaults.block_tokens
 
 
 def _recompute(text: str | None) -> dict[str, object]:
