@@ -56,7 +56,7 @@ class AddOptions:
     ]
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Text files, and folders with all below them."),
+        typer.Argument(metavar="PATH", help="Text files, and folders with all below them."),
     ]
     socket: SocketOption = None
     cache: Annotated[
@@ -72,9 +72,14 @@ class AddOptions:
     ] = True
     root: Annotated[
         Path | None,
-        typer.Option(help="Call documents by their paths from here; default: by absolute paths."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Call documents by their paths from here; default: by absolute paths.",
+        ),
     ] = None
-    encoding: Annotated[str, typer.Option(help="Of all the files.")] = DEFAULT_ENCODING
+    encoding: Annotated[str, typer.Option(metavar="NAME", help="Of all the files.")] = (
+        DEFAULT_ENCODING
+    )
     accept_lossy: Annotated[
         bool, typer.Option("--accept-lossy", help="As with `ucm generate`: another namespace.")
     ] = False
