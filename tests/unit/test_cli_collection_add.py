@@ -91,6 +91,19 @@ def test_what_is_new_known_replaced_and_skipped(folder: Path, command: Command) 
     assert reuse["num_loaded_tokens"] == reuse["num_chunk_tokens"] > 500
 
 
+def test_what_was_deleted_can_be_added_again(folder: Path, command: Command) -> None:
+    with short_folder() as short, running_daemon(small_config(short)) as daemon:
+        socket = ("--socket", str(daemon.config.service.socket_path))
+        command.add_json("docs", *socket)
+        code, out, _ = command.run("collection", "rm", "handbook", "docs/a.txt", *socket, "--json")
+        assert (code, json.loads(out)["num_documents"]) == (0, 1)
+        again = command.add_json("docs", *socket)
+    (document,) = (each for each in again["documents"] if each["name"] == "docs/a.txt")
+    assert (again["code"], document["outcome"]) == (0, "new")
+    assert document["stored"]["num_computed"] == document["num_chunks"] == 2
+    assert document["stored"]["num_unstored"] == 0
+
+
 def test_people_are_told(folder: Path, command: Command) -> None:
     code, out, _ = command.add("docs", "--cache", "store")
     lines = out.splitlines()

@@ -280,6 +280,20 @@ def test_a_chunk_that_cannot_be(
     assert words in err
 
 
+def test_documents_without_a_template(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny / "tokenizer_config.json").unlink()
+    arguments = ["generate", "--model", str(tiny), "--prompt", "x", "--chunk", __file__]
+    code, _, err = run_cli([*arguments, "--max-tokens", "1"], monkeypatch, capsys)
+    assert code == 2
+    assert "no chat template" in err
+    assert "--raw" in err
+    code, _, err = run_cli([*arguments, "--max-tokens", "1", "--raw"], monkeypatch, capsys)
+    assert code == 2, "some eight thousand tokens"
+    assert "4096" in err
+
+
 def test_documents_longer_than_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

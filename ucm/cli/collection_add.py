@@ -32,6 +32,7 @@ from .generate import cache_factory
 from .option_class import takes_options
 from .options import ConfigOption, JsonOption, SocketOption, loaded_config
 from .progress import ByteProgress
+from .reuse_flags import document_prompts
 from .termination import unwinding_on_sigterm
 
 if TYPE_CHECKING:
@@ -168,14 +169,13 @@ def _opened(model: Path, options: AddOptions) -> Iterator[CollectionIngest]:
     from ucm.connectors.cached_engine import CachedEngineOptions, open_engine
     from ucm.connectors.collection_ingest import CollectionIngest
     from ucm.connectors.session import SessionOptions
-    from ucm.engine.chunk_prompts import ChunkPrompts
     from ucm.engine.engine import EngineOptions
     from ucm.engine.loading import load_model
     from ucm.reuse.options import ReuseOptions
 
     with _store(options) as (factory, collections):
         loaded = load_model(model, options.dtype)
-        prompts = ChunkPrompts(loaded.tokenizer, is_chat=options.chat)
+        prompts = document_prompts(loaded.tokenizer, is_chat=options.chat)
         settings = CachedEngineOptions(
             engine=EngineOptions(reuse=ReuseOptions(sink_tokens=prompts.sink_tokens)),
             session=SessionOptions(deadline_s=DEADLINE_S, store_delay_s=0.0),

@@ -22,6 +22,7 @@ from .options import JsonOption
 from .reuse_flags import (
     RECOMPUTE_HELP,
     chunk_texts,
+    document_prompts,
     pool_blocks,
     reuse_figures,
     reuse_line,
@@ -218,7 +219,6 @@ def _generate(
 ) -> None:
     from ucm.connectors.cached_engine import CachedEngineOptions, open_engine
     from ucm.connectors.session import SessionOptions
-    from ucm.engine.chunk_prompts import ChunkPrompts
     from ucm.engine.engine import EngineOptions
     from ucm.engine.loading import load_model
     from ucm.engine.sampling import SamplingParams
@@ -226,7 +226,7 @@ def _generate(
     loaded = load_model(model, options.dtype)
     sizes, prompts = EngineOptions(sparse=sparse_options(options)), None
     if asked.documents:
-        prompts = ChunkPrompts(loaded.tokenizer, is_chat=options.chat)
+        prompts = document_prompts(loaded.tokenizer, is_chat=options.chat)
         sizes = dataclasses.replace(
             sizes,
             reuse=reuse_options(options.recompute, prompts),

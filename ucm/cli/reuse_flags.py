@@ -48,6 +48,20 @@ def _text(path: Path) -> str:
     return found.text
 
 
+def document_prompts(tokenizer: Tokenizer, *, is_chat: bool) -> ChunkPrompts:
+    """Prompts with documents, alike in all commands: what one stores, the other finds.
+
+    Raises:
+        ConfigError: the model's chat template cannot be used.
+    """
+    from ucm.engine.chunk_prompts import ChunkPrompts
+
+    try:
+        return ChunkPrompts(tokenizer, is_chat=is_chat)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; --raw does without a template") from error
+
+
 def reuse_options(recompute: str | None, prompts: ChunkPrompts) -> ReuseOptions:
     """What the engine is told about chunks.
 
