@@ -110,7 +110,7 @@ class Attempt:
             registry.abort()
         store.abort()
         self.io.close()
-        manager.collections.rounds.finish = lambda: None  # type: ignore[method-assign,assignment]
+        manager.collections.rounds.finish = lambda: None  # type: ignore[method-assign]
         manager.close(timeout_s=1)
 
 

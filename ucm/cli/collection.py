@@ -237,7 +237,7 @@ def parse_when(text: str, now_s: float) -> float:
         return 0.0
     if text == "now":
         return now_s
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)([smhd])", text)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([smhd])", text)
     if match is None:
         raise InvalidArgumentError(f"{text!a} is no time: write 90s, 30m, 12h, 7d, now or never")
     return now_s + float(match[1]) * _UNITS_S[match[2]]
