@@ -83,9 +83,18 @@ def open_engine(
             session = stack.enter_context(_session(loaded, factory, options))
             session.connect(options.connect_timeout_s)
         hook = ReferenceConnector(session) if session is not None else None
-        engine = Engine(loaded.model, loaded.tokenizer, options.engine, hook)
+        engine = Engine(loaded.model, loaded.tokenizer, _named(options.engine, loaded), hook)
         stack.pop_all()
     return CachedEngine(loaded, engine, session)
+
+
+def _named(options: EngineOptions, loaded: LoadedModel) -> EngineOptions:
+    """Chunks that the engine makes are of these weights, and of no others of the same shape."""
+    reuse = options.reuse
+    if reuse is None or reuse.model_digest:
+        return options
+    reuse = dataclasses.replace(reuse, model_digest=loaded.weights_digest)
+    return dataclasses.replace(options, reuse=reuse)
 
 
 def _session(

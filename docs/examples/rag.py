@@ -7,10 +7,12 @@ that a question needs; the engine takes them from the cache, moves their keys to
 this prompt, and computes again only the tokens that drifted and that the question looks at.
 
 Needs `pip install bm25s`, and a model (`ucm model pull smollm2-135m`). With a daemon, replace
-`lambda: ucm.open(...)` by `lambda: ucm.client.connect(SOCKET, timeout_s=2.0)`.
+`lambda: ucm.open(...)` by `lambda: ucm.client.connect(SOCKET, timeout_s=2.0)`. On cores that others
+use too, set OMP_WAIT_POLICY=PASSIVE, as `ucm` does.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import bm25s
@@ -86,6 +88,8 @@ with open_engine(loaded, lambda: ucm.open(arguments.store), options) as cached:
         print(f"{document.name}: {stored.num_computed} chunks computed, {stored.num_known} known")
         chunks += cut
         sources += [document.name] * len(cut)
+    if not chunks:
+        sys.exit(f"there is no text in {arguments.folder}")
     retriever = Retriever([tokenizer.decode(chunk.token_ids) for chunk in chunks])
 
     # Answer, with the pool emptied before each question: chunks come from the cache.

@@ -12,11 +12,12 @@ import ucm
 from ucm.connectors.cached_engine import CachedEngine, CachedEngineOptions, open_engine
 from ucm.connectors.chunk_store import is_stored, store_chunks
 from ucm.connectors.session import SessionOptions
+from ucm.embedded import EmbeddedCache
 from ucm.engine.chunk_prompts import ChunkPrompts
 from ucm.engine.engine import EngineOptions
 from ucm.engine.loading import LoadedModel, load_model
 from ucm.engine.sampling import SamplingParams
-from ucm.errors import ConfigError, TierUnavailableError
+from ucm.errors import ConfigError, InvalidArgumentError, TierUnavailableError
 from ucm.reuse.options import ReuseOptions
 from ucm.testing.models import write_tiny_model
 
@@ -68,6 +69,14 @@ def test_what_the_cache_does_not_take_is_counted(loaded: LoadedModel, tmp_path: 
         assert not any(is_stored(cached, chunk) for chunk in chunks)
 
 
+def test_a_chunk_of_other_weights_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
+    other = load_model(write_tiny_model(tmp_path / "other", seed=1))
+    with opened(loaded, None) as (cached, prompts), opened(other, None) as (foreign, _):
+        chunks = prompts.chunks_of(TEXT, foreign.engine.chunk_space)
+        with pytest.raises(InvalidArgumentError, match="of another model"):
+            cached.engine.generate_all([prompts.prompt(chunks, "why?")])
+
+
 def test_without_a_cache_nothing_can_be_stored(loaded: LoadedModel) -> None:
     with opened(loaded, None) as (cached, prompts):
         chunks = prompts.chunks_of(TEXT, cached.engine.chunk_space)
@@ -79,7 +88,7 @@ def test_without_a_cache_nothing_can_be_stored(loaded: LoadedModel) -> None:
 def test_a_cache_that_cannot_be_reached_is_an_error_when_the_engine_is_opened(
     loaded: LoadedModel,
 ) -> None:
-    def refuse() -> ucm.embedded.EmbeddedCache:
+    def refuse() -> EmbeddedCache:
         raise TierUnavailableError("nobody is there")
 
     options = CachedEngineOptions(connect_timeout_s=0.2)

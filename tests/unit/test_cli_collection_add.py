@@ -69,7 +69,7 @@ def outcomes(reply: dict[str, Any]) -> dict[str, str]:
 def test_what_is_new_known_replaced_and_skipped(folder: Path, command: Command) -> None:
     with short_folder() as short, running_daemon(small_config(short)) as daemon:
         socket = str(daemon.config.service.socket_path)
-        first = command.add_json("docs", "--socket", socket)
+        first = command.add_json("docs", "--socket", socket, "--expires", "1h")
         (folder / "docs" / "a.txt").write_text(TEXTS["docs/a.txt"] + " and so on")
         second = command.add_json("docs", "--socket", socket)
         _, listed, _ = command.run("collection", "ls", "handbook", "--socket", socket, "--json")
@@ -83,10 +83,25 @@ def test_what_is_new_known_replaced_and_skipped(folder: Path, command: Command) 
     assert outcomes(second) == known | skipped
     assert (second["code"], second["new"], second["known"], second["replaced"]) == (0, 0, 2, 1)
     assert second["version"] > first["version"]
-    assert {document["id"] for document in json.loads(listed)["documents"]} == set(TEXTS)
+    documents = json.loads(listed)["documents"]
+    assert {document["id"] for document in documents} == set(TEXTS)
+    assert not any(document["expires_s"] for document in documents), "what is said last counts"
     reuse = json.loads(answered)["reuse"]
     assert reuse["num_encoded_tokens"] == 0, "what was added is what a prompt finds"
     assert reuse["num_loaded_tokens"] == reuse["num_chunk_tokens"] > 500
+
+
+def test_what_was_deleted_can_be_added_again(folder: Path, command: Command) -> None:
+    with short_folder() as short, running_daemon(small_config(short)) as daemon:
+        socket = ("--socket", str(daemon.config.service.socket_path))
+        command.add_json("docs", *socket)
+        code, out, _ = command.run("collection", "rm", "handbook", "docs/a.txt", *socket, "--json")
+        assert (code, json.loads(out)["num_documents"]) == (0, 1)
+        again = command.add_json("docs", *socket)
+    (document,) = (each for each in again["documents"] if each["name"] == "docs/a.txt")
+    assert (again["code"], document["outcome"]) == (0, "new")
+    assert document["stored"]["num_computed"] == document["num_chunks"] == 2
+    assert document["stored"]["num_unstored"] == 0
 
 
 def test_people_are_told(folder: Path, command: Command) -> None:
@@ -148,6 +163,7 @@ def test_nothing_but_a_picture_is_a_failure(folder: Path, command: Command) -> N
         (["docs", "--cache", "docs/a.txt"], 2, "not a folder"),
         (["docs", "--socket", "/no/such"], 3, "ucm serve --socket /no/such"),
         (["docs", "--cache", "store", "--dtype", "int4"], 2, "int4"),
+        (["docs", "--cache", "store", "--expires", "soon"], 2, "soon"),
         ([], 2, "PATH"),
     ],
 )

@@ -252,6 +252,9 @@ def test_chunks_are_computed_once_and_reused_in_any_order(
     assert warm["cache"]["wrong_bytes"] == 0
     assert whole["reuse"]["cost"] > 0.7, "all of it, but for what no later layer reads"
     assert whole["num_prompt_tokens"] == warm["num_prompt_tokens"]
+    assert run("ab", *store, "--recompute", "latency")["reuse"]["num_chunk_tokens"] > 500
+    guarded = run("ab", *store, "--recompute", "quality")["reuse"]
+    assert guarded["drift"] is not None or guarded["fallback"] == "drifted"
     assert run("")["reuse"] is None
 
 
@@ -275,6 +278,20 @@ def test_a_chunk_that_cannot_be(
     code, out, err = run_cli(arguments, monkeypatch, capsys)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert words in err
+
+
+def test_documents_without_a_template(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny / "tokenizer_config.json").unlink()
+    arguments = ["generate", "--model", str(tiny), "--prompt", "x", "--chunk", __file__]
+    code, _, err = run_cli([*arguments, "--max-tokens", "1"], monkeypatch, capsys)
+    assert code == 2
+    assert "no chat template" in err
+    assert "--raw" in err
+    code, _, err = run_cli([*arguments, "--max-tokens", "1", "--raw"], monkeypatch, capsys)
+    assert code == 2, "some eight thousand tokens"
+    assert "4096" in err
 
 
 def test_documents_longer_than_the_model(

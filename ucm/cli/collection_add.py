@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from .generate import cache_factory
 from .option_class import takes_options
 from .options import ConfigOption, JsonOption, SocketOption, loaded_config
 from .progress import ByteProgress
+from .reuse_flags import document_prompts
 from .termination import unwinding_on_sigterm
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class AddOptions:
     ]
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Text files, and folders with all below them."),
+        typer.Argument(metavar="PATH", help="Text files, and folders with all below them."),
     ]
     socket: SocketOption = None
     cache: Annotated[
@@ -71,12 +73,20 @@ class AddOptions:
     ] = True
     root: Annotated[
         Path | None,
-        typer.Option(help="Call documents by their paths from here; default: by absolute paths."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Call documents by their paths from here; default: by absolute paths.",
+        ),
     ] = None
-    encoding: Annotated[str, typer.Option(help="Of all the files.")] = DEFAULT_ENCODING
+    encoding: Annotated[str, typer.Option(metavar="NAME", help="Of all the files.")] = (
+        DEFAULT_ENCODING
+    )
     accept_lossy: Annotated[
         bool, typer.Option("--accept-lossy", help="As with `ucm generate`: another namespace.")
     ] = False
+    expires: Annotated[
+        str, typer.Option(metavar="WHEN", help="Delete them in 90s, 30m, 12h or 7d, or never.")
+    ] = "never"
     config: ConfigOption = None
     as_json: JsonOption = False
 
@@ -91,6 +101,7 @@ def add_command(options: AddOptions) -> None:
     """
     check_collection_name(options.name)
     check_encoding(options.encoding)
+    _expiry(options)
     files, skipped = find_files(options.paths, options.root)
     model = model_hub.resolve(options.model)
     log = _Log(collection=options.name, quiet=options.as_json)
@@ -158,21 +169,29 @@ def _opened(model: Path, options: AddOptions) -> Iterator[CollectionIngest]:
     from ucm.connectors.cached_engine import CachedEngineOptions, open_engine
     from ucm.connectors.collection_ingest import CollectionIngest
     from ucm.connectors.session import SessionOptions
-    from ucm.engine.chunk_prompts import ChunkPrompts
     from ucm.engine.engine import EngineOptions
     from ucm.engine.loading import load_model
     from ucm.reuse.options import ReuseOptions
 
     with _store(options) as (factory, collections):
         loaded = load_model(model, options.dtype)
-        prompts = ChunkPrompts(loaded.tokenizer, is_chat=options.chat)
+        prompts = document_prompts(loaded.tokenizer, is_chat=options.chat)
         settings = CachedEngineOptions(
             engine=EngineOptions(reuse=ReuseOptions(sink_tokens=prompts.sink_tokens)),
             session=SessionOptions(deadline_s=DEADLINE_S, store_delay_s=0.0),
             accepts_lossy=options.accept_lossy,
         )
         with open_engine(loaded, factory, settings) as cached:
-            yield CollectionIngest(cached, collections, options.name, prompts)
+            yield CollectionIngest(
+                cached, collections, options.name, prompts, expires_s=_expiry(options)
+            )
+
+
+def _expiry(options: AddOptions) -> float:
+    """UNIX time; 0: never."""
+    from .collection import parse_when
+
+    return parse_when(options.expires, time.time())
 
 
 @contextlib.contextmanager

@@ -19,7 +19,15 @@ from ucm.types import SummaryKind
 from .console import print_json
 from .option_class import takes_options
 from .options import JsonOption
-from .reuse_flags import RECOMPUTE_HELP, chunk_texts, reuse_figures, reuse_line, reuse_options
+from .reuse_flags import (
+    RECOMPUTE_HELP,
+    chunk_texts,
+    document_prompts,
+    pool_blocks,
+    reuse_figures,
+    reuse_line,
+    reuse_options,
+)
 from .sparse_flags import sparse_line, sparse_options
 
 if TYPE_CHECKING:
@@ -211,21 +219,24 @@ def _generate(
 ) -> None:
     from ucm.connectors.cached_engine import CachedEngineOptions, open_engine
     from ucm.connectors.session import SessionOptions
-    from ucm.engine.chunk_prompts import ChunkPrompts
     from ucm.engine.engine import EngineOptions
     from ucm.engine.loading import load_model
     from ucm.engine.sampling import SamplingParams
 
     loaded = load_model(model, options.dtype)
-    prompts, reuse = None, None
+    sizes, prompts = EngineOptions(sparse=sparse_options(options)), None
     if asked.documents:
-        prompts = ChunkPrompts(loaded.tokenizer, is_chat=options.chat)
-        reuse = reuse_options(options.recompute, prompts)
+        prompts = document_prompts(loaded.tokenizer, is_chat=options.chat)
+        sizes = dataclasses.replace(
+            sizes,
+            reuse=reuse_options(options.recompute, prompts),
+            num_blocks=pool_blocks(asked.documents, loaded.tokenizer, options.max_tokens),
+        )
     params = SamplingParams(
         max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed
     )
     settings = CachedEngineOptions(
-        engine=EngineOptions(sparse=sparse_options(options), reuse=reuse),
+        engine=sizes,
         session=SessionOptions(deadline_s=options.deadline_s),
         accepts_lossy=options.accept_lossy,
         connect_timeout_s=CONNECT_TIMEOUT_S,

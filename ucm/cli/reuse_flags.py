@@ -13,6 +13,7 @@ from ucm.text_files import SkippedFile, read_text
 if TYPE_CHECKING:
     from ucm.engine.chunk_prompts import ChunkPrompts
     from ucm.engine.reuse_report import ReuseReport
+    from ucm.engine.tokenizer import Tokenizer
     from ucm.reuse.options import ReuseOptions
 
     from .generate import GenerateOptions
@@ -47,6 +48,20 @@ def _text(path: Path) -> str:
     return found.text
 
 
+def document_prompts(tokenizer: Tokenizer, *, is_chat: bool) -> ChunkPrompts:
+    """Prompts with documents, alike in all commands: what one stores, the other finds.
+
+    Raises:
+        ConfigError: the model's chat template cannot be used.
+    """
+    from ucm.engine.chunk_prompts import ChunkPrompts
+
+    try:
+        return ChunkPrompts(tokenizer, is_chat=is_chat)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; --raw does without a template") from error
+
+
 def reuse_options(recompute: str | None, prompts: ChunkPrompts) -> ReuseOptions:
     """What the engine is told about chunks.
 
@@ -56,6 +71,19 @@ def reuse_options(recompute: str | None, prompts: ChunkPrompts) -> ReuseOptions:
     from ucm.reuse.options import ReuseOptions
 
     return ReuseOptions(sink_tokens=prompts.sink_tokens, **_recompute(recompute))  # type: ignore[arg-type]
+
+
+def pool_blocks(texts: list[str], tokenizer: Tokenizer, max_tokens: int) -> int:
+    """Blocks of a pool in which a request about documents finds room.
+
+    A chunk takes its place in the prompt, its original as much again; the rest is for the question,
+    the answer, and a chunk that is being computed.
+    """
+    from ucm.engine.engine import EngineOptions
+
+    defaults = EngineOptions()
+    num_tokens = sum(len(tokenizer.encode_plain(text)) for text in texts)
+    return defaults.num_blocks + (2 * num_tokens + max_tokens) // defaults.block_tokens
 
 
 def _recompute(text: str | None) -> dict[str, object]:
