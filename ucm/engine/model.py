@@ -147,6 +147,19 @@ class LlamaModel:
 
     # One layer at a time, for who recomputes some tokens and not others (`ucm.reuse`).
 
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return len(self._layers)
+
+    @property
+    def projection_share(self) -> float:
+        """Weights behind a layer's queries, keys and values, of all weights of the layer."""
+        c = self.config
+        qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        rest = c.num_heads * c.head_dim + 3 * c.intermediate_size
+        return qkv / (qkv + rest)
+
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """The first hidden states, [T, C]."""
         return self._embedding[torch.tensor(token_ids, dtype=torch.int64)]

@@ -19,6 +19,14 @@ from torch import Tensor
 class LayerwiseModel(Protocol):
     """A decoder that is run a layer at a time; `ucm.engine.model.LlamaModel` is one."""
 
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+
+    @property
+    def projection_share(self) -> float:
+        """Weights behind a layer's queries, keys and values, of all weights of the layer."""
+
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """The first hidden states, [S, C]."""
 
@@ -62,6 +70,8 @@ class ChunkSpan:
     stop: int
     is_exact: bool = False
     """Whether the chunk stands where it was encoded, behind the same tokens: nothing to repair."""
+    num_cut: int = 0
+    """Rows of the chunk that stand before `start` and are exact already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
