@@ -22,7 +22,7 @@ import xxhash
 from ucm.connectors.reference import ByteArray, ReferenceConnector, pool_bytes
 from ucm.engine.hook import LoadRequest, LoadStart, StoreRequest
 from ucm.engine.hook_proxy import HookProxy
-from ucm.hashing import chain_keys
+from ucm.hashing import Encodable, chain_keys
 from ucm.types import BlockKey, LoadOrder
 
 
@@ -69,12 +69,14 @@ class AuditHook(HookProxy):
         self._pool = pool_bytes(kv_pool, self._spec.layout)
         self.inner.attach(kv_pool)
 
-    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:
+    def match(
+        self, token_ids: Sequence[int], num_local_tokens: int, extra_keys: Sequence[Encodable] = ()
+    ) -> int:
         """See `KvHook.match`."""
         if not self.is_enabled:
             return num_local_tokens
         started_s = time.perf_counter()
-        num_tokens = self.inner.match(token_ids, num_local_tokens)
+        num_tokens = self.inner.match(token_ids, num_local_tokens, extra_keys)
         self._match_s = time.perf_counter() - started_s
         return num_tokens
 
@@ -84,7 +86,7 @@ class AuditHook(HookProxy):
         started_s = time.perf_counter()
         start = self.inner.start_load(request)
         self._note_stall(request.request_id, time.perf_counter() - started_s)
-        keys = self._keys(request.token_ids)[start.first_block :]
+        keys = self._keys(request.token_ids, request.extra_keys)[start.first_block :]
         first = start.first_block - request.first_block
         places = zip(keys, request.block_ids[first : first + start.num_blocks], strict=False)
         self._loading[request.request_id] = (start, list(places))
@@ -118,7 +120,7 @@ class AuditHook(HookProxy):
     def _note_offer(self, request: StoreRequest) -> None:
         """The blocks were copied or dropped: if their pass was computed they are final now."""
         if request.layers.is_complete:
-            keys = self._keys(request.token_ids)[request.first_block :]
+            keys = self._keys(request.token_ids, request.extra_keys)[request.first_block :]
             for key, block_id in zip(keys, request.block_ids, strict=False):
                 self._digests.setdefault(key, set()).add(self._digest(block_id))
         request.release()
@@ -137,8 +139,9 @@ class AuditHook(HookProxy):
         stalls[request_id] = stalls.get(request_id, 0.0) + self._match_s + stall_s
         self._match_s = 0.0
 
-    def _keys(self, token_ids: Sequence[int]) -> list[BlockKey]:
-        return chain_keys(self._spec.fingerprint(), token_ids, self._spec.layout.block_tokens)
+    def _keys(self, token_ids: Sequence[int], extra_keys: Sequence[Encodable]) -> list[BlockKey]:
+        namespace, size = self._spec.fingerprint(), self._spec.layout.block_tokens
+        return chain_keys(namespace, token_ids, size, extra_keys=extra_keys)
 
     def _digest(self, block_id: int) -> bytes:
         assert self._pool is not None

@@ -30,6 +30,7 @@ from ucm.engine.hook import (
     StoreRequest,
 )
 from ucm.errors import ConfigError
+from ucm.hashing import Encodable
 from ucm.layout import KvLayout
 from ucm.types import LoadOrder
 
@@ -122,11 +123,13 @@ class MeasuredHook:
         if self._inner is not None:
             self._inner.attach(kv_pool)
 
-    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:
+    def match(
+        self, token_ids: Sequence[int], num_local_tokens: int, extra_keys: Sequence[Encodable] = ()
+    ) -> int:
         """See `KvHook.match`."""
         if not self.is_enabled:
             return num_local_tokens
-        return self._hook.match(token_ids, num_local_tokens)
+        return self._hook.match(token_ids, num_local_tokens, extra_keys)
 
     def start_load(self, request: LoadRequest) -> LoadStart:
         """See `KvHook.start_load`."""

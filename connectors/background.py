@@ -211,12 +211,13 @@ class Background:
         )
         if isinstance(completed.error, CapacityError):  # refused: the lease is still ours
             self._give_back(lambda connection: connection.cache.release(lease.id))
-        return num_present + self._count_accepted(completed.value or ()), error
+        return num_present + self._count_accepted(run, completed.value or ()), error
 
-    def _count_accepted(self, statuses: Sequence[StoreStatus]) -> int:
+    def _count_accepted(self, run: StoreRun, statuses: Sequence[StoreStatus]) -> int:
         num_accepted = sum(status is StoreStatus.ACCEPTED for status in statuses)
         self._counter.add(
             stored_blocks=num_accepted,
+            stored_chunk_blocks=num_accepted if run.is_chunk else 0,
             stored_bytes=num_accepted * self._limits.block_bytes,
             corrupt_blocks=sum(status is StoreStatus.CORRUPT for status in statuses),
         )

@@ -112,8 +112,11 @@ class LoadDesk:
         decision = self._options.decide(self.model, shape)
         if decision.order is LoadOrder.LAYERS and self._is_too_slow(decision):
             # It would be cut off half way: better to compute meanwhile.
-            decision = forced(LoadKind.HYBRID, decision.mode)(self.model, shape)
+            kind = LoadKind.COMPUTE if shape.is_whole else LoadKind.HYBRID
+            decision = forced(kind, decision.mode)(self.model, shape)
         self.decisions.append(decision)
+        if shape.is_whole:  # no pass ends where a chunk does
+            return decision
         self._unfinished[shape.num_tokens] = (time.monotonic(), decision)
         while len(self._unfinished) > MAX_DECISIONS:
             del self._unfinished[next(iter(self._unfinished))]
@@ -127,7 +130,8 @@ class LoadDesk:
             for tier, count in tiers.items()
         )
         is_default = self._options.decide is decide
-        return is_default and shape.can_hybrid and load_s > self._options.deadline_s
+        has_choice = shape.can_hybrid or shape.is_whole
+        return is_default and has_choice and load_s > self._options.deadline_s
 
     def start(self, task: LoadTask) -> None:
         """Begin a load; returns at once."""
@@ -230,6 +234,7 @@ class LoadDesk:
         self._counter.add(
             loaded_blocks=num_good,
             loaded_bytes=num_good * layout.num_layers * layout.slab_bytes,
+            loaded_chunk_blocks=num_good if task.decision.shape.is_whole else 0,
             missed_blocks=0 if is_from_back else len(places) - num_good,
             corrupt_blocks=num_bad + refused.count(LoadStatus.CORRUPT),
             wrong_slabs=num_bad,

@@ -23,10 +23,10 @@ from ucm.checksum import CACHED_BYTES, checksum
 from ucm.engine.hook import LoadRequest, LoadStart, LoadState, StepReport, StoreRequest
 from ucm.engine.layer_clock import LayerClock
 from ucm.errors import ConfigError, LayoutMismatchError, TierUnavailableError
-from ucm.hashing import NamespaceSpec
+from ucm.hashing import Encodable, NamespaceSpec
 from ucm.layout import KvDtype, KvLayout
 
-from .session import CacheSession, LoadOffer
+from .session import CacheSession, LoadOffer, StoreOffer
 
 if TYPE_CHECKING:
     from ucm.engine.config import ModelConfig
@@ -116,10 +116,13 @@ class ReferenceConnector:
         """
         self._pool = pool_bytes(kv_pool, self.session.spec.layout)
 
-    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:
+    def match(
+        self, token_ids: Sequence[int], num_local_tokens: int, extra_keys: Sequence[Encodable] = ()
+    ) -> int:
         """See `KvHook.match`."""
         block_tokens = self.session.spec.layout.block_tokens
-        return self.session.match(token_ids, num_local_tokens // block_tokens) * block_tokens
+        num_local = num_local_tokens // block_tokens
+        return self.session.match(token_ids, num_local, extra_keys) * block_tokens
 
     def start_load(self, request: LoadRequest) -> LoadStart:
         """See `KvHook.start_load`."""
@@ -132,6 +135,8 @@ class ReferenceConnector:
                 blocks=range(first, first + len(block_ids)),
                 target=_PoolTarget(pool, block_ids),
                 hold=lambda places: request.hold([block_ids[place] for place in places]),
+                extra_keys=request.extra_keys,
+                whole=request.whole,
             )
             decision = self.session.start_load(offer)
         if decision is None:
@@ -191,8 +196,15 @@ class ReferenceConnector:
             blocks = [(block_ids[i], slot) for i, slot in zip(indexes, slots, strict=True)]
             return self._copy_out(pool, blocks, request.layers)
 
-        blocks = range(request.first_block, request.first_block + len(block_ids))
-        self.session.store(request.request_id, request.token_ids, blocks, fill, request.release)
+        offer = StoreOffer(
+            request_id=request.request_id,
+            token_ids=request.token_ids,
+            blocks=range(request.first_block, request.first_block + len(block_ids)),
+            fill=fill,
+            release=request.release,
+            extra_keys=request.extra_keys,
+        )
+        self.session.store(offer)
 
     def finish(self, request_id: str) -> None:
         """See `KvHook.finish`."""

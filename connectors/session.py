@@ -28,7 +28,9 @@ from ucm.api import LookupResult
 from ucm.clock import Clock, SystemClock
 from ucm.cost_model import CostModel
 from ucm.errors import TierUnavailableError, UcmError
+from ucm.hashing import Encodable
 from ucm.load_decision import Decide, Decision, LoadShape, decide
+from ucm.reuse.chunks import is_chunk_keys
 from ucm.types import ROOT_KEY, BlockKey, SummaryKind, TierKind
 
 from .background import Background, BackgroundLimits, Summarise
@@ -94,6 +96,28 @@ class LoadOffer:
     """Their places, by their index in `blocks`."""
     hold: Callable[[Sequence[int]], Callable[[], None]]
     """Keeps places, by their index in `blocks`, out of use until what it returns is called."""
+    extra_keys: tuple[Encodable, ...] = ()
+    """What else changed the blocks' bytes; as `match` was asked."""
+    whole: bool = False
+    """All of `blocks`, layer by layer, or none: a chunk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOffer:
+    """Full, immutable blocks of one request."""
+
+    request_id: str
+    """The engine's name for the request."""
+    token_ids: Sequence[int]
+    """All tokens up to the end of the last block; a chunk's begin with the chunk."""
+    blocks: range
+    """Indexes in the request's chain."""
+    fill: BlockFill
+    """Copies; runs on the background thread."""
+    release: Callable[[], None]
+    """Called exactly once, when the blocks were copied or dropped."""
+    extra_keys: tuple[Encodable, ...] = ()
+    """What else changed the blocks' bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +224,12 @@ class CacheSession:
         self._link.suspect()
         return self._link.wait_open(timeout_s)
 
-    def match(self, token_ids: Sequence[int], num_local_blocks: int) -> int:
+    def match(
+        self,
+        token_ids: Sequence[int],
+        num_local_blocks: int,
+        extra_keys: Sequence[Encodable] = (),
+    ) -> int:
         """How many leading blocks of `token_ids` are at hand, local ones included.
 
         Blocks for one call to the cache, at most the deadline.
@@ -208,11 +237,12 @@ class CacheSession:
         Args:
             token_ids: all prompt tokens.
             num_local_blocks: what the engine holds already.
+            extra_keys: what else changed the blocks' bytes: a chunk's chain is not a prompt's.
         """
         if not self._link.takes_calls():
             return num_local_blocks
         started_s = time.monotonic()
-        keys = self._chains.prompt_keys(token_ids)[num_local_blocks:]
+        keys = self._chains.prompt_keys(token_ids, extra_keys)[num_local_blocks:]
         if not keys:
             return num_local_blocks
         found = self._link.attempt(
@@ -232,10 +262,12 @@ class CacheSession:
         Returns:
             What is being loaded; None when nothing is.
         """
-        keys = self._chains.request_keys(offer.request_id, offer.token_ids)
+        keys = self._chains.request_keys(offer.request_id, offer.token_ids, offer.extra_keys)
         keys = keys[offer.blocks.start : offer.blocks.stop]
         match = self._matches.pop(keys[0], None) if keys else None
         if match is None or not self._link.takes_calls():
+            return None
+        if offer.whole and len(match.tiers) < len(keys):
             return None
         layout = self.spec.layout
         decision = self.loads.choose(
@@ -247,6 +279,7 @@ class CacheSession:
                 block_bytes=layout.num_layers * layout.slab_bytes,
                 num_layers=layout.num_layers,
                 can_direct=True,
+                is_whole=offer.whole,
             )
         )
         if not decision.num_blocks:
@@ -265,34 +298,26 @@ class CacheSession:
         )
         return decision
 
-    def store(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        blocks: range,
-        fill: BlockFill,
-        release: Callable[[], None],
-    ) -> None:
-        """Offer full, immutable blocks to the cache; returns at once.
-
-        Args:
-            request_id: the engine's name for the request.
-            token_ids: all tokens up to the end of the last block.
-            blocks: indexes in the request's chain.
-            fill: copies; runs on the background thread.
-            release: called exactly once, when the blocks were copied or dropped.
-        """
-        keys = self._chains.request_keys(request_id, token_ids)
-        offered = tuple(keys[blocks.start : blocks.stop])
-        parent = keys[blocks.start - 1] if blocks.start else ROOT_KEY
+    def store(self, offer: StoreOffer) -> None:
+        """Offer blocks to the cache; returns at once."""
+        keys = self._chains.request_keys(offer.request_id, offer.token_ids, offer.extra_keys)
+        first = offer.blocks.start
+        offered = tuple(keys[first : offer.blocks.stop])
         job = StoreJob(
-            request_id=request_id, parent=parent, keys=offered, fill=fill, release=release
+            request_id=offer.request_id,
+            parent=keys[first - 1] if first else ROOT_KEY,
+            keys=offered,
+            fill=offer.fill,
+            release=offer.release,
+            is_chunk=is_chunk_keys(offer.extra_keys),
         )
         if not offered or not self._background.submit(job):
             self._counter.add(dropped_blocks=len(offered))
-            release()
+            offer.release()
 
-    def summaries(self, token_ids: Sequence[int]) -> list[bytes | None]:
+    def summaries(
+        self, token_ids: Sequence[int], extra_keys: Sequence[Encodable] = ()
+    ) -> list[bytes | None]:
         """Encoded summaries of the full blocks of `token_ids` that the cache has, in order.
 
         Blocks for one call to the cache, at most the deadline. Of the step path, as `match` is.
@@ -300,7 +325,7 @@ class CacheSession:
         Returns:
             One entry a full block; None where there is none, or the cache does not answer.
         """
-        keys = self._chains.prompt_keys(token_ids)
+        keys = self._chains.prompt_keys(token_ids, extra_keys)
         nothing: list[bytes | None] = [None] * len(keys)
         if not keys or self.options.summary is None or not self._link.takes_calls():
             return nothing

@@ -18,11 +18,15 @@ class SessionStats:
     loaded_blocks: int = 0
     loaded_bytes: int = 0
     """Slab bytes copied into the engine's pool and verified there."""
+    loaded_chunk_blocks: int = 0
+    """Those of `loaded_blocks` that are of chunks."""
     missed_blocks: int = 0
     """Asked for in a load, but not delivered, for whatever reason."""
     stored_blocks: int = 0
     """Accepted by the cache."""
     stored_bytes: int = 0
+    stored_chunk_blocks: int = 0
+    """Those of `stored_blocks` that are of chunks."""
     summarised_blocks: int = 0
     """Offered to the cache together with their summary."""
     present_blocks: int = 0

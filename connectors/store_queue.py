@@ -42,6 +42,8 @@ class StoreJob:
     fill: BlockFill
     release: Callable[[], None]
     """Called once the blocks were copied or dropped."""
+    is_chunk: bool = False
+    """Whether they are a chunk's; for counting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,11 @@ class StoreRun:
     def parent(self) -> BlockKey:
         """Of the first block."""
         return self.jobs[0].parent
+
+    @property
+    def is_chunk(self) -> bool:
+        """Whether its blocks are a chunk's; all are of one chain."""
+        return self.jobs[0].is_chunk
 
     def append(self, job: StoreJob) -> None:
         """Add the job that continues the last one."""

@@ -61,6 +61,8 @@ class LoadShape:
     """Whether blocks on NVMe can be read without the daemon."""
     can_hybrid: bool = True
     """Whether the engine can compute towards a load."""
+    is_whole: bool = False
+    """Whether it is all hits or none, layer by layer: of a chunk nothing is computed beside it."""
     queue_s: float = 0.0
     """How long until the request's first pass can begin."""
     max_read_ahead_layers: int = 8
@@ -150,13 +152,16 @@ def forced(kind: LoadKind, mode: LoadMode | None = None) -> Decide:
     """A `decide` that always answers `kind`; for measurements and tests.
 
     Args:
-        kind: what to answer; COMPUTE where there is nothing to load.
+        kind: what to answer; COMPUTE where there is nothing to load, LOAD_ALL for any kind of load
+            of a whole chunk.
         mode: how to read; None takes the better one.
     """
 
     def decide_so(model: CostModel, shape: LoadShape) -> Decision:
         plan = _Plan(model, shape, mode or _best_mode(model, shape))
         ways = plan.all_ways()
+        if shape.is_whole and kind is not LoadKind.COMPUTE:
+            return _with_alternatives(ways[0], ways)
         found = [way for way in ways if way.kind is kind]
         chosen = found[0] if found else next(way for way in ways if way.kind is LoadKind.COMPUTE)
         return _with_alternatives(chosen, ways)
@@ -240,6 +245,8 @@ class _Plan:
         if not num_blocks:
             return [compute]
         ways = [self._way(LoadKind.LOAD_ALL, num_blocks, self._loading(num_blocks)), compute]
+        if self._shape.is_whole:
+            return ways
         if num_blocks > 1:
             part = self._best_part()
             ways.append(self._way(LoadKind.LOAD_PART, part, self._loading(part)))

@@ -29,6 +29,7 @@ from ucm.engine.hook import LoadRequest, LoadStart, StoreRequest
 from ucm.engine.hook_proxy import HookProxy
 from ucm.engine.loading import LoadedModel, load_model
 from ucm.engine.sampling import SamplingParams
+from ucm.hashing import Encodable
 from ucm.load_decision import LoadKind, forced
 from ucm.storage.tier import SlotId
 from ucm.testing.daemon import SpawnedDaemon, short_folder, small_settings, spawned_daemon
@@ -77,9 +78,11 @@ class StrikingHook(HookProxy):
         yield
         self.waited_s += time.monotonic() - started_s
 
-    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:
+    def match(
+        self, token_ids: Sequence[int], num_local_tokens: int, extra_keys: Sequence[Encodable] = ()
+    ) -> int:
         with self._call("match"):
-            return self.inner.match(token_ids, num_local_tokens)
+            return self.inner.match(token_ids, num_local_tokens, extra_keys)
 
     def start_load(self, request: LoadRequest) -> LoadStart:
         with self._call("load"):

@@ -8,7 +8,7 @@ import numpy as np
 
 from ucm.api import SlabChecksums, StoreLease
 from ucm.checksum import block_checksums
-from ucm.connectors.session import CacheSession, SessionOptions
+from ucm.connectors.session import CacheSession, SessionOptions, StoreOffer
 from ucm.hashing import NamespaceSpec
 from ucm.layout import KvDtype, KvLayout
 from ucm.testing.fake_cache import FakeCache
@@ -57,7 +57,15 @@ class Decode:
             self.released += 1
 
         tokens = TOKENS[: (index + 1) * LAYOUT.block_tokens]
-        self.session.store("decode", tokens, range(index, index + 1), fill, release)
+        self.session.store(
+            StoreOffer(
+                request_id="decode",
+                token_ids=tokens,
+                blocks=range(index, index + 1),
+                fill=fill,
+                release=release,
+            )
+        )
 
 
 def test_blocks_of_one_decode_share_a_store() -> None:

@@ -11,6 +11,7 @@ from ucm.engine.guarded_hook import GuardedHook
 from ucm.engine.hook import LoadRequest, LoadStart, LoadState, StepReport, StoreRequest
 from ucm.engine.layer_clock import LayerClock
 from ucm.errors import TierUnavailableError
+from ucm.hashing import Encodable
 
 
 def no_hold(_block_ids: Sequence[int]) -> Callable[[], None]:
@@ -26,7 +27,9 @@ class BrokenHook:
     def attach(self, kv_pool: torch.Tensor) -> None:
         """See `KvHook.attach`."""
 
-    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:
+    def match(
+        self, token_ids: Sequence[int], num_local_tokens: int, extra_keys: Sequence[Encodable] = ()
+    ) -> int:
         """See `KvHook.match`."""
         raise self._error
 

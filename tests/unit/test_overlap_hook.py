@@ -11,6 +11,7 @@ from ucm.bench.overlap_hook import MeasuredHook
 from ucm.engine.hook import LoadRequest, LoadStart, StepReport, StoreRequest
 from ucm.engine.layer_clock import LayerClock
 from ucm.errors import ConfigError
+from ucm.hashing import Encodable
 from ucm.layout import KvDtype, KvLayout
 from ucm.testing.blocking_loads import BlockingLoads
 from ucm.types import LoadOrder
@@ -32,7 +33,9 @@ class Connector(BlockingLoads):
     def attach(self, kv_pool: torch.Tensor) -> None:
         self.pool = kv_pool
 
-    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:
+    def match(
+        self, token_ids: Sequence[int], num_local_tokens: int, extra_keys: Sequence[Encodable] = ()
+    ) -> int:
         return len(token_ids)
 
     def load(self, request: LoadRequest) -> int:

@@ -14,7 +14,8 @@ from ucm.api import CacheApi, SlabChecksums
 from ucm.checksum import block_checksums
 from ucm.clock import SimClock
 from ucm.connectors.circuit_breaker import BreakerOptions, BreakerState
-from ucm.connectors.session import CacheSession, LoadOffer, SessionOptions
+from ucm.connectors.session import CacheSession, LoadOffer, SessionOptions, StoreOffer
+from ucm.connectors.store_queue import BlockFill
 from ucm.errors import CapacityError, ConfigError, LayoutMismatchError, TierUnavailableError
 from ucm.hashing import NamespaceSpec, chain_keys
 from ucm.layout import KvDtype, KvLayout
@@ -79,8 +80,14 @@ def open_session(
     return session
 
 
+def offer(
+    name: str, tokens: list[int], blocks: range, fill: BlockFill, end: Callable[[], None]
+) -> StoreOffer:
+    return StoreOffer(request_id=name, token_ids=tokens, blocks=blocks, fill=fill, release=end)
+
+
 def store_all(session: CacheSession, pool: Pool) -> None:
-    session.store("store", TOKENS, range(NUM_BLOCKS), pool.fill, pool.release)
+    session.store(offer("store", TOKENS, range(NUM_BLOCKS), pool.fill, pool.release))
     assert session.flush(5.0)
 
 
@@ -162,7 +169,7 @@ def test_a_missing_block_ends_the_prefix(cache: FakeCache) -> None:
 
 def test_stores_behind_a_present_prefix_only_send_the_rest(cache: FakeCache) -> None:
     with open_session(lambda: cache) as session:
-        session.store("a", TOKENS[:8], range(2), Pool().fill, Pool().release)
+        session.store(offer("a", TOKENS[:8], range(2), Pool().fill, Pool().release))
         store_all(session, Pool())
         stats = session.stats()
     assert (stats.stored_blocks, stats.present_blocks, stats.dropped_blocks) == (6, 2, 0)
@@ -176,7 +183,7 @@ def test_a_store_that_does_not_fit_the_queue_is_dropped_and_released(cache: Fake
     ) as session:
         cache.hang.clear()
         for _ in range(4):
-            session.store("r", TOKENS, range(NUM_BLOCKS), pool.fill, pool.release)
+            session.store(offer("r", TOKENS, range(NUM_BLOCKS), pool.fill, pool.release))
         assert pool.released >= 2
         cache.hang.set()
         assert session.flush(5.0)
@@ -221,7 +228,7 @@ def test_a_fill_that_fails_gives_the_lease_and_the_blocks_back(cache: FakeCache)
         raise RuntimeError("pool went away")
 
     with open_session(lambda: cache) as session:
-        session.store("r", TOKENS, range(NUM_BLOCKS), broken, pool.release)
+        session.store(offer("r", TOKENS, range(NUM_BLOCKS), broken, pool.release))
         assert session.flush(5.0)
         assert pool.released == 1
         assert not cache.leases
@@ -259,7 +266,7 @@ def test_an_error_while_storing_drops_and_releases(cache: FakeCache, call: str) 
     pool = Pool()
     with open_session(lambda: cache) as session:
         cache.fail[call] = TierUnavailableError("gone")
-        session.store("r", TOKENS, range(NUM_BLOCKS), pool.fill, pool.release)
+        session.store(offer("r", TOKENS, range(NUM_BLOCKS), pool.fill, pool.release))
         session.flush(1.0)
         assert session.stats().dropped_blocks == NUM_BLOCKS
     assert pool.released == 1
@@ -423,7 +430,7 @@ def test_stores_after_close_are_released(cache: FakeCache) -> None:
     pool = Pool()
     session = open_session(lambda: cache)
     session.close()
-    session.store("r", TOKENS, range(NUM_BLOCKS), pool.fill, pool.release)
+    session.store(offer("r", TOKENS, range(NUM_BLOCKS), pool.fill, pool.release))
     assert pool.released == 1
     session.close()
 
@@ -432,7 +439,7 @@ def test_orphans_are_dropped(cache: FakeCache) -> None:
     """The first blocks are not in the cache: the tail alone would never be found."""
     pool = Pool()
     with open_session(lambda: cache) as session:
-        session.store("r", TOKENS, range(2, NUM_BLOCKS), pool.fill, pool.release)
+        session.store(offer("r", TOKENS, range(2, NUM_BLOCKS), pool.fill, pool.release))
         assert session.flush(5.0)
         assert session.stats().dropped_blocks == NUM_BLOCKS - 2
     assert not cache.blocks
@@ -481,7 +488,7 @@ def test_a_busy_cache_is_a_miss_and_is_left_alone_for_as_long_as_it_asked(
         del cache.fail["lookup"]
         assert session.match(TOKENS, 0) == 0  # not asked
         pool = Pool()
-        session.store("late", TOKENS, range(NUM_BLOCKS), pool.fill, pool.release)
+        session.store(offer("late", TOKENS, range(NUM_BLOCKS), pool.fill, pool.release))
         assert pool.released == 1  # dropped, not queued
         assert session.breaker_state is BreakerState.CLOSED
         clock.advance_us(2_000_000)

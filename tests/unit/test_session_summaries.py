@@ -13,7 +13,7 @@ from ucm.checksum import block_checksums
 from ucm.config import MIB, Config, NvmeConfig
 from ucm.connectors import block_summaries
 from ucm.connectors.circuit_breaker import BreakerOptions
-from ucm.connectors.session import CacheSession, SessionOptions
+from ucm.connectors.session import CacheSession, SessionOptions, StoreOffer
 from ucm.embedded import EmbeddedCache
 from ucm.errors import TierUnavailableError
 from ucm.hashing import NamespaceSpec, chain_keys
@@ -65,7 +65,15 @@ def fill(indexes: Sequence[int], slots: Sequence[memoryview]) -> list[SlabChecks
 
 
 def store(session: CacheSession) -> None:
-    session.store("r", TOKENS, range(NUM_BLOCKS), fill, lambda: None)
+    session.store(
+        StoreOffer(
+            request_id="r",
+            token_ids=TOKENS,
+            blocks=range(NUM_BLOCKS),
+            fill=fill,
+            release=lambda: None,
+        )
+    )
     assert session.flush(5.0)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from ucm.errors import UcmError
+from ucm.hashing import Encodable
 
 from .hook import (
     KvHook,
@@ -67,13 +68,20 @@ class GuardedHook:
         """Whether there is a hook that works."""
         return self._hook is not None
 
-    def match_blocks(self, token_ids: Sequence[int], num_local: int, num_usable: int) -> int:
+    def match_blocks(
+        self,
+        token_ids: Sequence[int],
+        num_local: int,
+        num_usable: int,
+        extra_keys: Sequence[Encodable] = (),
+    ) -> int:
         """Blocks, from the chain's start, that a load could make present.
 
         Args:
             token_ids: all tokens.
             num_local: blocks that the pool holds.
             num_usable: blocks that may come from outside at all.
+            extra_keys: what else changed the blocks' bytes; see `KvHook`.
 
         Returns:
             `num_local` to `num_usable`.
@@ -81,7 +89,7 @@ class GuardedHook:
         hook, size = self._hook, self._block_tokens
         if hook is None or not self._can_load or num_local >= num_usable:
             return num_local
-        num_tokens = self._ask(lambda: hook.match(token_ids, num_local * size), 0)
+        num_tokens = self._ask(lambda: hook.match(token_ids, num_local * size, extra_keys), 0)
         num_blocks = max(num_local, min(num_tokens // size, num_usable))
         self.stats.matched_tokens += (num_blocks - num_local) * size
         return num_blocks

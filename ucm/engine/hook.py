@@ -22,6 +22,10 @@ belong to its request alone until then, nobody else finds or reads them:
     BLOCKS_FROM_BACK  chain  | pool | computed -> | claimed | ... <- ready | to compute
                                                               first_ready_block
 
+A *chunk* is a chain of its own: its tokens begin at block 0, and its `extra_keys`, which are part
+of every block's identity, say what it was encoded behind (`ucm.reuse.chunks`). A hook that looks
+for blocks by their tokens alone would give a prompt's bytes for a chunk's.
+
 No method may raise into the engine: a failure is 0 tokens, or nothing stored. All but `wait_layer`
 and `wait_some` return at once. `wait_layer` never outlasts the hook's own deadline for one request,
 which runs from the first wait for it.
@@ -33,6 +37,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from ucm.hashing import Encodable
 from ucm.types import LoadOrder
 
 from .layer_clock import LayerClock
@@ -55,6 +60,10 @@ class LoadRequest:
     hold: Callable[[Sequence[int]], Callable[[], None]]
     """For `end_load`, when a write into these of `block_ids` cannot be stopped in time: the engine
     keeps them out of use until the function that it returns is called, from any thread, once."""
+    extra_keys: tuple[Encodable, ...] = ()
+    """What else changed the blocks' bytes, as it was given to `match`."""
+    whole: bool = False
+    """In the order LAYERS, and all of the blocks or none: nobody computes towards this load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +109,8 @@ class StoreRequest:
     layers: LayerClock
     """Which layers of the blocks are final. A store is published only when all are; of a pass that
     failed it is dropped, and the engine may have taken the blocks back already."""
+    extra_keys: tuple[Encodable, ...] = ()
+    """What else changed the blocks' bytes; a chunk's: `ucm.reuse.chunks.chunk_extra_keys`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,12 +138,15 @@ class KvHook(Protocol):
                 the engine's whole pool; on a CPU its memory starts at a page. Keys are post-RoPE.
         """
 
-    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:
+    def match(
+        self, token_ids: Sequence[int], num_local_tokens: int, extra_keys: Sequence[Encodable] = ()
+    ) -> int:
         """Leading tokens of `token_ids` that a load could make present.
 
         Args:
-            token_ids: all prompt tokens.
+            token_ids: all prompt tokens, or a chunk's.
             num_local_tokens: what the pool already holds, a multiple of the block size.
+            extra_keys: what else changed the bytes of every block.
 
         Returns:
             A multiple of the block size, at least `num_local_tokens`; below or equal to it means

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ucm.hashing import Encodable
+
 from .hook import KvHook, LoadRequest, LoadStart, LoadState, StepReport, StoreRequest
 
 if TYPE_CHECKING:
@@ -21,9 +23,11 @@ class HookProxy:
         """See `KvHook.attach`."""
         self.inner.attach(kv_pool)
 
-    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:
+    def match(
+        self, token_ids: Sequence[int], num_local_tokens: int, extra_keys: Sequence[Encodable] = ()
+    ) -> int:
         """See `KvHook.match`."""
-        return self.inner.match(token_ids, num_local_tokens)
+        return self.inner.match(token_ids, num_local_tokens, extra_keys)
 
     def start_load(self, request: LoadRequest) -> LoadStart:
         """See `KvHook.start_load`."""

@@ -15,7 +15,7 @@ import torch
 from ucm.engine.hook import LoadRequest, StoreRequest
 from ucm.engine.sequence import POOL_NAMESPACE
 from ucm.errors import TierUnavailableError
-from ucm.hashing import chain_keys
+from ucm.hashing import Encodable, chain_keys
 from ucm.types import BlockKey
 
 from .blocking_loads import BlockingLoads
@@ -46,12 +46,14 @@ class DictHook(BlockingLoads):
         assert self.pool is None, "attached twice"
         self.pool = kv_pool
 
-    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:
+    def match(
+        self, token_ids: Sequence[int], num_local_tokens: int, extra_keys: Sequence[Encodable] = ()
+    ) -> int:
         """See `KvHook.match`."""
         self._enter("match")
         assert num_local_tokens % self._block_tokens == 0
         num_blocks = 0
-        for key in self._keys(token_ids):
+        for key in self._keys(token_ids, extra_keys):
             if key not in self.blocks:
                 break
             num_blocks += 1
@@ -61,7 +63,7 @@ class DictHook(BlockingLoads):
         """See `BlockingLoads.load`."""
         self._enter("load")
         assert self.pool is not None
-        keys = self._keys(request.token_ids)[request.first_block :]
+        keys = self._keys(request.token_ids, request.extra_keys)[request.first_block :]
         limit = len(request.block_ids) if self.max_loaded_blocks is None else self.max_loaded_blocks
         for index, block_id in enumerate(request.block_ids):
             if index >= limit:
@@ -92,7 +94,7 @@ class DictHook(BlockingLoads):
 
     def _copy(self, request: StoreRequest) -> None:
         assert self.pool is not None
-        keys = self._keys(request.token_ids)[request.first_block :]
+        keys = self._keys(request.token_ids, request.extra_keys)[request.first_block :]
         for key, block_id in zip(keys, request.block_ids, strict=True):
             self.blocks[key] = self.pool[:, block_id].clone()
 
@@ -112,8 +114,11 @@ class DictHook(BlockingLoads):
         assert self.pool is not None, "used before attach"
         return int(self.pool.shape[4])
 
-    def _keys(self, token_ids: Sequence[int]) -> list[BlockKey]:
-        return chain_keys(POOL_NAMESPACE, token_ids, self._block_tokens)
+    def _keys(
+        self, token_ids: Sequence[int], extra_keys: Sequence[Encodable] = ()
+    ) -> list[BlockKey]:
+        size = self._block_tokens
+        return chain_keys(POOL_NAMESPACE, token_ids, size, extra_keys=extra_keys)
 
     def _enter(self, method: str) -> None:
         self.calls.append(method)

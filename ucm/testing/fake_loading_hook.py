@@ -12,7 +12,7 @@ The hook checks the engine's side of the contract as it goes: `faults` must stay
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,7 +26,7 @@ from ucm.engine.hook import (
 )
 from ucm.engine.sequence import POOL_NAMESPACE
 from ucm.errors import TierUnavailableError
-from ucm.hashing import chain_keys
+from ucm.hashing import Encodable, chain_keys
 from ucm.types import BlockKey, LoadOrder
 
 GARBAGE = float("nan")
@@ -121,11 +121,13 @@ class FakeLoadingHook:
         """See `KvHook.attach`."""
         self._pool = kv_pool
 
-    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:
+    def match(
+        self, token_ids: Sequence[int], num_local_tokens: int, extra_keys: Sequence[Encodable] = ()
+    ) -> int:
         """See `KvHook.match`."""
         self.tick()
         num_blocks = 0
-        for key in self._keys(token_ids):
+        for key in self._keys(token_ids, extra_keys):
             if key not in self.blocks:
                 break
             num_blocks += 1
@@ -134,6 +136,8 @@ class FakeLoadingHook:
     def start_load(self, request: LoadRequest) -> LoadStart:
         """See `KvHook.start_load`."""
         script = self._scripts()
+        if request.whole:
+            script = replace(script, order=LoadOrder.LAYERS, dropped_blocks=0)
         if "start_load" in script.failing:
             raise TierUnavailableError("start_load fails, as the test wants")
         if request.request_id in self.loads:
@@ -160,7 +164,7 @@ class FakeLoadingHook:
             now_us += script.slab_us[number % len(script.slab_us)]
             is_hung = script.hung_slab is not None and number >= script.hung_slab
             due_us.append(None if is_hung else now_us)
-        keys = self._keys(request.token_ids)[start.first_block :][:count]
+        keys = self._keys(request.token_ids, request.extra_keys)[start.first_block :][:count]
         load = _Load(
             request=request, script=script, start=start, keys=keys, slabs=slabs, due_us=due_us
         )
@@ -291,7 +295,7 @@ class FakeLoadingHook:
         if not request.layers.is_settled:
             return False
         if request.layers.is_complete:
-            keys = self._keys(request.token_ids)[request.first_block :]
+            keys = self._keys(request.token_ids, request.extra_keys)[request.first_block :]
             size = self._block_tokens
             for index, (key, block_id) in enumerate(zip(keys, request.block_ids, strict=True)):
                 self.blocks[key] = self.pool[:, block_id].clone()
@@ -331,8 +335,11 @@ class FakeLoadingHook:
     def _block_tokens(self) -> int:
         return int(self.pool.shape[4])
 
-    def _keys(self, token_ids: Sequence[int]) -> list[BlockKey]:
-        return chain_keys(POOL_NAMESPACE, token_ids, self._block_tokens)
+    def _keys(
+        self, token_ids: Sequence[int], extra_keys: Sequence[Encodable] = ()
+    ) -> list[BlockKey]:
+        size = self._block_tokens
+        return chain_keys(POOL_NAMESPACE, token_ids, size, extra_keys=extra_keys)
 
     def _get(self, request_id: str, method: str) -> _Load:
         self.tick()

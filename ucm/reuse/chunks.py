@@ -1,0 +1,142 @@
+"""Identity of chunks: how the blocks of a text that may stand anywhere are called.
+
+A chunk is encoded behind a *sink prefix* whose rows are dropped: row i holds the KV of the chunk's
+token i at position `len(sink) + i`, which has seen the sink and the chunk up to itself and nothing
+else. The text of the identity comes first, because stores outlive programs (ADR 0012):
+
+    chunk key  = the block key of `ucm.hashing`, of a chain that begins at `ROOT_KEY` with the
+                 chunk's first token, with extra keys ["ucm.chunk", sink id] in every block
+    sink id    = SHA-256( enc(["ucm.sink", FORMAT_VERSION, sink's tokens (int32 LE, as bytes)]) )
+
+Invariants: a chunk's key is never a prompt's, whose extra keys are empty, nor that of a chunk
+behind another sink, in another namespace or of another block size. The position that the rows were
+rotated to follows from the key: the sink's length is in its id. To the store a chunk is a chain
+like any other.
+
+Envelope: 7 us a block; a document of 512 tokens 0.1 ms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import struct
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ucm.errors import ConfigError, InvalidArgumentError
+from ucm.hashing import FORMAT_VERSION, MAX_TOKEN_ID, Encodable, chain_keys, encode
+
+if TYPE_CHECKING:
+    from ucm.hashing import NamespaceSpec
+    from ucm.types import BlockKey, NamespaceId
+
+CHUNK_MARK = "ucm.chunk"
+"""First of the extra keys of every chunk's blocks."""
+MIN_SINK_TOKENS = 4
+"""Fewer do not take the attention that heads send to a text's first tokens."""
+ROTARY_KINDS = ("half_split", "interleaved")
+
+
+def sink_prefix_id(sink_tokens: Sequence[int]) -> bytes:
+    """Name of what chunks are encoded behind; 32 bytes.
+
+    Raises:
+        InvalidArgumentError: a token id out of range.
+    """
+    tokens = as_tokens(sink_tokens, "the sink prefix")
+    packed = struct.pack(f"<{len(tokens)}i", *tokens)
+    return hashlib.sha256(encode(["ucm.sink", FORMAT_VERSION, packed])).digest()
+
+
+def chunk_extra_keys(sink_tokens: Sequence[int]) -> tuple[Encodable, ...]:
+    """The extra keys of every block of a chunk behind this sink prefix.
+
+    Raises:
+        InvalidArgumentError: a token id out of range.
+    """
+    return CHUNK_MARK, sink_prefix_id(sink_tokens)
+
+
+def is_chunk_keys(extra_keys: Sequence[Encodable]) -> bool:
+    """Whether extra keys are those of a chunk."""
+    return len(extra_keys) == 2 and extra_keys[0] == CHUNK_MARK
+
+
+def chunk_keys(
+    namespace: NamespaceId,
+    token_ids: Sequence[int],
+    block_tokens: int,
+    sink_tokens: Sequence[int],
+) -> list[BlockKey]:
+    """Keys of a chunk's full blocks, in order; what fills no block has none.
+
+    Args:
+        namespace: fingerprint of the KV's namespace.
+        token_ids: the chunk's.
+        block_tokens: tokens a block.
+        sink_tokens: what it was encoded behind.
+
+    Raises:
+        InvalidArgumentError: a token id out of range.
+    """
+    extra_keys = chunk_extra_keys(sink_tokens)
+    return chain_keys(namespace, token_ids, block_tokens, extra_keys=extra_keys)
+
+
+def as_tokens(token_ids: Iterable[int], what: str) -> tuple[int, ...]:
+    """Token ids that can be hashed.
+
+    Args:
+        token_ids: whole numbers of any kind.
+        what: whose they are, for the message.
+
+    Raises:
+        InvalidArgumentError: something else, or one is below 0 or above `MAX_TOKEN_ID`.
+    """
+    try:
+        tokens = tuple(map(operator.index, token_ids))
+    except TypeError as error:
+        raise InvalidArgumentError(f"{what} is made of token ids, not of text: {error}") from error
+    if tokens and not 0 <= min(tokens) <= max(tokens) <= MAX_TOKEN_ID:
+        raise InvalidArgumentError(
+            f"{what} has token ids from {min(tokens)} to {max(tokens)}; they must be 0 to "
+            f"{MAX_TOKEN_ID}"
+        )
+    return tokens
+
+
+def check_reusable(config: object) -> None:
+    """Refuse models whose keys cannot be moved to other positions.
+
+    Args:
+        config: a model's: `rope` says how its keys are rotated, `name` is for people.
+
+    Raises:
+        ConfigError: it has no RoPE, so that chunks are good only where they were computed.
+    """
+    if getattr(config, "rope", None) is None:
+        name = getattr(config, "name", type(config).__name__)
+        raise ConfigError(
+            f"model {name} has no rotary position embedding (RoPE): positions are in its hidden "
+            "states and cannot be moved, so chunks cannot be reused; send the prompt as one text, "
+            "without segments"
+        )
+
+
+def check_reusable_spec(spec: NamespaceSpec) -> None:
+    """As `check_reusable`, of a namespace: for engines that are not ours.
+
+    Raises:
+        ConfigError: its keys carry no rotation that can be moved.
+    """
+    if spec.rope_kind not in ROTARY_KINDS:
+        raise ConfigError(
+            f"namespace of model {spec.model_id}: RoPE is {spec.rope_kind!r}, and only keys with "
+            f"{' or '.join(ROTARY_KINDS)} RoPE can be moved to other positions; store prefixes only"
+        )
+    if spec.position_offset:
+        raise ConfigError(
+            f"namespace of model {spec.model_id}: chains begin at position {spec.position_offset}, "
+            "a chunk's base position is that of its sink prefix; use a namespace without offset"
+        )
