@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ucm.engine.runner import EngineOptions
+from ucm.engine.engine_options import EngineOptions
 from ucm.errors import ConfigError
 from ucm.sparse.mode_policy import SparseMode
 from ucm.sparse.options import SparseOptions

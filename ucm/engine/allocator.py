@@ -71,6 +71,10 @@ class BlockAllocator:
         """Number of owners of a block."""
         return self._refs[block_id]
 
+    def is_findable(self, block_id: int) -> bool:
+        """Whether a chain leads to the block."""
+        return block_id in self._links
+
     def life(self, block_id: int) -> int:
         """How often a block was handed out: what was learnt of it holds for one life only."""
         return self._lives[block_id]

@@ -14,17 +14,21 @@ from types import TracebackType
 
 from ucm.clock import Clock, SystemClock
 from ucm.errors import ConfigError, InvalidArgumentError
+from ucm.reuse.segments import Chunk, ChunkSpace, SegmentedPrompt
 from ucm.sparse.certified_attention import Promises
 from ucm.sparse.decoding import SparseStats
 from ucm.sparse.slab_source import SlabSource
 
+from .blend_span import BlendSpan, chunk_space_of, span_of
+from .engine_options import EngineOptions, EngineStats
 from .guarded_hook import HookStats
 from .hook import KvHook
 from .interfaces import DecoderModel, TextCodec
 from .offload_desk import OffloadDesk
 from .pool import KvPool
 from .request import FinishReason, RequestResult, RequestState, SampleState, TokenEvent
-from .runner import BatchRunner, EngineOptions, EngineStats
+from .reuse_report import FallbackReason
+from .runner import BatchRunner
 from .sampling import SamplingParams
 from .sequence import TokenSequence
 
@@ -71,6 +75,10 @@ class Engine:
         self._requests: dict[str, RequestState] = {}
         self._mailboxes: dict[str, deque[TokenEvent]] = {}
         self._num_added = 0
+        reuse = self.options.reuse
+        self._chunk_space = (
+            None if reuse is None else chunk_space_of(model, reuse, self.options.block_tokens)
+        )
 
     @property
     def pool(self) -> KvPool:
@@ -107,11 +115,35 @@ class Engine:
         """Whether a step would have something to do."""
         return bool(self._requests)
 
+    @property
+    def chunk_space(self) -> ChunkSpace:
+        """Where this engine's chunks mean the same.
+
+        Raises:
+            ConfigError: it reuses none (`EngineOptions.reuse`).
+        """
+        if self._chunk_space is None:
+            raise ConfigError("engine: no chunks are reused; give EngineOptions.reuse")
+        return self._chunk_space
+
+    def chunk(self, content: str | Sequence[int]) -> Chunk:
+        """A chunk for the prompts of this engine: text, or token ids.
+
+        Raises:
+            ConfigError: the engine reuses none.
+            InvalidArgumentError: no tokens, more than the model has positions, or one outside its
+                vocabulary.
+        """
+        space = self.chunk_space
+        tokens = self._tokenize(content)
+        self._check_tokens(tokens)
+        return Chunk(tuple(tokens), space)
+
     # Requests
 
     def add_request(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | SegmentedPrompt,
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
@@ -119,7 +151,8 @@ class Engine:
         """Queue a request; it starts with the next `step`.
 
         Args:
-            prompt: text, or token ids (then nothing is added to them).
+            prompt: text, token ids (then nothing is added to them), or segments with chunks whose
+                KV is reused.
             params: greedy by default.
             request_id: unique among unfinished requests; one is made up when None.
 
@@ -128,10 +161,12 @@ class Engine:
 
         Raises:
             InvalidArgumentError: an empty prompt, one that does not fit the model or the pool, a
-                token outside the vocabulary, more samples than the batch holds, an id in use.
+                token outside the vocabulary, more samples than the batch holds, an id in use, or
+                chunks of another model, sink prefix or block size.
+            ConfigError: chunks, in an engine that reuses none.
         """
         params = params or SamplingParams()
-        tokens = self._tokenize(prompt)
+        tokens, span = self._read_prompt(prompt)
         max_length = self._check_fits(tokens, params)
         request_id = request_id if request_id is not None else f"request-{self._num_added}"
         if request_id in self._requests:
@@ -146,11 +181,14 @@ class Engine:
             max_length=max_length,
             block_tokens=self.options.block_tokens,
             num_forks=params.n - 1,
+            blend=span,
         )
         share = self.options.share
         if share is not None and self._is_long(max_length):
             sequence.resident_blocks = share.resident_blocks
             sequence.max_chunk_tokens = share.max_chunk_tokens(sequence.block_tokens)
+        if span is not None:
+            self._check_room(sequence, span)
         if params.repetition_penalty != 1.0:
             sequence.track_seen(self._model.config.vocab_size)
         request = RequestState(
@@ -180,7 +218,9 @@ class Engine:
         return request.result()
 
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+        self,
+        prompt: str | Sequence[int] | SegmentedPrompt,
+        params: SamplingParams | None = None,
     ) -> Iterator[TokenEvent]:
         """Stream one request's events; other requests advance with it.
 
@@ -207,7 +247,7 @@ class Engine:
 
     def generate_all(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[str | Sequence[int] | SegmentedPrompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestResult]:
         """Run requests together and return their results, in order.
@@ -341,13 +381,40 @@ class Engine:
             raise InvalidArgumentError("this engine has no tokenizer: give the prompt as token ids")
         return self._tokenizer.encode(prompt)
 
+    def _read_prompt(
+        self, prompt: str | Sequence[int] | SegmentedPrompt
+    ) -> tuple[list[int], BlendSpan | None]:
+        """Tokens, and where chunks stand in them."""
+        if not isinstance(prompt, SegmentedPrompt):
+            return self._tokenize(prompt), None
+        span = None
+        if prompt.spans:
+            prompt.check_space(self.chunk_space)
+            space = self.chunk_space
+            span = span_of(prompt, space.block_tokens, space.sink_tokens)
+        return list(prompt.token_ids), span
+
+    def _check_room(self, sequence: TokenSequence, span: BlendSpan) -> None:
+        """Compute in full what could never be blended."""
+        blends = self._runner.blends
+        assert blends is not None
+        num_blocks = sequence.num_blocks_for(sequence.max_length - 1) + span.num_extra_blocks
+        if sequence.is_offloaded:
+            blends.give_up(sequence, FallbackReason.OFFLOADED)
+        elif num_blocks > self.options.num_blocks:
+            blends.give_up(sequence, FallbackReason.NO_ROOM)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        vocab_size = self._model.config.vocab_size
+        if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+            raise InvalidArgumentError(f"token ids must be 0 to {vocab_size - 1}")
+
     def _check_fits(self, tokens: Sequence[int], params: SamplingParams) -> int:
         """Raise for a prompt that cannot be served; returns the sequence's greatest length."""
         config, options = self._model.config, self.options
         if not tokens:
             raise InvalidArgumentError("the prompt is empty")
-        if min(tokens) < 0 or max(tokens) >= config.vocab_size:
-            raise InvalidArgumentError(f"token ids must be 0 to {config.vocab_size - 1}")
+        self._check_tokens(tokens)
         if len(tokens) >= config.max_context_tokens:
             raise InvalidArgumentError(
                 f"the prompt has {len(tokens)} tokens, the model takes "

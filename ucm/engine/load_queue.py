@@ -69,9 +69,9 @@ class Load:
 
     @property
     def num_uncomputed(self) -> int:
-        """LAYERS: tokens left to compute when the good blocks arrive."""
+        """LAYERS: tokens that a pass may compute behind the good blocks when they arrive."""
         size = self.sequence.block_tokens
-        return self.sequence.num_tokens - (self.first_block + self.num_good_blocks) * size
+        return self.sequence.num_computable_from((self.first_block + self.num_good_blocks) * size)
 
     @property
     def is_met(self) -> bool:

@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .reuse_report import ReuseReport
+
 if TYPE_CHECKING:
     from .interfaces import TokenStream
     from .sampling import SamplingParams
@@ -51,6 +53,8 @@ class RequestTimings:
     """Prompt tokens that the hook loaded at the first admission."""
     num_computed_tokens: int
     """The rest of the prompt, which the model computed."""
+    num_reused_tokens: int = 0
+    """Prompt tokens whose KV came from chunks, repaired or not."""
     num_preemptions: int
     """How often one of its samples had to give its blocks up."""
 
@@ -66,6 +70,8 @@ class RequestResult:
     timings: RequestTimings
     error: str | None = None
     """Why it failed; None unless a sample did."""
+    reuse: ReuseReport | None = None
+    """What chunks did for its first sample; None when its prompt had none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +140,13 @@ class RequestState:
             outputs=tuple(sample.output() for sample in self.samples),
             timings=self._timings(),
             error=self.error,
+            reuse=self._reuse,
         )
+
+    @property
+    def _reuse(self) -> ReuseReport | None:
+        blend = self.samples[0].sequence.blend
+        return None if blend is None else blend.report
 
     def _timings(self) -> RequestTimings:
         first = self.samples[0]
@@ -144,6 +156,8 @@ class RequestState:
         last_us = self.ended_us
         if last_us is None:
             last_us = max(sample.last_us for sample in self.samples)
+        num_reused = self._reuse.num_chunk_tokens if self._reuse is not None else 0
+        num_cached = root.num_local_tokens + root.num_hook_tokens
         return RequestTimings(
             ttft_s=(first_us - self.added_us) / 1e6,
             tpot_s=(first.last_us - first_us) / 1e6 / num_intervals if num_intervals > 0 else 0.0,
@@ -151,6 +165,7 @@ class RequestState:
             num_prompt_tokens=len(self.prompt),
             num_local_tokens=root.num_local_tokens,
             num_hook_tokens=root.num_hook_tokens,
-            num_computed_tokens=root.num_prompt - root.num_local_tokens - root.num_hook_tokens,
+            num_computed_tokens=root.num_prompt - num_cached - num_reused,
+            num_reused_tokens=num_reused,
             num_preemptions=sum(sample.sequence.num_preemptions for sample in self.samples),
         )

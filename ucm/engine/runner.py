@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
@@ -28,11 +27,11 @@ from ucm.errors import CapacityError, ConfigError
 from ucm.layout import KvLayout
 from ucm.sparse.certified_attention import Promises
 from ucm.sparse.decoding import SparseStats
-from ucm.sparse.offload import OffloadOptions
-from ucm.sparse.options import SparseOptions
 from ucm.sparse.slab_source import SlabSource
 from ucm.types import LoadOrder
 
+from .blend_desk import BlendDesk, DeskContext, open_desk
+from .engine_options import EngineOptions, EngineStats
 from .forward_pass import ForwardPass, PassParts
 from .guarded_hook import GuardedHook
 from .hook import KvHook
@@ -41,92 +40,13 @@ from .load_queue import Load, LoadQueue
 from .offload_desk import OffloadDesk
 from .pool import TORCH_DTYPES, KvPool
 from .sampling import Draw, sample
-from .scheduler import Admission, SchedulerOptions, Work, plan_step
+from .scheduler import Admission, Work, plan_step
 from .sequence import TokenSequence
 from .sparse_decode import SparseDecode
 from .store_offers import StoreOffers
 
 _STALL_POLL_S = 0.01
 """Longest wait for a pinned block or a load before the step returns empty."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """Sizes and limits of one engine."""
-
-    num_blocks: int = 512
-    """KV pool: 16,384 tokens. Memory is used only as blocks are written."""
-    block_tokens: int = 32
-    """Tokens a block; the cache's block, so that slabs move unchanged."""
-    device: str = "cpu"
-    """Where the pool lives: the model's device."""
-    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
-    max_pinned_share: float = 0.5
-    """Share of the pool that the hook's stores may pin; the rest of the new blocks is offered in
-    later steps, so a slow store never starves the decode."""
-    stall_timeout_s: float = 30.0
-    """How long to wait for the hook to give pinned blocks back when nothing can run without."""
-    sparse: SparseOptions | None = None
-    """Which blocks decodes of long sequences read; None: all of them, always."""
-    offload: OffloadOptions | None = None
-    """How a sequence lives with less of the pool than it needs; None: as `sparse.resident_blocks`
-    says, and without that it must fit."""
-
-    @property
-    def share(self) -> OffloadOptions | None:
-        """What a sequence may own of the pool; None: what it needs."""
-        sparse = self.sparse
-        if self.offload is not None or sparse is None or sparse.resident_blocks is None:
-            return self.offload
-        return OffloadOptions(
-            resident_blocks=sparse.resident_blocks,
-            sink_blocks=sparse.sink_blocks,
-            recent_blocks=sparse.recent_blocks,
-        )
-
-    def __post_init__(self) -> None:
-        if self.num_blocks < 1 or self.block_tokens < 1:
-            raise ConfigError(
-                f"engine: num_blocks is {self.num_blocks} and block_tokens {self.block_tokens}, "
-                "both must be >= 1"
-            )
-        self._check_parts()
-        if self.share is not None and self.share.resident_blocks > self.num_blocks:
-            raise ConfigError(
-                f"engine: a sequence is to own {self.share.resident_blocks} blocks "
-                f"(resident_blocks), the pool has {self.num_blocks}"
-            )
-        if self.share is not None and self.sparse is not None and self.sparse.certificate:
-            raise ConfigError(
-                "engine: a sequence beyond its share of the pool (resident_blocks) reads by "
-                "budget; it cannot keep a certificate's promise. Give up one of them"
-            )
-        if not 0.0 < self.max_pinned_share <= 1.0:
-            raise ConfigError(
-                f"engine: max_pinned_share is {self.max_pinned_share}, must be in (0, 1]"
-            )
-
-    def _check_parts(self) -> None:
-        """Refuse a word where options are due."""
-        if not isinstance(self.sparse, SparseOptions | None):
-            raise ConfigError(
-                f"engine: sparse is a SparseOptions, not {self.sparse!r}; for example "
-                "SparseOptions(mode='latency')"
-            )
-        if not isinstance(self.offload, OffloadOptions | None):
-            raise ConfigError(f"engine: offload is an OffloadOptions, not {self.offload!r}")
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counters over the engine's life."""
-
-    steps: int = 0
-    computed_tokens: int = 0
-    """Tokens that went through the model, recomputed ones included."""
-    preemptions: int = 0
-    copied_blocks: int = 0
-    """Shared partial blocks that had to be copied before a write."""
 
 
 class BatchRunner:
@@ -154,6 +74,23 @@ class BatchRunner:
         self.loads = LoadQueue(self.hook, self.pool, options.scheduler, clock)
         max_pinned = max(1, int(options.num_blocks * options.max_pinned_share))
         self._offers = StoreOffers(self.hook, self.pool, self.loads, max_pinned)
+        self.blends: BlendDesk | None = None
+        if options.reuse is not None:
+            self.blends = open_desk(
+                DeskContext(
+                    model=model,
+                    options=options.reuse,
+                    pool=self.pool,
+                    hook=self.hook,
+                    loads=self.loads,
+                    clock=clock,
+                    stats=self.stats.reuse,
+                    max_pinned=max_pinned,
+                    max_load_s=options.scheduler.max_load_s,
+                    submit=self.submit,
+                    retire=self.retire,
+                )
+            )
         self._sparse: SparseDecode | None = None
         if options.sparse is not None:
             self._sparse = SparseDecode(options.sparse, self.pool, self.loads)
@@ -177,7 +114,9 @@ class BatchRunner:
     def check_integrity(self) -> list[str]:
         """Every violated invariant of pool and sequences, in words; empty when sound."""
         owners = [*(item.block_ids for item in self.running), *self.loads.owned]
+        owners += self.blends.owned if self.blends else []
         faults = self.pool.check_integrity(owners)
+        faults += self.blends.check_integrity(self.running) if self.blends else []
         faults += [f"waiting {item.id} holds blocks" for item in self.waiting if item.block_ids]
         faults += self.offloads.check_integrity()
         return faults + (self._sparse.check_integrity(self.running) if self._sparse else [])
@@ -206,16 +145,20 @@ class BatchRunner:
         self.pool.drain()
         for sequence in self.loads.poll():
             self._preempt(sequence)
-        options = self._options.scheduler
+        num_blended = self._blend()
+        options = self._options.scheduler.less(num_blended)
         plan = plan_step(self.running, self.waiting, self.pool.blocks, options, self.loads)
         for sequence in plan.preempt:
-            self._preempt(sequence, plan.num_new_blocks)
+            if sequence.block_ids:  # a private one may have gone with its request
+                self._preempt(sequence, plan.num_new_blocks)
         ready = [self._prepare(work) for work in plan.work]
         ready += [self._join(work.sequence, work.num_tokens) for work in plan.join]
         ready += [self._admit(admission) for admission in plan.admit]
-        batch = [work for work in ready if work is not None] or self._join_smallest()
+        batch = [work for work in ready if work is not None and work.sequence.block_ids]
+        batch = batch or self._join_smallest()
         if not batch:
-            self._stall()
+            if not num_blended:
+                self._stall()
             return []
         self._stalled_since_us = None
         attentions = self._sparse.begin_pass(batch) if self._sparse is not None else None
@@ -232,19 +175,43 @@ class BatchRunner:
         ready = [
             (row, work.sequence)
             for row, work in enumerate(batch)
-            if work.num_tokens == work.sequence.num_uncomputed
+            if work.num_tokens == work.sequence.num_uncomputed and not work.sequence.is_private
         ]
         token_ids = self._sample(logits, ready)
         lost = self.offloads.end_pass(batch)
         for work in batch:
-            if work.sequence not in lost:
+            if work.sequence not in lost and work.sequence.block_ids:
                 self._advance(work)
         sinks = [sink for _, item in ready for sink in (item, *self._fork(item))]
         self.stats.steps += 1
         for sequence in lost:
             self._preempt(sequence)
+        self._take_private(batch)
         drawn = zip(sinks, token_ids, strict=True)
         return [(sequence, token_id) for sequence, token_id in drawn if sequence not in lost]
+
+    def _blend(self) -> int:
+        """Run what chunks need; returns the tokens that it counts as.
+
+        Beside others it takes no more of a step than a prompt's chunk does.
+        """
+        if self.blends is None:
+            return 0
+        options = self._options.scheduler
+        is_alone = all(self.blends.is_blending(sequence) for sequence in self.running)
+        is_alone = is_alone and not self.waiting
+        return self.blends.advance(
+            options.max_step_tokens if is_alone else options.prefill_chunk_tokens
+        )
+
+    def _take_private(self, batch: Sequence[Work]) -> None:
+        """Keep the chunks that were computed for those who wait for them."""
+        for work in batch:
+            sequence = work.sequence
+            if sequence.is_private and sequence.block_ids and sequence.num_uncomputed == 0:
+                assert self.blends is not None
+                self.blends.take(sequence)
+                self.retire(sequence)
 
     def _sample(
         self, logits: torch.Tensor, ready: Sequence[tuple[int, TokenSequence]]
@@ -282,6 +249,8 @@ class BatchRunner:
         self.offloads.leave(sequence)
         if self._sparse is not None:
             self._sparse.drop(sequence)
+        if self.blends is not None:
+            self.blends.drop(sequence)
         self.pool.blocks.release(sequence.rewind())
         self.hook.finish(sequence.id)
 
@@ -291,7 +260,7 @@ class BatchRunner:
         A preempted sequence may have left fewer blocks than planned: some may still be written to.
         """
         sequence, blocks = work.sequence, work.sequence.block_ids
-        num_tokens = self.loads.claim(sequence, work.num_tokens)
+        num_tokens = self.loads.claim(sequence, work.num_tokens) if blocks else 0
         if num_tokens == 0:
             return None
         if sequence.is_offloaded:
@@ -316,6 +285,8 @@ class BatchRunner:
             What it computes in this step; None when it only loads, or must wait after all.
         """
         sequence, blocks = admission.sequence, self.pool.blocks
+        if sequence not in self.waiting:
+            return None
         usable = sequence.reusable_chain
         shared = blocks.find(usable)
         num_own = sequence.num_blocks_for(sequence.num_tokens) - len(shared)
@@ -338,7 +309,10 @@ class BatchRunner:
         self.offloads.admit(sequence)
         if sequence.num_preemptions == 0:
             sequence.num_local_tokens = sequence.num_computed
-        load = self.loads.begin(sequence, len(shared), len(usable))
+        num_loadable = len(shared) if sequence.is_private else len(usable)
+        load = self.loads.begin(sequence, len(shared), num_loadable)
+        if self.blends is not None:
+            self.blends.admit(sequence)
         return self._start(sequence, admission.max_tokens, load)
 
     def _start(self, sequence: TokenSequence, max_tokens: int, load: Load | None) -> Work | None:
@@ -355,7 +329,7 @@ class BatchRunner:
     def _join(self, sequence: TokenSequence, max_tokens: int) -> Work | None:
         """Make a sequence's load part of the pass."""
         load = self.loads.get(sequence)
-        if load is None or max_tokens == 0:
+        if load is None or max_tokens == 0 or load.num_uncomputed == 0:
             return None
         if not self.loads.join(load):
             self._preempt(sequence)
@@ -376,7 +350,7 @@ class BatchRunner:
         work.sequence.advance(work.num_tokens)
         self.stats.computed_tokens += work.num_tokens
         work.sequence.register_full(self.pool.blocks)
-        if self._sparse is not None:
+        if self._sparse is not None and not work.sequence.is_private:
             self._sparse.end_pass(work)
 
     def _fork(self, sequence: TokenSequence) -> list[TokenSequence]:
@@ -394,6 +368,8 @@ class BatchRunner:
             return
         if self.loads:  # none lasts longer than `max_load_s`
             self.hook.wait_some(_STALL_POLL_S)
+            return
+        if self.blends is not None and self.blends.wait():
             return
         now_us = self._clock.now_us()
         if self._stalled_since_us is None:

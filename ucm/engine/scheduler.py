@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ucm.errors import ConfigError
@@ -55,6 +55,13 @@ class SchedulerOptions:
     of a decode step of a small model on a CPU."""
     max_load_s: float = 30.0
     """A load is ended after this time, whatever its hook says: far above any hook's deadline."""
+
+    def less(self, num_tokens: int) -> SchedulerOptions:
+        """With so many tokens of the step taken already."""
+        if num_tokens == 0:
+            return self
+        num_left = max(self.max_sequences, self.max_step_tokens - num_tokens)
+        return replace(self, max_step_tokens=num_left)
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_step_tokens", "prefill_chunk_tokens", "max_loading"):
@@ -256,10 +263,12 @@ class _Planner:
                 continue
             num_needed = sequence.num_blocks_for(sequence.num_tokens)
             num_needed -= sum(1 for block_id in shared if self.pool.refs(block_id) > 0)
-            num_tokens = self._chunk(sequence.num_tokens - len(shared) * sequence.block_tokens)
+            num_needed += sequence.num_extra_blocks
+            num_wanted = sequence.num_computable_from(len(shared) * sequence.block_tokens)
+            num_tokens = self._chunk(num_wanted)
             num_reserved = len(self.running) + len(self.admitted)
             if (
-                not self._may_start(num_tokens)
+                not self._may_start(num_tokens, num_wanted)
                 or sequence.num_slots > num_places
                 or num_needed + num_reserved > self.num_available
             ):
@@ -269,10 +278,12 @@ class _Planner:
             self.num_tokens_left -= num_tokens
             self.admitted.append(Admission(sequence, num_tokens))
 
-    def _may_start(self, num_tokens: int) -> bool:
+    def _may_start(self, num_tokens: int, num_wanted: int) -> bool:
         """With no token left a request may begin to load; with no load left it must wait."""
         num_free = self.loads.num_free
-        return num_tokens > 0 if num_free is None else len(self.admitted) < num_free
+        if num_free is None:
+            return num_tokens > 0 or num_wanted == 0
+        return len(self.admitted) < num_free
 
     def _chunk(self, num_tokens: int) -> int:
         return min(num_tokens, self.options.prefill_chunk_tokens, self.num_tokens_left)

@@ -21,6 +21,7 @@ from ucm.hashing import block_key
 from ucm.types import KEY_BYTES, ROOT_KEY, NamespaceId
 
 from .allocator import BlockAllocator, ChainLink
+from .blend_span import BlendSpan
 from .sampling import SamplingParams
 
 POOL_NAMESPACE = NamespaceId(bytes(KEY_BYTES))
@@ -65,7 +66,12 @@ class TokenSequence:
     """Tokens that the hook loaded at the first admission."""
     num_preemptions: int = 0
     approximate_from: int | None = None
-    """Position from which on KV was computed with blocks left out; None: all of it is exact."""
+    """Position from which on KV is not exactly what its tokens say: computed with blocks left out,
+    or taken from chunks; None: all of it is exact."""
+    blend: BlendSpan | None = None
+    """Chunks whose KV is to be taken from where they were encoded; None: there are none."""
+    is_private: bool = False
+    """Computes a chunk for others: draws no token, and shares and stores nothing itself."""
     seen: npt.NDArray[np.bool_] | None = None
     """[vocab] for the repetition penalty; None when there is none."""
 
@@ -97,14 +103,22 @@ class TokenSequence:
         """Tokens of these that come before what was loaded ahead, and that a pass may compute."""
         if self.is_offloaded:
             return min(len(self.tokens) - self.num_computed, self.max_chunk_tokens)
+        num_tokens = self.num_computable_from(self.num_computed)
         if self.loaded_ahead is None:
-            return len(self.tokens) - self.num_computed
-        return self.loaded_ahead[0] * self.block_tokens - self.num_computed
+            return num_tokens
+        return min(num_tokens, self.loaded_ahead[0] * self.block_tokens - self.num_computed)
+
+    def num_computable_from(self, position: int) -> int:
+        """Tokens from `position` on that a pass may compute: none that chunks are to fill."""
+        blend = self.blend
+        if blend is None or blend.is_over or position >= blend.stop:
+            return len(self.tokens) - position
+        return max(0, blend.start - position)
 
     @property
     def num_slots(self) -> int:
         """Places in the batch that it takes, its future forks included."""
-        return 1 + self.num_forks
+        return 0 if self.is_private else 1 + self.num_forks
 
     @property
     def num_full_blocks(self) -> int:
@@ -117,6 +131,8 @@ class TokenSequence:
         Only these are shared and stored: whoever finds them asked for the tokens, not for the way
         they came about.
         """
+        if self.is_private:
+            return 0
         if self.approximate_from is not None:
             num_tokens = min(num_tokens, self.approximate_from)
         return num_tokens // self.block_tokens
@@ -134,6 +150,11 @@ class TokenSequence:
     def num_blocks_for(self, num_tokens: int) -> int:
         """Pool blocks that it owns when it has `num_tokens`."""
         return self.resident_blocks or -(-num_tokens // self.block_tokens)
+
+    @property
+    def num_extra_blocks(self) -> int:
+        """Pool blocks that its chunks take beside its own when it is admitted."""
+        return 0 if self.blend is None or self.blend.is_over else self.blend.num_extra_blocks
 
     def append(self, token_id: int) -> None:
         """Add a sampled token; O(1), and one hash when it fills a block."""
@@ -205,6 +226,7 @@ class TokenSequence:
             num_registered=self.num_registered,
             num_offered=self.num_offered,
             approximate_from=self.approximate_from,
+            blend=None if self.blend is None else self.blend.fork(),
             seen=None if self.seen is None else self.seen.copy(),
         )
 
@@ -217,6 +239,8 @@ class TokenSequence:
         block_ids, self.block_ids = self.block_ids, []
         self.num_computed = self.num_registered = self.num_offered = 0
         self.loaded_ahead = self.approximate_from = None
+        if self.blend is not None:
+            self.blend.rewind()
         return block_ids
 
     def _extend_chain(self) -> None:

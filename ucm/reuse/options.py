@@ -64,3 +64,5 @@ class ReuseOptions:
     """LATENCY: what repairing a request's chunks may take, in seconds."""
     min_budget: float = 0.05
     max_budget: float = 0.5
+    model_digest: str = ""
+    """What names the weights (`LoadedModel.weights_digest`): a chunk of others is refused."""

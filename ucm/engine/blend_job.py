@@ -1,0 +1,353 @@
+"""`BlendJob`: one sequence's chunks, from their originals into its own blocks.
+
+    waits for       the prefix (ordinary passes, the cache) and for chunks that must be computed
+    then, by layer  the layer's originals -> rows moved, some recomputed -> the sequence's blocks
+    ends            the sequence goes on behind its chunks, as if they had been prefilled
+
+It is run in slices between the engine's passes. A chunk that is lost while it is loaded makes the
+job begin anew, once, when the chunk has been computed; the second time, as whenever reuse is not
+possible, the sequence is prefilled as any other.
+
+Invariants: a layer is read only when every original's rows of it are there and verified. Until the
+job is over the sequence computes nothing behind its span's start. What it wrote is marked in the
+sequence (`approximate_from`), so that it is neither shared nor stored under its tokens' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from ucm.clock import Clock
+from ucm.kernels.rope import Rope
+from ucm.reuse.options import BlendOptions, RecomputePolicy
+from ucm.reuse.protocols import (
+    BlendOutcome,
+    BlendPlan,
+    BlendStep,
+    ChunkSpan,
+    KvRows,
+    LayerwiseModel,
+)
+
+from .blend_span import BlendChunk, BlendSpan
+from .chunk_rows import MovedRows, PoolRows
+from .chunk_shelf import ChunkShelf, Original, OriginalState
+from .load_queue import LoadQueue
+from .pool import KvPool
+from .reuse_report import FallbackReason, ReuseReport
+from .sequence import TokenSequence
+
+Steps = Generator[BlendStep, None, BlendOutcome]
+
+
+class Blend(Protocol):
+    """`ucm.reuse.blending.blend` is one."""
+
+    def __call__(
+        self, model: LayerwiseModel, rows: KvRows, plan: BlendPlan, options: BlendOptions, /
+    ) -> Steps:
+        """Begin to repair the chunks of one request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobParts:
+    """What jobs work with."""
+
+    model: LayerwiseModel
+    blend: Blend
+    rope: Rope
+    pool: KvPool
+    loads: LoadQueue
+    shelf: ChunkShelf
+    clock: Clock
+    num_sink: int
+    """Position that originals' keys begin at."""
+
+
+class BlendJob:
+    """See the module. Owned by the engine's thread."""
+
+    def __init__(
+        self,
+        parts: JobParts,
+        sequence: TokenSequence,
+        originals: Sequence[tuple[BlendChunk, Original]],
+    ) -> None:
+        """Wait for `originals`, which the caller opened and will close."""
+        assert sequence.blend is not None
+        self.sequence = sequence
+        self.originals = tuple(originals)
+        self._parts = parts
+        self._span: BlendSpan = sequence.blend
+        self._steps: Steps | None = None
+        self._rows: PoolRows | None = None
+        self._plan: BlendPlan | None = None
+        self._next_layer = 0
+        self._num_losses = 0
+        self._num_restarts = 0
+        self._num_guarded = 0
+        self._outcome: BlendOutcome | None = None
+        self._options: BlendOptions | None = None
+        self._used_us = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the sequence goes on without it."""
+        return self._span.is_over
+
+    @property
+    def is_due(self) -> bool:
+        """Whether all that comes before the chunks is there."""
+        sequence = self.sequence
+        is_loading = self._parts.loads.get(sequence) is not None
+        return not is_loading and sequence.num_computed >= self._span.start
+
+    @property
+    def num_chunk_tokens(self) -> int:
+        """Rows that chunks will fill, from here on."""
+        start = self.sequence.num_computed
+        return sum(chunk.stop - max(chunk.start, start) for chunk in self._live_chunks())
+
+    @property
+    def num_fresh_tokens(self) -> int:
+        """Rows of no chunk up to the span's end."""
+        return self._span.stop - self.sequence.num_computed - self.num_chunk_tokens
+
+    def advance(self, options: BlendOptions, allowance: float) -> float:
+        """Go on, as far as the chunks are there; never waits for them.
+
+        Args:
+            options: taken when the job begins.
+            allowance: token-layers to compute; it may go over by a slice.
+
+        Returns:
+            Token-layers computed.
+        """
+        if self.is_over or not self.is_due:
+            return 0.0
+        if self.sequence.num_computed >= self._span.stop:
+            self._span.report = self._report(ReuseReport())
+            self._span.is_over = True
+            return 0.0
+        if not self._has_originals():
+            return 0.0
+        started_us = self._parts.clock.now_us()
+        try:
+            return self._run(options, allowance)
+        finally:
+            self._used_us += self._parts.clock.now_us() - started_us
+
+    def wait(self) -> bool:
+        """Block until the layer that it needs next is there, or lost.
+
+        Returns:
+            False when it waits for something else.
+        """
+        loading = [item for _, item in self.originals if item.state is OriginalState.LOADING]
+        if self.is_over or not self.is_due or not loading:
+            return False
+        for original in loading:
+            self._parts.shelf.wait_layer(original, self._wanted_layer)
+        return True
+
+    def fall_back(self, reason: FallbackReason) -> None:
+        """Have the sequence prefilled as any other."""
+        self._abandon()
+        self._span.report = self._report(ReuseReport())
+        self._span.fall_back(reason)
+
+    # The originals
+
+    @property
+    def _wanted_layer(self) -> int:
+        return min(self._next_layer, self._parts.pool.layout.num_layers - 1)
+
+    def _live_chunks(self) -> list[BlendChunk]:
+        """Chunks that stand, in part at least, behind what is computed."""
+        start = self.sequence.num_computed
+        return [chunk for chunk, _ in self.originals if chunk.stop > start]
+
+    def _has_originals(self) -> bool:
+        """Whether every chunk is there or coming; begins anew, or gives up, where one is not."""
+        originals = [original for _, original in self.originals]
+        if any(original.state is OriginalState.FAILED for original in originals):
+            self.fall_back(FallbackReason.NO_ROOM)
+            return False
+        if self._steps is not None and self._count_losses() != self._num_losses:
+            self._restart()
+            return False
+        return all(original.is_readable for original in originals)
+
+    def _count_losses(self) -> int:
+        return sum(original.num_losses for _, original in self.originals)
+
+    def _restart(self) -> None:
+        """Rows were read that did not come."""
+        if self._num_restarts:
+            self.fall_back(FallbackReason.LOST)
+            return
+        self._num_restarts += 1
+        self._abandon()
+
+    def _abandon(self) -> None:
+        if self._steps is not None:
+            self._steps.close()
+        self._steps = self._rows = self._plan = self._outcome = None
+        self._next_layer = self._num_guarded = 0
+
+    # The steps
+
+    def _run(self, options: BlendOptions, allowance: float) -> float:
+        if self._steps is None:
+            self._begin(options)
+        used = 0.0
+        while used < allowance and self._may_read():
+            if self._outcome is not None:
+                self._complete(self._outcome)
+                break
+            used += self._step()
+        return used
+
+    def _may_read(self) -> bool:
+        """Whether the next layer of every original may be read."""
+        if self.is_over or self._steps is None:
+            return False
+        shelf, layer = self._parts.shelf, self._wanted_layer
+        has_all = all(shelf.has_layer(original, layer) for _, original in self.originals)
+        return has_all and self._has_originals()
+
+    def _begin(self, options: BlendOptions) -> None:
+        sequence, parts = self.sequence, self._parts
+        start = sequence.num_computed
+        sequence.loaded_ahead = None  # of a load that left a gap: blended over, or computed anew
+        num_blocks = sequence.num_blocks_for(self._span.stop)
+        own = sequence.block_ids[:num_blocks]
+        blocks = parts.pool.blocks
+        assert all(blocks.refs(block_id) == 1 for block_id in own[start // sequence.block_tokens :])
+        self._rows = PoolRows(
+            parts.pool.tensor, own, list(self._moved(start)), parts.rope, self._span.stop
+        )
+        self._plan = BlendPlan(
+            token_ids=tuple(sequence.tokens[: sequence.num_prompt]),
+            spans=tuple(
+                ChunkSpan(start=max(chunk.start, start), stop=chunk.stop, is_exact=chunk.is_exact)
+                for chunk in self._live_chunks()
+            ),
+            start=start,
+            stop=self._span.stop,
+        )
+        self._options = options
+        self._num_losses = self._count_losses()
+        self._steps = parts.blend(parts.model, self._rows, self._plan, options)
+
+    def _moved(self, start: int) -> list[MovedRows]:
+        return [
+            MovedRows(
+                start=max(chunk.start, start),
+                stop=chunk.stop,
+                first_row=max(0, start - chunk.start),
+                block_ids=tuple(original.block_ids),
+                shift=chunk.start - self._parts.num_sink,
+            )
+            for chunk, original in self.originals
+            if chunk.stop > start
+        ]
+
+    def _step(self) -> float:
+        """One step of the repair; the job begins anew should it fail."""
+        assert self._steps is not None
+        is_good = False
+        try:
+            with torch.inference_mode():
+                step = next(self._steps)
+            is_good = True
+        except StopIteration as stop:
+            is_good = True
+            self._take(stop.value)
+            return 0.0
+        finally:
+            if not is_good:
+                self._abandon()
+        self._next_layer = max(self._next_layer, step.next_layer)
+        return step.token_layers
+
+    def _take(self, outcome: BlendOutcome) -> None:
+        """The repair is over; compute in full what the guard found too far off."""
+        assert self._plan is not None
+        if self._outcome is None and self._num_guarded == 0 and outcome.drifted:
+            self._first = outcome
+            self._guard(outcome)
+            return
+        self._next_layer = self._parts.pool.layout.num_layers
+        self._outcome = outcome
+
+    def _guard(self, outcome: BlendOutcome) -> None:
+        """Begin a second repair, of drifted chunks as if they were text."""
+        assert self._plan is not None
+        assert self._rows is not None
+        assert self._options is not None
+        parts, spans = self._parts, self._plan.spans
+        kept = [span for i, span in enumerate(spans) if i not in outcome.drifted]
+        if all(span.is_exact for span in kept):
+            self.fall_back(FallbackReason.DRIFTED)
+            return
+        self._num_guarded = len(outcome.drifted)
+        start = spans[min(outcome.drifted)].start
+        plan = BlendPlan(
+            token_ids=self._plan.token_ids,
+            spans=tuple(span for span in kept if span.start >= start),
+            start=start,
+            stop=self._plan.stop,
+        )
+        options = replace(self._options, policy=RecomputePolicy.NONE, guard_tokens=0)
+        self._steps = parts.blend(parts.model, self._rows, plan, options)
+
+    def _complete(self, outcome: BlendOutcome) -> None:
+        """All rows are in place: the sequence goes on behind them."""
+        assert self._rows is not None
+        assert self._plan is not None
+        with torch.inference_mode():
+            self._rows.finish()
+        for _, original in self.originals:
+            self._parts.shelf.settle(original)
+        self._span.report = self._report(self._repaired(outcome))
+        self.sequence.approximate_from = self.sequence.num_computed
+        self.sequence.num_computed = self._span.stop
+        self._span.is_over = True
+        self._steps = self._rows = None
+
+    def _repaired(self, outcome: BlendOutcome) -> ReuseReport:
+        assert self._options is not None
+        exact = [chunk for chunk in self._live_chunks() if chunk.is_exact]
+        start = self.sequence.num_computed
+        return ReuseReport(
+            num_chunk_tokens=self.num_chunk_tokens,
+            num_exact_tokens=sum(chunk.stop - max(chunk.start, start) for chunk in exact),
+            num_fresh_tokens=self.num_fresh_tokens,
+            budget=self._options.budget,
+            cost=outcome.cost,
+            drift=max(outcome.drift, default=None),
+            num_guarded=self._num_guarded,
+        )
+
+    def _report(self, repaired: ReuseReport) -> ReuseReport:
+        originals = {id(original): original for _, original in self.originals}.values()
+        layout = self._parts.pool.layout
+        num_loaded = sum(original.num_loaded for original in originals)
+        num_encoded = sum(original.num_encoded for original in originals)
+        num_known = sum(original.num_found for original in originals)
+        size = layout.block_tokens
+        return replace(
+            repaired,
+            num_chunks=len(self.originals),
+            num_found_tokens=num_known * size,
+            num_loaded_tokens=num_loaded * size,
+            num_encoded_tokens=num_encoded * size,
+            loaded_bytes=num_loaded * layout.num_layers * layout.slab_bytes,
+            num_restarts=self._num_restarts,
+            seconds=self._used_us / 1e6,
+        )

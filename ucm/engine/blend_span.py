@@ -1,0 +1,123 @@
+"""Which positions of a prompt chunks fill.
+
+    prompt   | text | chunk: full blocks, tail | text | chunk: full blocks, tail | text |
+    span            start                                                  stop
+
+A chunk's tail, which fills no block, and text between chunks have no rows to reuse. Behind the last
+chunk's full blocks everything is the query's, and computed by ordinary passes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ucm.hashing import FORMAT_VERSION, Encodable, encode
+from ucm.reuse.options import ReuseOptions
+from ucm.reuse.segments import Chunk, ChunkSpace, SegmentedPrompt
+
+from .interfaces import DecoderModel
+from .reuse_report import FallbackReason, ReuseReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlendChunk:
+    """The full blocks of a chunk, where they stand in a prompt."""
+
+    start: int
+    token_ids: tuple[int, ...]
+    """A multiple of the block size, at least one block."""
+    is_exact: bool
+    """Whether it stands where it was encoded, behind the same tokens."""
+
+    @property
+    def stop(self) -> int:
+        """Position behind its last full block."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class BlendSpan:
+    """The chunks of one sequence."""
+
+    chunks: tuple[BlendChunk, ...]
+    """At least one, ascending."""
+    num_extra_blocks: int
+    """Pool blocks that they take beside the sequence's own, while they are blended in."""
+    is_over: bool = False
+    """Whether ordinary passes may compute beyond `start`."""
+    fallback: FallbackReason | None = None
+    report: ReuseReport | None = None
+
+    @property
+    def start(self) -> int:
+        """Position of the first chunk."""
+        return self.chunks[0].start
+
+    @property
+    def stop(self) -> int:
+        """Position behind the last chunk's full blocks."""
+        return self.chunks[-1].stop
+
+    def fall_back(self, reason: FallbackReason) -> None:
+        """Compute everything, now and after a preemption."""
+        self.is_over, self.fallback = True, reason
+        report = self.report or ReuseReport()
+        self.report = replace(report, fallback=reason)
+
+    def rewind(self) -> None:
+        """The sequence lost its KV."""
+        self.is_over = self.fallback is not None
+
+    def fork(self) -> BlendSpan:
+        """That of another sample, whose KV is the same so far."""
+        return replace(self)
+
+
+def span_of(
+    prompt: SegmentedPrompt, block_tokens: int, sink_tokens: Sequence[int]
+) -> BlendSpan | None:
+    """Where a prompt's chunks stand; None when none of them fills a block."""
+    chunks = tuple(_placed(prompt, block_tokens, tuple(sink_tokens)))
+    if not chunks:
+        return None
+    distinct = {chunk.token_ids for chunk in chunks}
+    longest = max(map(len, distinct))
+    num_rows = sum(map(len, distinct)) + len(sink_tokens) + longest
+    return BlendSpan(chunks=chunks, num_extra_blocks=-(-num_rows // block_tokens))
+
+
+def chunk_space_of(model: DecoderModel, options: ReuseOptions, block_tokens: int) -> ChunkSpace:
+    """Where an engine's chunks mean the same.
+
+    Raises:
+        InvalidArgumentError: the sink prefix is too short, or too long for the model.
+    """
+    config = model.config
+    described: list[Encodable] = [
+        *("ucm.chunk.model", FORMAT_VERSION, options.model_digest, str(model.dtype)),
+        *(config.num_layers, config.num_kv_heads, config.head_dim, config.vocab_size),
+        repr(getattr(config, "rope", None)),
+    ]
+    return ChunkSpace(
+        model=hashlib.sha256(encode(described)).digest(),
+        sink_tokens=tuple(options.sink_tokens),
+        block_tokens=block_tokens,
+        max_positions=config.max_context_tokens,
+    )
+
+
+def _placed(
+    prompt: SegmentedPrompt, block_tokens: int, sink_tokens: tuple[int, ...]
+) -> Iterator[BlendChunk]:
+    before: list[int] = []
+    for segment in prompt.segments:
+        num_full = len(segment.token_ids) // block_tokens * block_tokens
+        if isinstance(segment, Chunk) and num_full:
+            yield BlendChunk(
+                start=len(before),
+                token_ids=tuple(segment.token_ids[:num_full]),
+                is_exact=tuple(before) == sink_tokens,
+            )
+        before += segment.token_ids
