@@ -237,7 +237,7 @@ class PromptMaker:
     ) -> tuple[int, ...]:
         note = self._encoder.encode(f"{fact.statement}\n")
         text = list(islice(stream, num_tokens - len(note)))
-        wanted = dice.randrange(COPY_TOKENS, len(text))
+        wanted = dice.randint(min(COPY_TOKENS, len(text)), len(text))
         lines = [i + 1 for i in range(COPY_TOKENS, len(text)) if text[i] in self._newlines]
         place = min(lines, key=lambda line: abs(line - wanted), default=wanted)
         return (*text[:place], *note, *text[place:])
