@@ -262,7 +262,7 @@ class CacheSession:
         Returns:
             What is being loaded; None when nothing is.
         """
-        keys = self._chains.request_keys(offer.request_id, offer.token_ids, offer.extra_keys)
+        keys = self._keys_of(offer)
         keys = keys[offer.blocks.start : offer.blocks.stop]
         match = self._matches.pop(keys[0], None) if keys else None
         if match is None or not self._link.takes_calls():
@@ -300,7 +300,7 @@ class CacheSession:
 
     def store(self, offer: StoreOffer) -> None:
         """Offer blocks to the cache; returns at once."""
-        keys = self._chains.request_keys(offer.request_id, offer.token_ids, offer.extra_keys)
+        keys = self._keys_of(offer)
         first = offer.blocks.start
         offered = tuple(keys[first : offer.blocks.stop])
         job = StoreJob(
@@ -362,6 +362,12 @@ class CacheSession:
         self.loads.close()
         self._background.close(timeout_s=2 * self.options.deadline_s)
         self._caller.close()
+
+    def _keys_of(self, offer: LoadOffer | StoreOffer) -> list[BlockKey]:
+        """Of the whole chain; that of a chunk does not grow, and may be many requests'."""
+        if is_chunk_keys(offer.extra_keys):
+            return self._chains.prompt_keys(offer.token_ids, offer.extra_keys)
+        return self._chains.request_keys(offer.request_id, offer.token_ids, offer.extra_keys)
 
     def _remember_match(self, first_key: BlockKey, match: _Match) -> None:
         self._matches[first_key] = match

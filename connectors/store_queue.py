@@ -6,7 +6,7 @@
 
 A store costs the machine some 11 ms of CPU time however small it is (two calls, a commit, a sync of
 the disk) and 3 ms a block of 1.4 MB; the cores are the engine's. So a block that a decode fills
-waits a little for the next ones; a prompt's blocks, which are many, do not.
+waits a little for the next ones; a prompt's blocks, which are many, do not, nor do a chunk's.
 
 Invariants: at most `max_blocks` blocks are kept. Parents are never taken after their children. No
 job waits longer than `delay_s`. Pure: guarded by its owner's lock, the time is an argument.
@@ -43,7 +43,7 @@ class StoreJob:
     release: Callable[[], None]
     """Called once the blocks were copied or dropped."""
     is_chunk: bool = False
-    """Whether they are a chunk's; for counting."""
+    """Whether they are a chunk's: offered at once, so nothing will continue them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +145,7 @@ class StoreQueue:
                 run.due_s = min(run.due_s, now_s)  # parents first
             run = StoreRun([job], now_s + self._limits.delay_s)
             self._runs.append(run)
-        if len(run.keys) >= self._limits.run_blocks:
+        if job.is_chunk or len(run.keys) >= self._limits.run_blocks:
             run.due_s = now_s
         self._num_blocks += len(job.keys)
         self._run_of.update(dict.fromkeys(job.keys, run))

@@ -7,6 +7,7 @@ name, and its keys can be moved to where the new prompt has it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from ucm.api import CacheApi
 from ucm.checksum import checksum
 from ucm.client import connect
+from ucm.config import MIB, MemoryConfig
 from ucm.connectors.circuit_breaker import BreakerOptions
 from ucm.connectors.reference import ReferenceConnector, namespace_spec
 from ucm.connectors.session import CacheSession, SessionOptions
@@ -284,3 +286,57 @@ def test_summaries_of_a_chunk_speak_for_its_bytes(
             assert summary is not None
             assert decode_summary(spec.layout, summary, sums) is not None
     manager.close()
+
+
+@pytest.mark.timeout(60)
+def test_chunks_are_evicted_like_any_block_and_never_replaced_by_another(
+    loaded: LoadedModel, spec: NamespaceSpec, folder: Path
+) -> None:
+    """In a store too small for them, what is found of a chunk is a beginning of it, unchanged."""
+    config = dataclasses.replace(
+        small_config(folder, nvme=False), memory=MemoryConfig(capacity_bytes=MIB)
+    )
+    manager = Manager(config)
+    extra_keys = space().extra_keys
+    with node(loaded, spec, lambda: EmbeddedCache(manager)) as one:
+        places, contents = [12, 13, 14, 15], {}
+        for number in range(30):
+            tokens = tuple(1 + (token + number) % 250 for token in CHUNK_TOKENS)
+            one.pool[:, :NUM_BLOCKS] = torch.randn(
+                one.pool[:, :NUM_BLOCKS].shape, generator=torch.Generator().manual_seed(number)
+            )
+            contents[tokens] = one.pool[:, :NUM_BLOCKS].clone()
+            one.store(tokens, list(range(NUM_BLOCKS)), extra_keys)
+        found = []
+        for tokens, content in contents.items():
+            count = one.hook.match(tokens, 0, extra_keys) // BLOCK_TOKENS
+            count = one.load(tokens, places[:count], extra_keys) if count else 0
+            assert torch.equal(one.pool[:, places[:count]], content[:, :count])
+            found.append(count)
+        assert found[-1] == NUM_BLOCKS
+        assert 0 in found
+        assert not manager.check_integrity()
+    manager.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_damaged_chunk_is_a_miss_that_fsck_explains(
+    loaded: LoadedModel, spec: NamespaceSpec, folder: Path
+) -> None:
+    config, extra_keys = small_config(folder), space().extra_keys
+    with node(loaded, spec, lambda: EmbeddedCache(Manager(config))) as one:
+        one.encode([*SINK, *CHUNK_TOKENS])
+        slab = one.pool[1, 2].contiguous().numpy().tobytes()  # of the chunk's second block
+        one.store(CHUNK_TOKENS, list(range(1, 1 + NUM_BLOCKS)), extra_keys)
+    (segment,) = (folder / "store").rglob("*.seg")
+    content = segment.read_bytes()
+    assert content.count(slab) == 1
+    with segment.open("r+b") as file:
+        file.seek(content.index(slab) + 100)
+        file.write(b"\xff\xee\xdd")
+    (finding,) = check_store(folder / "store", repair=False).findings
+    assert finding.is_damage
+    with node(loaded, spec, lambda: EmbeddedCache(Manager(config))) as one:
+        for _ in range(2):
+            assert one.load(CHUNK_TOKENS, [9, 10, 11, 12], extra_keys) <= 1
+        assert one.hook.session.stats().corrupt_blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -20,7 +21,7 @@ from ucm.load_decision import (
     forced,
 )
 from ucm.testing.load_simulator import SimulatedMachine
-from ucm.types import LoadMode, TierKind
+from ucm.types import LoadMode, LoadOrder, TierKind
 
 BLOCK_TOKENS = 32
 NVME = TierKind.NVME
@@ -93,7 +94,7 @@ def test_predictions_are_what_happens(drawn: Case) -> None:
     for kind in LoadKind:
         decision = forced(kind)(drawn.model, drawn.shape)
         measured = drawn.ttft_s(decision)
-        assert decision.predicted_ttft_s == pytest.approx(measured, rel=0.06, abs=2e-3), kind
+        assert decision.predicted_ttft_s == pytest.approx(measured, rel=0.08, abs=2e-3), kind
 
 
 @given(cases())
@@ -112,6 +113,17 @@ def test_a_decision_is_sound(drawn: Case) -> None:
     assert (chosen.num_blocks == 0) == (chosen.kind is LoadKind.COMPUTE)
     assert 1 <= chosen.read_ahead_layers <= shape.max_read_ahead_layers
     assert chosen.kind.value in chosen.explain()
+
+
+@given(drawn=cases(), kind=st.none() | st.sampled_from(list(LoadKind)))
+def test_a_chunk_is_loaded_whole_or_not_at_all(drawn: Case, kind: LoadKind | None) -> None:
+    shape = replace(drawn.shape, is_whole=True)
+    chosen = (forced(kind) if kind else decide)(drawn.model, shape)
+    assert chosen.order is LoadOrder.LAYERS
+    assert chosen.num_blocks in (0, len(shape.tiers))
+    assert set(chosen.alternatives) <= {LoadKind.LOAD_ALL.value, LoadKind.COMPUTE.value}
+    if kind not in (None, LoadKind.COMPUTE):
+        assert chosen.num_blocks == len(shape.tiers)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])

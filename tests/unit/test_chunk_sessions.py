@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,19 +49,26 @@ class Side:
         self,
         block_ids: list[int],
         extra_keys: tuple[Encodable, ...],
-        token_ids: Sequence[int] = CHUNK.token_ids,
+    ) -> None:
+        self.offer(block_ids, extra_keys, lambda: None)
+        assert self.hook.session.flush(5.0)
+
+    def offer(
+        self,
+        block_ids: list[int],
+        extra_keys: tuple[Encodable, ...],
+        release: Callable[[], None],
     ) -> None:
         request = StoreRequest(
             request_id="s",
-            token_ids=token_ids[: len(block_ids) * 4],
+            token_ids=CHUNK.token_ids[: len(block_ids) * 4],
             first_block=0,
             block_ids=block_ids,
-            release=lambda: None,
+            release=release,
             layers=LayerClock.finished(LAYOUT.num_layers),
             extra_keys=extra_keys,
         )
         self.hook.store(request)
-        assert self.hook.session.flush(5.0)
 
     def load(self, block_ids: list[int], extra_keys: tuple[Encodable, ...]) -> int:
         """Match and load as a blend does; good blocks."""
@@ -83,7 +91,6 @@ class Side:
         for layer in range(LAYOUT.num_layers):
             (num_good,) = self.hook.wait_layer(layer, ["r/chunk0"])
         assert self.hook.end_load("r/chunk0") == num_good
-        self.hook.finish("r/chunk0")
         return num_good
 
 
@@ -124,6 +131,24 @@ def test_a_chunk_comes_back_into_other_places(make_side: Callable[..., Side]) ->
     assert writer.hook.session.stats().stored_chunk_blocks == NUM_BLOCKS
     stats = reader.hook.session.stats()
     assert stats.loaded_chunk_blocks == stats.loaded_blocks == NUM_BLOCKS
+
+
+def test_a_chunk_waits_for_nothing_that_could_continue_it(
+    make_side: Callable[..., Side], cache: FakeCache
+) -> None:
+    """A few blocks of a decode wait seconds for the next ones; a chunk is all there."""
+    side = make_side()
+    release = threading.Event()
+    side.offer([3, 9, 0], SPACE.extra_keys, release=release.set)
+    assert release.wait(4.0), "the delay is 5 s"
+    assert len(cache.blocks) == NUM_BLOCKS
+
+
+def test_chunks_leave_nothing_behind_that_grows(make_side: Callable[..., Side]) -> None:
+    side = make_side()
+    side.store([3, 9, 0], SPACE.extra_keys)
+    assert side.load([7, 1, 5], SPACE.extra_keys) == NUM_BLOCKS
+    assert not side.hook.session._chains._requests
 
 
 def test_it_is_stored_under_its_own_keys(make_side: Callable[..., Side], cache: FakeCache) -> None:

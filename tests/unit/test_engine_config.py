@@ -126,6 +126,8 @@ def test_rope_scalings(tmp_path: Path) -> None:
         ("mlp_bias", True, "mlp_bias"),
         ("hidden_act", "gelu", "hidden_act"),
         ("rope_interleaved", True, "interleaved"),
+        ("position_embedding_type", "learned", "not rotary"),
+        ("no_rope_layers", [1, 0, 1], "no_rope_layers"),
         ("rope_scaling", {"type": "longrope", "factor": 2.0}, "longrope"),
         ("rope_scaling", {"type": "yarn", "factor": -2.0}, "factor"),
         ("partial_rotary_factor", 0.5, "part of the head"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,22 @@ class BrokenHook:
     def finish(self, request_id: str) -> None:
         """See `KvHook.finish`."""
         raise self._error
+
+
+class DeafHook(BrokenHook):
+    """Has what it is asked for, but was written before chunks."""
+
+    def match(self, token_ids: Sequence[int], num_local_tokens: int) -> int:  # type: ignore[override]
+        """See `KvHook.match`."""
+        return len(token_ids)
+
+
+def test_a_hook_that_knows_no_extra_keys_has_no_chunks() -> None:
+    """What it would find by its tokens alone is a prompt's."""
+    hook: Any = DeafHook(TypeError())
+    guard = GuardedHook(hook, torch.zeros(1), block_tokens=4)
+    assert guard.match_blocks(list(range(8)), 0, 2, ("ucm.chunk", bytes(32))) == 0
+    assert guard.stats.errors == 1
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from ucm.kernels.rope import Rope
 from ucm.layout import KvDtype, KvLayout
 from ucm.reuse import Chunk, ChunkSpace, check_reusable
 from ucm.reuse.chunks import (
-    check_reusable_spec,
     chunk_extra_keys,
     chunk_keys,
     is_chunk_keys,
@@ -137,11 +136,9 @@ def test_a_model_without_rope_is_refused() -> None:
 
 def test_a_namespace_without_rope_is_refused() -> None:
     for kind in ("half_split", "interleaved"):
-        check_reusable_spec(dataclasses.replace(SPEC, rope_kind=kind))
-    with pytest.raises(ConfigError, match="'none'"):
-        check_reusable_spec(dataclasses.replace(SPEC, rope_kind="none"))
-    with pytest.raises(ConfigError, match="position 7"):
-        check_reusable_spec(dataclasses.replace(SPEC, position_offset=7))
+        check_reusable(dataclasses.replace(SPEC, rope_kind=kind))
+    with pytest.raises(ConfigError, match="model smollm2-135m has no rotary"):
+        check_reusable(dataclasses.replace(SPEC, rope_kind="none"))
 
 
 def test_importing_the_names_is_cheap() -> None:

@@ -181,6 +181,26 @@ def test_spans_are_where_their_tokens_are(
     assert SegmentedPrompt.from_spans(prompt.token_ids, pairs, SPACE).spans == prompt.spans
 
 
+@given(
+    num_tokens=st.integers(0, 12),
+    pairs=st.lists(st.tuples(st.integers(-2, 14), st.integers(-2, 14)), max_size=4),
+)
+def test_any_spans_give_their_prompt_or_words(
+    num_tokens: int, pairs: list[tuple[int, int]]
+) -> None:
+    tokens = list(range(num_tokens))
+    edges = [edge for pair in pairs for edge in pair]
+    is_good = num_tokens > 0 and all(start < stop for start, stop in pairs)
+    is_good = is_good and edges == sorted(edges) and all(0 < edge < num_tokens for edge in edges)
+    if not is_good:
+        with pytest.raises(InvalidArgumentError):
+            SegmentedPrompt.from_spans(tokens, pairs, SPACE)
+        return
+    prompt = SegmentedPrompt.from_spans(tokens, pairs, SPACE)
+    assert prompt.token_ids == tuple(tokens)
+    assert [(span.start, span.stop) for span in prompt.spans] == pairs
+
+
 @given(prefix=token_lists, chunks=st.lists(token_lists, max_size=5), query=token_lists)
 def test_splitting_is_the_inverse_of_joining(
     prefix: tuple[int, ...], chunks: list[tuple[int, ...]], query: tuple[int, ...]

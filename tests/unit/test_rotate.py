@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,10 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ucm.engine.config import ModelConfig
+from ucm.engine.loading import load_model
 from ucm.engine.rope import RopeTable, rotate_
 from ucm.errors import ConfigError, LayoutMismatchError
 from ucm.kernels.rope import Rope, RopeScaling, RopeStyle, cos_sin
 from ucm.kernels.rotate import rotate_keys
+from ucm.testing.models import write_tiny_model
 
 SCALINGS = [
     None,
@@ -84,6 +90,45 @@ def test_any_shift_is_the_definition(
     rope = Rope(head_dim=16, base=500.0, scaling=scaling, style=style)
     keys = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(seed))
     assert error(rotate_keys(keys, rope, shift), written_out(keys, rope, shift)) < 2e-7
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}
+CONFIGURED: dict[str, dict[str, object] | None] = {
+    "none": None,
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "ntk": {"type": "ntk", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama3": {**LLAMA3, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": dict(YARN),
+    "yarn, ramp": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+    "yarn, magnitude": {**YARN, "attention_factor": 1.25},
+    "yarn, mscale": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_a_models_first_keys_move_as_its_configuration_says(name: str, tmp_path: Path) -> None:
+    """Layer 0 knows nothing but tokens and positions, so a moved key has a true value."""
+    options: dict[str, Any] = {"rope_scaling": CONFIGURED[name], "max_position_embeddings": 8192}
+    folder = write_tiny_model(tmp_path / "m", **options)
+    loaded = load_model(folder, torch.float32)
+    hidden = loaded.model.embed([7 * i % 250 for i in range(48)])
+    rope, base = loaded.config.rope, 16
+    _, (stored, _) = loaded.model.project(0, hidden, torch.arange(base, base + 48))
+    before = stored.clone()
+    for start in (0, 17, 1029, 8192 - 48):
+        _, (want, _) = loaded.model.project(0, hidden, torch.arange(start, start + 48))
+        moved = rotate_keys(stored, rope, start - base)
+        assert error(moved, want) < 2e-6
+        interleaved = dataclasses.replace(rope, style=RopeStyle.INTERLEAVED)
+        assert error(rotate_keys(_paired(stored), interleaved, start - base), _paired(want)) < 2e-6
+    assert torch.equal(stored, before), "always from the original bytes"
+
+
+def _paired(keys: Tensor) -> Tensor:
+    """Half-split keys in the interleaved order: the halves of a plane beside each other."""
+    return keys.view(*keys.shape[:-1], 2, -1).transpose(-1, -2).flatten(-2)
 
 
 def test_rotating_the_original_does_not_add_up_errors() -> None:

@@ -22,8 +22,9 @@ from ucm.clock import Clock
 from ucm.errors import ConfigError
 from ucm.kernels.rope import Rope
 from ucm.reuse.blending import blend
+from ucm.reuse.budget import BudgetController
 from ucm.reuse.chunks import check_reusable
-from ucm.reuse.options import BlendOptions, ReuseOptions
+from ucm.reuse.options import ReuseOptions
 from ucm.reuse.protocols import LayerwiseModel
 
 from .blend_job import BlendJob, JobParts
@@ -47,9 +48,11 @@ class BlendDesk:
     """See the module. Owned by the engine's thread."""
 
     parts: JobParts
-    options: ReuseOptions
     stats: ReuseStats
     _jobs: dict[str, BlendJob] = field(default_factory=dict)
+    _num_steps: int = 0
+    _idle_step: int = -1
+    """The last in which the engine had nothing to do."""
     _stuck_since_us: int | None = None
 
     @property
@@ -76,7 +79,8 @@ class BlendDesk:
             return
         opened: dict[tuple[int, ...], Original] = {}
         arrival = (sequence.arrival[0], _ENCODER_INDEX)
-        for chunk in span.chunks:
+        chunks = [chunk for chunk in span.chunks if chunk.stop > sequence.num_computed]
+        for chunk in chunks:
             if chunk.token_ids in opened:
                 continue
             original = self._shelf.open(chunk.token_ids, sequence.id, arrival)
@@ -84,7 +88,7 @@ class BlendDesk:
                 break
             opened[chunk.token_ids] = original
         else:
-            originals = [(chunk, opened[chunk.token_ids]) for chunk in span.chunks]
+            originals = [(chunk, opened[chunk.token_ids]) for chunk in chunks]
             self._jobs[sequence.id] = BlendJob(self.parts, sequence, originals)
             return
         for original in opened.values():
@@ -120,6 +124,7 @@ class BlendDesk:
         """
         if not self._jobs:
             return 0
+        self._num_steps += 1
         self._shelf.poll()
         num_layers = self.parts.pool.layout.num_layers
         allowance, used = float(num_tokens * num_layers), 0.0
@@ -127,13 +132,11 @@ class BlendDesk:
         for job in sorted(self._jobs.values(), key=lambda job: job.sequence.arrival):
             if used >= allowance:
                 break
-            computed = job.advance(self._options_for(job), allowance - used)
+            computed = job.advance(allowance - used)
             used += computed
             num_moved += computed > 0 or job.is_over
             if job.is_over:
                 self._end(job)
-        if num_moved:
-            self._stuck_since_us = None
         return max(int(num_moved > 0), -(-int(used) // num_layers))
 
     def wait(self) -> bool:
@@ -147,15 +150,24 @@ class BlendDesk:
             return False
         if any(job.wait() for job in jobs):
             return True
-        now_us = self._clock.now_us()
-        if self._stuck_since_us is None:
-            self._stuck_since_us = now_us
-        if self.parts.pool.num_pinned and now_us - self._stuck_since_us < _PATIENCE_US:
-            self.parts.pool.wait_release(_POLL_S)
+        if self._may_be_freed():
             return True
-        self._stuck_since_us = None
         jobs[0].fall_back(FallbackReason.NO_ROOM)
         self._end(jobs[0])
+        return True
+
+    def _may_be_freed(self) -> bool:
+        """Whether something may yet make room, though nothing could be done in this step."""
+        was_idle = self._idle_step == self._num_steps - 1
+        self._idle_step = self._num_steps
+        now_us = self._clock.now_us()
+        if not was_idle or self._stuck_since_us is None:
+            self._stuck_since_us = now_us
+            return True
+        has_patience = now_us - self._stuck_since_us < _PATIENCE_US
+        if self.parts.pool.num_pinned == 0 or not has_patience:
+            return False
+        self.parts.pool.wait_release(_POLL_S)
         return True
 
     def check_integrity(self, running: Sequence[TokenSequence]) -> list[str]:
@@ -178,9 +190,6 @@ class BlendDesk:
                 f"block {block_id} of {sequence.id} is blended and found" for block_id in found
             ]
         return faults
-
-    def _options_for(self, _job: BlendJob) -> BlendOptions:
-        return self.options.blend
 
     def _end(self, job: BlendJob) -> None:
         """A job is over: count it, and let its originals go."""
@@ -219,7 +228,8 @@ def open_desk(context: DeskContext) -> BlendDesk:
     """A desk for an engine.
 
     Raises:
-        ConfigError: the model has no RoPE, or cannot be run a layer at a time.
+        ConfigError: the model has no RoPE, or cannot be run a layer at a time; budgets or targets
+            that make no sense.
     """
     model, options = context.model, context.options
     check_reusable(model.config)
@@ -242,6 +252,7 @@ def open_desk(context: DeskContext) -> BlendDesk:
     parts = JobParts(
         model=cast(LayerwiseModel, model),
         blend=blend,
+        budgets=BudgetController(options),
         rope=rope,
         pool=context.pool,
         loads=context.loads,
@@ -249,4 +260,4 @@ def open_desk(context: DeskContext) -> BlendDesk:
         clock=context.clock,
         num_sink=len(options.sink_tokens),
     )
-    return BlendDesk(parts, options, context.stats)
+    return BlendDesk(parts, context.stats)

@@ -23,6 +23,7 @@ import torch
 
 from ucm.clock import Clock
 from ucm.kernels.rope import Rope
+from ucm.reuse.budget import BlendWork, BudgetController
 from ucm.reuse.options import BlendOptions, RecomputePolicy
 from ucm.reuse.protocols import (
     BlendOutcome,
@@ -59,6 +60,8 @@ class JobParts:
 
     model: LayerwiseModel
     blend: Blend
+    budgets: BudgetController
+    """Chooses each blend's budget, and learns from it."""
     rope: Rope
     pool: KvPool
     loads: LoadQueue
@@ -91,8 +94,12 @@ class BlendJob:
         self._num_restarts = 0
         self._num_guarded = 0
         self._outcome: BlendOutcome | None = None
+        """Of the last repair, which left rows to be put in their place."""
+        self._first: BlendOutcome | None = None
+        """Of the repair under the budget; a second one may follow (`_guard`)."""
         self._options: BlendOptions | None = None
-        self._used_us = 0
+        self._work: BlendWork | None = None
+        self._used_us = self._begun_us = 0
 
     @property
     def is_over(self) -> bool:
@@ -117,11 +124,10 @@ class BlendJob:
         """Rows of no chunk up to the span's end."""
         return self._span.stop - self.sequence.num_computed - self.num_chunk_tokens
 
-    def advance(self, options: BlendOptions, allowance: float) -> float:
+    def advance(self, allowance: float) -> float:
         """Go on, as far as the chunks are there; never waits for them.
 
         Args:
-            options: taken when the job begins.
             allowance: token-layers to compute; it may go over by a slice.
 
         Returns:
@@ -135,11 +141,7 @@ class BlendJob:
             return 0.0
         if not self._has_originals():
             return 0.0
-        started_us = self._parts.clock.now_us()
-        try:
-            return self._run(options, allowance)
-        finally:
-            self._used_us += self._parts.clock.now_us() - started_us
+        return self._run(allowance)
 
     def wait(self) -> bool:
         """Block until the layer that it needs next is there, or lost.
@@ -173,7 +175,8 @@ class BlendJob:
 
     def _has_originals(self) -> bool:
         """Whether every chunk is there or coming; begins anew, or gives up, where one is not."""
-        originals = [original for _, original in self.originals]
+        start = self.sequence.num_computed
+        originals = [original for chunk, original in self.originals if chunk.stop > start]
         if any(original.state is OriginalState.FAILED for original in originals):
             self.fall_back(FallbackReason.NO_ROOM)
             return False
@@ -196,18 +199,18 @@ class BlendJob:
     def _abandon(self) -> None:
         if self._steps is not None:
             self._steps.close()
-        self._steps = self._rows = self._plan = self._outcome = None
+        self._steps = self._rows = self._plan = self._outcome = self._first = None
         self._next_layer = self._num_guarded = 0
 
     # The steps
 
-    def _run(self, options: BlendOptions, allowance: float) -> float:
+    def _run(self, allowance: float) -> float:
         if self._steps is None:
-            self._begin(options)
+            self._begin()
         used = 0.0
         while used < allowance and self._may_read():
             if self._outcome is not None:
-                self._complete(self._outcome)
+                self._complete()
                 break
             used += self._step()
         return used
@@ -220,7 +223,7 @@ class BlendJob:
         has_all = all(shelf.has_layer(original, layer) for _, original in self.originals)
         return has_all and self._has_originals()
 
-    def _begin(self, options: BlendOptions) -> None:
+    def _begin(self) -> None:
         sequence, parts = self.sequence, self._parts
         start = sequence.num_computed
         sequence.loaded_ahead = None  # of a load that left a gap: blended over, or computed anew
@@ -234,15 +237,21 @@ class BlendJob:
         self._plan = BlendPlan(
             token_ids=tuple(sequence.tokens[: sequence.num_prompt]),
             spans=tuple(
-                ChunkSpan(start=max(chunk.start, start), stop=chunk.stop, is_exact=chunk.is_exact)
+                ChunkSpan(
+                    start=max(chunk.start, start),
+                    stop=chunk.stop,
+                    is_exact=chunk.is_exact,
+                    num_cut=max(0, start - chunk.start),
+                )
                 for chunk in self._live_chunks()
             ),
             start=start,
             stop=self._span.stop,
         )
-        self._options = options
-        self._num_losses = self._count_losses()
-        self._steps = parts.blend(parts.model, self._rows, self._plan, options)
+        self._work = BlendWork.of(self._plan, parts.pool.layout.num_layers)
+        self._options = parts.budgets.choose(self._work)
+        self._begun_us, self._num_losses = self._used_us, self._count_losses()
+        self._steps = parts.blend(parts.model, self._rows, self._plan, self._options)
 
     def _moved(self, start: int) -> list[MovedRows]:
         return [
@@ -260,6 +269,7 @@ class BlendJob:
     def _step(self) -> float:
         """One step of the repair; the job begins anew should it fail."""
         assert self._steps is not None
+        started_us = self._parts.clock.now_us()
         is_good = False
         try:
             with torch.inference_mode():
@@ -270,6 +280,7 @@ class BlendJob:
             self._take(stop.value)
             return 0.0
         finally:
+            self._used_us += self._parts.clock.now_us() - started_us
             if not is_good:
                 self._abandon()
         self._next_layer = max(self._next_layer, step.next_layer)
@@ -277,13 +288,20 @@ class BlendJob:
 
     def _take(self, outcome: BlendOutcome) -> None:
         """The repair is over; compute in full what the guard found too far off."""
-        assert self._plan is not None
-        if self._outcome is None and self._num_guarded == 0 and outcome.drifted:
+        if self._first is None:
             self._first = outcome
-            self._guard(outcome)
-            return
+            self._learn(outcome)
+            if outcome.drifted:
+                self._guard(outcome)
+                return
         self._next_layer = self._parts.pool.layout.num_layers
         self._outcome = outcome
+
+    def _learn(self, outcome: BlendOutcome) -> None:
+        assert self._work is not None
+        assert self._options is not None
+        seconds = (self._used_us - self._begun_us) / 1e6
+        self._parts.budgets.observe(self._work, self._options, outcome, seconds)
 
     def _guard(self, outcome: BlendOutcome) -> None:
         """Begin a second repair, of drifted chunks as if they were text."""
@@ -306,15 +324,15 @@ class BlendJob:
         options = replace(self._options, policy=RecomputePolicy.NONE, guard_tokens=0)
         self._steps = parts.blend(parts.model, self._rows, plan, options)
 
-    def _complete(self, outcome: BlendOutcome) -> None:
+    def _complete(self) -> None:
         """All rows are in place: the sequence goes on behind them."""
         assert self._rows is not None
-        assert self._plan is not None
+        assert self._first is not None
         with torch.inference_mode():
             self._rows.finish()
         for _, original in self.originals:
             self._parts.shelf.settle(original)
-        self._span.report = self._report(self._repaired(outcome))
+        self._span.report = self._report(self._repaired(self._first))
         self.sequence.approximate_from = self.sequence.num_computed
         self.sequence.num_computed = self._span.stop
         self._span.is_over = True

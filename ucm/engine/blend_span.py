@@ -1,10 +1,10 @@
 """Which positions of a prompt chunks fill.
 
     prompt   | text | chunk: full blocks, tail | text | chunk: full blocks, tail | text |
-    span            start                                                  stop
+    span            start                                                        stop
 
-A chunk's tail, which fills no block, and text between chunks have no rows to reuse. Behind the last
-chunk's full blocks everything is the query's, and computed by ordinary passes.
+A chunk's tail, which fills no block, and text between chunks have no rows to reuse: they are
+computed in every layer, with what of the chunks is recomputed.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class BlendSpan:
 
     chunks: tuple[BlendChunk, ...]
     """At least one, ascending."""
+    stop: int
+    """Position behind the last of them, its tail included."""
     num_extra_blocks: int
     """Pool blocks that they take beside the sequence's own, while they are blended in."""
     is_over: bool = False
@@ -54,11 +56,6 @@ class BlendSpan:
     def start(self) -> int:
         """Position of the first chunk."""
         return self.chunks[0].start
-
-    @property
-    def stop(self) -> int:
-        """Position behind the last chunk's full blocks."""
-        return self.chunks[-1].stop
 
     def fall_back(self, reason: FallbackReason) -> None:
         """Compute everything, now and after a preemption."""
@@ -85,7 +82,7 @@ def span_of(
     distinct = {chunk.token_ids for chunk in chunks}
     longest = max(map(len, distinct))
     num_rows = sum(map(len, distinct)) + len(sink_tokens) + longest
-    return BlendSpan(chunks=chunks, num_extra_blocks=-(-num_rows // block_tokens))
+    return BlendSpan(chunks=chunks, stop=prompt.stop, num_extra_blocks=-(-num_rows // block_tokens))
 
 
 def chunk_space_of(model: DecoderModel, options: ReuseOptions, block_tokens: int) -> ChunkSpace:

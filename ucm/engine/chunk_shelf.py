@@ -273,7 +273,8 @@ class ChunkShelf:
         if state.is_done or is_short or age_us > self.parts.max_load_s * 1e6:
             self._end_load(original)
         elif is_by_layer:
-            original.num_layers_ready = state.num_layers_ready
+            num_ready = max(original.num_layers_ready, state.num_layers_ready)
+            original.num_layers_ready = num_ready
 
     def _end_load(self, original: Original) -> None:
         """End a load: the original is ready then, or must be computed."""

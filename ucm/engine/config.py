@@ -134,6 +134,14 @@ def _check_supported(raw: Mapping[str, Any], path: Path) -> None:
     for key, supported in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if raw.get(key, supported) != supported:
             raise ConfigError(f"{path}: {key} = {raw[key]!r} is not supported")
+    positions = raw.get("position_embedding_type", "rope")
+    if positions not in ("rope", "rotary"):
+        raise ConfigError(
+            f"{path}: positions are {positions!r}, not rotary (RoPE): not supported, and chunks of "
+            "such a model could not be reused at other positions"
+        )
+    if raw.get("no_rope_layers"):
+        raise ConfigError(f"{path}: layers without RoPE (no_rope_layers) are not supported")
     if raw.get("rope_interleaved"):
         raise ConfigError(f"{path}: interleaved RoPE is not supported")
     for table in (raw, raw.get("rope_parameters"), raw.get("rope_scaling")):

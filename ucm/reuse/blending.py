@@ -24,6 +24,8 @@ from torch import Tensor
 from ucm.errors import ConfigError
 
 from .candidates import Allowance, CandidateRows, fresh_positions
+from .drift import relative_drift
+from .guard import KeptAttention, choose_probes, median_drifts
 from .importance import Importance
 from .options import BlendOptions, RecomputePolicy
 from .policies import (
@@ -97,6 +99,9 @@ class _Blend:
         self._device = model.embed([]).device
         self._candidates = CandidateRows.of(plan, self._device)
         self._fresh = fresh_positions(plan, self._device)
+        self._allowance, self._is_probe = self._draw_probes(self._whole_allowance())
+        self._kept = KeptAttention(self._candidates)
+        self._drift: tuple[float, ...] = ()
         self._num_read = 0
         self._spent = 0.0
         self._unreported = 0.0
@@ -105,12 +110,15 @@ class _Blend:
     def run(self) -> Steps:
         """All layers."""
         policy, importance = yield from self._choose()
-        chosen = policy.first()
-        current = self._enter(chosen)
+        current = self._enter(policy.first() | self._is_probe)
         for layer in range(self._model.num_layers):
             if importance is not None:
                 yield from self._look_ahead(importance, layer)
             yield from self._read_first(layer)
+            if layer > 0 and self._is_guarded:
+                repaired = current.indexes[current.indexes >= 0]
+                mass = None if importance is None else importance.masses[layer]
+                self._kept.add(mass, repaired)
             current = yield from self._run_layer(layer, current, policy)
         if self._unreported:
             yield self._step()
@@ -122,14 +130,18 @@ class _Blend:
             cost=self._spent / all_token_layers,
             rows_per_layer=tuple(self._rows_per_layer),
             num_fresh=len(self._fresh),
+            drift=self._drift,
+            drifted=tuple(
+                i for i, drift in enumerate(self._drift) if drift > self._options.guard_limit
+            ),
+            residual=self._kept.residual(self._drift) if self._drift else None,
         )
 
     # What is recomputed.
 
     def _choose(self) -> Generator[BlendStep, None, tuple[RowPolicy, Importance | None]]:
         """The policy, with what it has to know before layer 0."""
-        kind, candidates = self._options.policy, self._candidates
-        allowance = self._allowance()
+        kind, candidates, allowance = self._options.policy, self._candidates, self._allowance
         if kind is RecomputePolicy.NONE or allowance.constant_rows == 0:
             return no_rows(candidates), None
         if kind is RecomputePolicy.FULL or allowance.constant_rows >= len(candidates):
@@ -149,7 +161,16 @@ class _Blend:
             return looked_at_most(importance, allowance), importance
         return Progressive(candidates, importance, allowance, self._options), importance
 
-    def _allowance(self) -> Allowance:
+    def _draw_probes(self, whole: Allowance) -> tuple[Allowance, Tensor]:
+        """What is left for the policy, and the rows that the guard looks at."""
+        options = self._options
+        is_probe, count = choose_probes(
+            self._candidates, options.guard_tokens, whole.constant_rows, options.seed
+        )
+        self._is_guarded = count > 0
+        return whole.less(count * whole.row_cost), is_probe
+
+    def _whole_allowance(self) -> Allowance:
         num_layers = self._model.num_layers
         budget = 1.0 if self._options.policy is RecomputePolicy.FULL else self._options.budget
         return Allowance(
@@ -241,17 +262,26 @@ class _Blend:
         self, layer: int, rows: _RowSet, policy: RowPolicy, new_2GSD: Tensor, kv_2GTD: Tensor
     ) -> Tensor:
         """[S] bool: the rows that run the layer; fresh ones always do, in the last nobody does."""
-        if layer == self._model.num_layers - 1:
-            return torch.zeros_like(rows.indexes, dtype=torch.bool)
         is_kept = torch.ones_like(rows.indexes, dtype=torch.bool)
         if layer == 0:
-            return is_kept
+            return is_kept.fill_(self._model.num_layers > 1)
         where = (rows.indexes >= 0).nonzero()[:, 0]
         old_2GSD = kv_2GTD.index_select(2, rows.positions[where])
         new_2GSD = new_2GSD.index_select(2, where)
         seen = ProjectedRows(layer, rows.indexes[where], new_2GSD, old_2GSD)
-        is_kept[where] = policy.keep(seen)
+        if layer == self._model.num_layers - 1:
+            self._look_at_probes(seen)
+            return is_kept.fill_(value=False)
+        is_kept[where] = policy.keep(seen) | self._is_probe[seen.indexes]
         return is_kept
+
+    def _look_at_probes(self, rows: ProjectedRows) -> None:
+        """In the last layer: how far each chunk has drifted."""
+        if self._is_guarded:
+            is_probe = self._is_probe[rows.indexes]
+            drift_S = relative_drift(rows.new, rows.old)[is_probe]
+            span_of_S = self._candidates.span_of[rows.indexes][is_probe]
+            self._drift = median_drifts(drift_S, span_of_S, len(self._plan.spans))
 
     # Steps and accounts.
 

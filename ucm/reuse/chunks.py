@@ -25,10 +25,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ucm.errors import ConfigError, InvalidArgumentError
-from ucm.hashing import FORMAT_VERSION, MAX_TOKEN_ID, Encodable, chain_keys, encode
+from ucm.hashing import FORMAT_VERSION, MAX_TOKEN_ID, Encodable, NamespaceSpec, chain_keys, encode
 
 if TYPE_CHECKING:
-    from ucm.hashing import NamespaceSpec
     from ucm.types import BlockKey, NamespaceId
 
 CHUNK_MARK = "ucm.chunk"
@@ -106,37 +105,24 @@ def as_tokens(token_ids: Iterable[int], what: str) -> tuple[int, ...]:
     return tokens
 
 
-def check_reusable(config: object) -> None:
+def check_reusable(model: object) -> None:
     """Refuse models whose keys cannot be moved to other positions.
 
     Args:
-        config: a model's: `rope` says how its keys are rotated, `name` is for people.
+        model: a configuration, whose `rope` says how keys are rotated (`ModelConfig` of our engine
+            has one), or the `NamespaceSpec` that another engine's KV is stored under.
 
     Raises:
         ConfigError: it has no RoPE, so that chunks are good only where they were computed.
     """
-    if getattr(config, "rope", None) is None:
-        name = getattr(config, "name", type(config).__name__)
+    if isinstance(model, NamespaceSpec):
+        name, is_rotary = model.model_id, model.rope_kind in ROTARY_KINDS
+    else:
+        name = getattr(model, "name", type(model).__name__)
+        is_rotary = getattr(model, "rope", None) is not None
+    if not is_rotary:
         raise ConfigError(
             f"model {name} has no rotary position embedding (RoPE): positions are in its hidden "
             "states and cannot be moved, so chunks cannot be reused; send the prompt as one text, "
             "without segments"
-        )
-
-
-def check_reusable_spec(spec: NamespaceSpec) -> None:
-    """As `check_reusable`, of a namespace: for engines that are not ours.
-
-    Raises:
-        ConfigError: its keys carry no rotation that can be moved.
-    """
-    if spec.rope_kind not in ROTARY_KINDS:
-        raise ConfigError(
-            f"namespace of model {spec.model_id}: RoPE is {spec.rope_kind!r}, and only keys with "
-            f"{' or '.join(ROTARY_KINDS)} RoPE can be moved to other positions; store prefixes only"
-        )
-    if spec.position_offset:
-        raise ConfigError(
-            f"namespace of model {spec.model_id}: chains begin at position {spec.position_offset}, "
-            "a chunk's base position is that of its sink prefix; use a namespace without offset"
         )

@@ -47,7 +47,8 @@ class Importance:
         ahead.masked_fill_(own > own.unsqueeze(1), -math.inf)
         self._mask = torch.cat((columns.expand(len(own), -1), ahead), 1)
         self._positions = own + first
-        self._masses: list[Tensor] = []
+        self.masses: list[Tensor] = []
+        """[N] fp32 for each layer that is known: attention on each candidate."""
 
     @property
     def num_queries(self) -> int:
@@ -59,16 +60,16 @@ class Importance:
         layer = self.num_done
         q_QHD, own_2GQD = self._model.project(layer, self._x_QC, self._positions)
         attended, weights_QT = _attend(q_QHD, kv_2GTD, own_2GQD, self._mask)
-        self._masses.append(weights_QT.index_select(0, candidates))
+        self.masses.append(weights_QT.index_select(0, candidates))
         self.num_done += 1
         if self.num_done < self._model.num_layers:
             self._x_QC = self._model.finish(layer, self._x_QC, attended)
 
     def behind(self, layer: int) -> Tensor:
         """[N] fp32: mass in the layers behind `layer` that are known; sums to 1 or is all 0."""
-        known = self._masses[layer + 1 :]
+        known = self.masses[layer + 1 :]
         if not known:
-            return torch.zeros_like(self._masses[-1])
+            return torch.zeros_like(self.masses[-1])
         mass = torch.stack(known).sum(0)
         return mass / mass.sum().clamp_min_(1e-20)
 

@@ -113,3 +113,5 @@ class BlendOutcome:
     """For each span the median relative drift of its probes; empty when none were sent."""
     drifted: tuple[int, ...] = ()
     """Indexes of spans above the limit of the quality guard: to be computed in full."""
+    residual: float | None = None
+    """Drift that was left, weighed by the query's attention; None when no probes were sent."""

@@ -184,6 +184,7 @@ class FakeLoadingHook:
         return LoadState(
             is_done=load.num_written == len(load.slabs) or self._is_hopeless(load),
             num_good_blocks=min(load.bad, default=load.start.num_blocks),
+            num_layers_ready=self._num_layers_ready(load),
             bytes_left=len(load.slabs) - load.num_written,
             stall_s=stall_us / 1e6 * load.script.optimism,
             first_ready_block=load.start.first_block + self._first_ready(load),
@@ -364,6 +365,16 @@ class FakeLoadingHook:
             if any((of_layer, index) not in load.arrived for of_layer in range(layer + 1)):
                 return index
         return load.start.num_blocks
+
+    def _num_layers_ready(self, load: _Load) -> int:
+        """LAYERS: leading layers of which every block that is still good is there."""
+        if load.start.order is not LoadOrder.LAYERS:
+            return 0
+        first_bad = min(load.bad, default=load.start.num_blocks)
+        for layer in range(self.pool.shape[0]):
+            if any((layer, index) not in load.arrived for index in range(first_bad)):
+                return layer
+        return int(self.pool.shape[0])
 
     def _first_ready(self, load: _Load) -> int:
         first = load.start.num_blocks
