@@ -79,7 +79,7 @@ def read_documents(
     """
     found: dict[str, Document] = {}
     for path in paths:
-        tokens = encoder.encode(_text_of(path))
+        tokens = encoder.encode(read_text(path))
         if len(tokens) < min_tokens:
             raise ConfigError(
                 f"--document {path}: {len(tokens)} tokens, and at least {min_tokens} are needed: "
@@ -99,27 +99,37 @@ def check_document(path: Path) -> None:
     Raises:
         ConfigError: it cannot be read or is no text.
     """
-    _text_of(path)
+    read_text(path)
 
 
-def _text_of(path: Path) -> str:
+def read_text(path: Path, option: str = "--document") -> str:
+    """A file of UTF-8 text, its first `MAX_FILE_BYTES`.
+
+    Args:
+        path: of it.
+        option: that named it, for errors.
+
+    Raises:
+        ConfigError: it cannot be read or is no text.
+    """
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES)
     except OSError as error:
-        raise ConfigError(f"--document {path}: {error.strerror or error}") from error
+        raise ConfigError(f"{option} {path}: {error.strerror or error}") from error
     if b"\0" in content:
-        raise ConfigError(f"--document {path}: a binary file; name one of plain text in UTF-8")
+        raise ConfigError(f"{option} {path}: a binary file; name one of plain text in UTF-8")
     try:
         # A limit in bytes may cut the last character in two.
         return content.decode("utf-8", "strict" if len(content) < MAX_FILE_BYTES else "ignore")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"--document {path}: no UTF-8 at byte {error.start}; convert it with `iconv -t UTF-8`"
+            f"{option} {path}: no UTF-8 at byte {error.start}; convert it with `iconv -t UTF-8`"
         ) from error
 
 
-def _handbook() -> str:
+def handbook() -> str:
+    """The demo's handbook, and how its company began."""
     chapters = [value for name, value in vars(demo_documents).items() if _is_chapter(name, value)]
     return "\n\n".join((*chapters, FOUNDING))
 
@@ -180,7 +190,7 @@ def _stock(dice: random.Random, month: int) -> str:
 
 
 SOURCES: Mapping[str, _Source] = {
-    "prose": _Source(_handbook, 4096),
+    "prose": _Source(handbook, 4096),
     "code": _Source(_python_source, 4096),
     "german": _Source(lambda: CLOCKMAKER, 4096),
     "tables": _Source(_tables, 4096),

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ucm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg", "pdf")
 MARKERS = "osD^v<>PX*"
@@ -36,33 +39,47 @@ def save_plot(result: Mapping[str, Any], path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.hashsalt": "ucm", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.add_subplot()
-        for index, (selector, budgets) in enumerate(result["geomean"].items()):
-            cells = sorted(budgets.values(), key=lambda cell: cell["bytes_ratio"])
-            axes.plot(
-                [100 * cell["bytes_ratio"] for cell in cells],
-                [cell["kl"] for cell in cells],
-                marker=MARKERS[index % len(MARKERS)],
-                linewidth=2.5 if selector == DEFAULT else 1.0,
-                linestyle="--" if selector == "oracle" else "-",
-                label=selector,
-            )
-        axes.set_yscale("log")
-        axes.set_xlabel("bytes read, % of dense (blocks and summaries, bf16 KV)")
-        axes.set_ylabel("KL to dense attention, nats a token")
-        budgets = " and ".join(f"{float(budget):.1%}" for budget in result["budgets"])
-        count = len(result["documents"])
-        axes.set_title(
-            f"{result['model']}: {budgets} of the blocks, {count} "
-            f"document{'s' if count != 1 else ''}; lower left is better",
-            fontsize="medium",
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (selector, budgets) in enumerate(result["geomean"].items()):
+        cells = sorted(budgets.values(), key=lambda cell: cell["bytes_ratio"])
+        axes.plot(
+            [100 * cell["bytes_ratio"] for cell in cells],
+            [cell["kl"] for cell in cells],
+            marker=MARKERS[index % len(MARKERS)],
+            linewidth=2.5 if selector == DEFAULT else 1.0,
+            linestyle="--" if selector == "oracle" else "-",
+            label=selector,
         )
-        axes.grid(visible=True, which="both", alpha=0.3)
-        axes.legend(ncols=2, fontsize="small")
+    axes.set_yscale("log")
+    axes.set_xlabel("bytes read, % of dense (blocks and summaries, bf16 KV)")
+    axes.set_ylabel("KL to dense attention, nats a token")
+    budgets = " and ".join(f"{float(budget):.1%}" for budget in result["budgets"])
+    count = len(result["documents"])
+    axes.set_title(
+        f"{result['model']}: {budgets} of the blocks, {count} "
+        f"document{'s' if count != 1 else ''}; lower left is better",
+        fontsize="medium",
+    )
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend(ncols=2, fontsize="small")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure so that equal ones give equal files.
+
+    Args:
+        figure: drawn.
+        path: whose suffix says the format; overwritten.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "ucm", "svg.fonttype": "none"}):
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
         figure.savefig(path, metadata=metadata)

@@ -36,7 +36,7 @@ def gsa_bench_report(result: Result) -> Group:
             for budget in result["budgets"]:
                 parts += [Text(f"\n{name}, {float(budget):.1%} of the blocks")]
                 parts.append(_table(cells, budget))
-    parts += [Text(f"\n{KEY}\n"), _probes(result), Text(""), _targets(result)]
+    parts += [Text(f"\n{KEY}\n"), _probes(result), Text(""), targets_table(result)]
     return Group(*parts)
 
 
@@ -92,7 +92,8 @@ def _probes(result: Result) -> Text:
     return Text("\n".join(lines))
 
 
-def _targets(result: Result) -> Table:
+def targets_table(result: Result) -> Table:
+    """The targets of a result: value, limit, and `held` or `MISSED`."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, pad_edge=False)
     for heading in ("target", "measured", "limit", ""):
         table.add_column(heading, justify="left" if heading == "target" else "right")

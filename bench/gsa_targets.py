@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .gsa_probes import DENSE
@@ -22,9 +22,18 @@ def targets_of(result: Result) -> list[dict[str, Any]]:
         For each its name, the value, the limit that the value may not pass (`at_most`), or has to
         reach (`at_least`), and whether it is `held`.
     """
+    return judged(_targets(result))
+
+
+def judged(targets: Iterable[tuple[str, float, str, float]]) -> list[dict[str, Any]]:
+    """Targets as a result holds them.
+
+    Args:
+        targets: name, value, `at_most` or `at_least`, limit.
+    """
     return [
         {"name": name, "value": value, kind: limit, "held": _is_held(value, kind, limit)}
-        for name, value, kind, limit in _targets(result)
+        for name, value, kind, limit in targets
     ]
 
 

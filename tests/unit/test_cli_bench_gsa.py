@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ucm.cli.bench_gsa import _check_plot
+from ucm.cli.bench_gsa import check_plot_file
 from ucm.errors import ConfigError
 
 
@@ -20,9 +20,9 @@ def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_format_that_cannot_be_is_refused_whatever_is_installed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"out\.gif: name it \.png, \.svg, \.pdf"):
-        _check_plot(tmp_path / "out.gif")
+        check_plot_file(tmp_path / "out.gif")
 
 
 def test_a_plot_that_could_be_asks_for_the_package(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ucm-cache\[plot\]"):
-        _check_plot(tmp_path / "out.svg")
+        check_plot_file(tmp_path / "out.svg")

@@ -16,6 +16,7 @@ from ucm.errors import ConfigError
 
 from .bench_gsa import GsaOptions, run_gsa
 from .bench_overlap import OverlapOptions, run_overlap
+from .bench_rag import RagOptions, run_rag
 from .console import ExitCode, print_json
 from .option_class import takes_options
 from .options import JsonOption
@@ -205,3 +206,10 @@ def overlap(options: OverlapOptions) -> None:
 def gsa(options: GsaOptions) -> None:
     """Sparse attention: quality, bytes and time of every selector, against dense attention."""
     run_gsa(options)
+
+
+@command.command()
+@takes_options(RagOptions)
+def rag(options: RagOptions) -> None:
+    """Reuse at any position: quality, cost and time of every policy, against full prefill."""
+    run_rag(options)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -59,7 +60,7 @@ def run_gsa(options: GsaOptions) -> None:
         Exit: with 2 where the plot could not be written.
     """
     if options.plot is not None:
-        _check_plot(options.plot)
+        check_plot_file(options.plot)
     wanted = bench_options(options)
     from ucm.bench.gsa import run_gsa_bench
     from ucm.bench.gsa_report import gsa_bench_report
@@ -71,8 +72,10 @@ def run_gsa(options: GsaOptions) -> None:
         print_json(result)
     else:
         Console(highlight=False).print(gsa_bench_report(result))
-    if options.plot is not None and not _draw(result, options.plot):
-        raise typer.Exit(ExitCode.WRONG_USE)
+    if options.plot is not None:
+        from ucm.bench.gsa_plot import save_plot
+
+        draw(partial(save_plot, result), options.plot)
 
 
 def bench_options(options: GsaOptions) -> GsaBenchOptions:
@@ -92,8 +95,12 @@ def bench_options(options: GsaOptions) -> GsaBenchOptions:
     return found
 
 
-def _check_plot(path: Path) -> None:
-    """Complain now about what would fail after the measurement."""
+def check_plot_file(path: Path) -> None:
+    """Complain now about what would fail after the measurement.
+
+    Raises:
+        ConfigError: the plot could not be drawn or written.
+    """
     from ucm.bench.gsa_plot import check_plot
 
     check_plot(path)
@@ -107,13 +114,15 @@ def _check_plot(path: Path) -> None:
         raise ConfigError(f"{path} cannot be written: name another file")
 
 
-def _draw(result: Mapping[str, Any], path: Path) -> bool:
-    from ucm.bench.gsa_plot import save_plot
+def draw(save: Callable[[Path], None], path: Path) -> None:
+    """Write a plot; the result is on standard output already.
 
+    Raises:
+        Exit: with 2 where it cannot be written.
+    """
     try:
-        save_plot(result, path)
+        save(path)
     except OSError as error:
-        # No second JSON object: the result is on standard output already.
+        # No second JSON object.
         print(f"ucm: cannot write {path}: {error.strerror}", file=sys.stderr)
-        return False
-    return True
+        raise typer.Exit(ExitCode.WRONG_USE) from error

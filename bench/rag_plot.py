@@ -1,0 +1,50 @@
+"""The plot of the benchmark of reuse: quality against what is recomputed, a line a policy."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .gsa_plot import MARKERS, save_figure
+from .rag_targets import PROGRESSIVE
+
+NO_BUDGET = ("none", "full")
+
+
+def save_plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draw KL to full prefill against total cost, means over prompts.
+
+    Args:
+        result: of the benchmark.
+        path: whose suffix says the format; overwritten.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (policy, kl) in enumerate(result["geomean_kl"].items()):
+        if policy not in NO_BUDGET:
+            costs = [100 * _mean_cost(result, policy, budget) for budget in kl]
+            width = 2.5 if policy == PROGRESSIVE else 1.0
+            axes.plot(costs, list(kl.values()), MARKERS[index] + "-", linewidth=width, label=policy)
+    nothing = next(iter(result["geomean_kl"]["none"].values()))
+    axes.axhline(nothing, linestyle="--", color="gray", linewidth=1.0, label="none")
+    axes.set_yscale("log")
+    axes.set_xlabel("recomputed token-layers, % of the chunks', all probes included")
+    axes.set_ylabel("KL to full prefill, nats a token")
+    title = f"{result['model']}: mean of {len(result['prompts'])} prompts; lower left is better"
+    axes.set_title(title, fontsize="medium")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def _mean_cost(result: Mapping[str, Any], policy: str, budget: str) -> float:
+    return statistics.fmean(
+        prompt["policies"][policy][budget]["cost"] for prompt in result["prompts"]
+    )
