@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -223,3 +224,27 @@ def test_sparse_generation_says_what_it_read(
     assert "all 5 steps read everything (mode exact)" in err
     code, out, _ = run_cli([*base, "--json"], monkeypatch, capsys)
     assert json.loads(out)["sparse"] is None
+
+
+def test_a_context_beyond_the_pool_gives_the_same_answer(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--json", "--model", str(tiny), "--max-tokens", "6"]
+    arguments += ["--prompt", "the cache and the layer of the query " * 12]
+
+    def reply(*more: str) -> dict[str, Any]:
+        code, out, err = run_cli([*arguments, *more], monkeypatch, capsys)
+        assert code == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    plain = reply()
+    assert plain["num_prompt_tokens"] > 6 * 32
+    everything = ("--sparse", "latency", "--sparse-budget", "1")
+    few = (*everything, "--sparse-resident-blocks", "6")
+    for beyond in (reply(*few), reply(*few, "--cache", str(tmp_path / "store"))):
+        assert beyond["token_ids"] == plain["token_ids"]
+        assert beyond["offload"] == {"sequences": 1, "recomputed": 0, "failed": 0}
+    roomy = reply(*everything, "--sparse-resident-blocks", "64")
+    assert roomy["token_ids"] == plain["token_ids"]
+    assert roomy["offload"] is None

@@ -25,11 +25,11 @@ from .sparse_flags import sparse_line, sparse_options
 if TYPE_CHECKING:
     from ucm.api import CacheApi
     from ucm.connectors.session import CacheSession
-    from ucm.engine.engine import Engine
+    from ucm.engine.engine import Engine, EngineOptions
     from ucm.engine.loading import LoadedModel
     from ucm.engine.request import RequestResult
     from ucm.engine.sampling import SamplingParams
-    from ucm.sparse.decoding import SparseStats
+    from ucm.sparse.slab_source import HostSlabSource
 
 FLUSH_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10.0
@@ -119,6 +119,14 @@ class GenerateOptions:
         int | None,
         typer.Option(metavar="TOKENS", help="Shorter contexts are read whole. Default: 1024."),
     ] = None
+    sparse_resident_blocks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Blocks of 32 tokens that the KV pool holds; what a longer context needs besides "
+            "lies in host memory, and is read as it is chosen. Default: the pool holds all.",
+        ),
+    ] = None
     explain: Annotated[
         bool,
         typer.Option("--explain", help="Say what was loaded, what computed, and on what grounds."),
@@ -195,20 +203,36 @@ def _generate(
     params = SamplingParams(
         max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed
     )
-    sizes = EngineOptions(sparse=sparse_options(options))
+    sizes, source = EngineOptions(sparse=sparse_options(options)), None
     with ExitStack() as stack:
+        if options.sparse_resident_blocks is not None:
+            sizes = dataclasses.replace(sizes, num_blocks=options.sparse_resident_blocks)
+            source = _host_source(loaded, sizes)
+            stack.callback(source.close)
         session = None
         if factory is not None:
             session = _open_session(loaded, factory, options, sizes.block_tokens)
             stack.callback(session.close)
         hook = ReferenceConnector(session) if session is not None else None
-        engine = stack.enter_context(Engine(loaded.model, loaded.tokenizer, sizes, hook))
+        engine = stack.enter_context(
+            Engine(loaded.model, loaded.tokenizer, sizes, hook, source=source)
+        )
         result = _stream(engine, token_ids, params, show=not options.as_json)
         if session is not None:
             session.flush(FLUSH_TIMEOUT_S)
-        _report(result, session, engine.sparse_stats, as_json=options.as_json)
+        _report(result, session, engine, as_json=options.as_json)
         if options.explain and not options.as_json:
             print(_explanation(session), file=sys.stderr)
+
+
+def _host_source(loaded: LoadedModel, sizes: EngineOptions) -> HostSlabSource:
+    """Memory for the longest context of the model; it is taken as blocks are kept."""
+    from ucm.engine.runner import layout_of
+    from ucm.sparse.slab_source import HostSlabSource
+
+    layout = layout_of(loaded.model, sizes.block_tokens)
+    num_blocks = -(-loaded.config.max_context_tokens // sizes.block_tokens)
+    return HostSlabSource(num_blocks * layout.num_layers * layout.slab_bytes)
 
 
 def _encode(loaded: LoadedModel, prompt: str, *, is_chat: bool) -> list[int]:
@@ -264,11 +288,12 @@ def _stream(
 def _report(
     result: RequestResult,
     session: CacheSession | None,
-    sparse: SparseStats | None,
+    engine: Engine,
     *,
     as_json: bool,
 ) -> None:
-    output, timings = result.outputs[0], result.timings
+    output, timings, sparse = result.outputs[0], result.timings, engine.sparse_stats
+    is_offloaded = engine.offloads.stats.sequences > 0
     stats = session.stats() if session is not None else None
     if as_json:
         summary: dict[str, object] = {
@@ -279,6 +304,7 @@ def _report(
             "cache": dataclasses.asdict(stats) if stats is not None else None,
             "decision": _decision(session),
             "sparse": dataclasses.asdict(sparse) if sparse is not None else None,
+            "offload": dataclasses.asdict(engine.offloads.stats) if is_offloaded else None,
         }
         print_json(summary)
         return
@@ -291,6 +317,9 @@ def _report(
     print(line, file=sys.stderr)
     if sparse is not None:
         print(sparse_line(sparse), file=sys.stderr)
+    if is_offloaded:
+        num = engine.options.num_blocks
+        print(f"offload: the pool held {num} blocks, host memory the rest", file=sys.stderr)
 
 
 def _decision(session: CacheSession | None) -> dict[str, object] | None:
