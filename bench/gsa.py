@@ -13,10 +13,10 @@ sampled, so that all selectors see the same text), against dense attention over 
     step_ms               that decode step
 
 Always read: the first block, the last two full ones, the one being filled. One selection a layer is
-shared by its heads, made anew for every token. `geomean` is over documents; its `dnll` is the mean
-of the absolute values. The probes (`passkey`, `copy_probe`) are in `gsa_probes`, `certified` and
-`conformal` in `gsa_certificates`, `offload` in `gsa_offload`; what these measure besides is in
-`details`.
+shared by its heads, made anew for every token or, with `stride`, kept for so many. `geomean` is
+over documents; its `dnll` is the mean of the absolute values. The probes (`passkey`, `copy_probe`)
+are in `gsa_probes`, `certified` and `conformal` in `gsa_certificates`, `offload` in `gsa_offload`;
+what these measure besides is in `details`.
 """
 
 from __future__ import annotations
@@ -89,13 +89,16 @@ class GsaBenchOptions:
     """Parts of all blocks that are read, largest first."""
     window_tokens: int = 128
     """Of a document, those at its end that are computed sparsely."""
+    stride: int | None = None
+    """Steps that a choice is used for, in quality and times; None: quality is that of a choice for
+    every token, times are those of the engine's default."""
     step_tokens: int = 8
     """Decode steps that are timed, two more not counted."""
     has_copy_probe: bool = True
     passkey_tokens: int = 2048
     passkey_depths: int = 10
     certificates: CertificateBenchOptions = field(default_factory=CertificateBenchOptions)
-    certificate_documents: int = 3
+    certificate_documents: int = 4
     """The first ones; conformal selection learns from the others."""
     certificate_tokens: int = 2048
     """Of each of these."""
@@ -167,6 +170,7 @@ def run_gsa_bench(options: GsaBenchOptions, progress: Progress | None = None) ->
         "documents": [document.name for document in documents],
         "document_tokens": {document.name: len(document.token_ids) for document in documents},
         "budgets": [f"{budget:g}" for budget in options.budgets],
+        "stride": options.stride,
         "per_document": per_document,
         "geomean": geomean(per_document),
         "dense_step_ms": {name: round(row.dense_step_ms, 3) for name, row in rows.items()},
@@ -229,12 +233,13 @@ class _Window:
         self._targets = torch.tensor(token_ids[context.num_tokens + 1 :])
         self._steps = self._tokens[: options.step_tokens + WARM_UP_STEPS]
         self._has_copy_probe = options.has_copy_probe
+        self._stride = options.stride
         self._dense = torch.log_softmax(run_window(context, self._tokens).logits, -1)
 
     def cell(self, selector: str, ranking: Ranking, budget: Budget) -> Result:
         """One selector at one budget: the numbers of the module's table."""
-        found = run_window(self.context, self._tokens, ranking, budget)
-        times = time_steps(self.context, self._steps, selector, budget)
+        found = run_window(self.context, self._tokens, ranking, budget, self._stride or 1)
+        times = time_steps(self.context, self._steps, selector, budget, self._stride)
         share = summary_share(selector, self.context)
         return {
             **quality(self._dense, torch.log_softmax(found.logits, -1), self._targets),
@@ -247,7 +252,7 @@ class _Window:
         """See `copy_perplexity`; None where it is not asked for."""
         if not self._has_copy_probe:
             return None
-        found = copy_perplexity(self.context, self._context_ids, ranking, budget)
+        found = copy_perplexity(self.context, self._context_ids, ranking, budget, self._stride or 1)
         return None if found is None else round(found, 4)
 
     def dense_step_ms(self) -> float:
@@ -314,7 +319,8 @@ def _passkey(loaded: LoadedModel, options: GsaBenchOptions, say: Progress) -> di
     passkeys = make_passkeys(text, loaded.tokenizer, num_tokens, options.passkey_depths)
     longest = max(len(passkey.prompt) + len(passkey.answer) for passkey in passkeys)
     builder = ContextBuilder.of(loaded.model, longest)
-    return count_passkeys(builder, passkeys, Budget(ratio=options.budgets[0]), say)
+    budget, stride = Budget(ratio=options.budgets[0]), options.stride or 1
+    return count_passkeys(builder, passkeys, budget, say, stride)
 
 
 def _certificates(

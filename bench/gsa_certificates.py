@@ -3,7 +3,8 @@
     certified    one step after the other, all layers: the error against attention in float64 over
                  the same keys, over the bound that was claimed; blocks read, over all blocks
     conformal    a stream of steps of a text that nothing was learnt from: share of heads whose
-                 unread mass exceeds the limit, blocks read (audits count as reading everything)
+                 unread mass exceeds the limit in steps that are no audits, blocks read (in audits
+                 all)
     geometric    blocks that must be read until the bound of a summary proves that a head leaves at
                  most 1 % of its mass unread: for each head alone, in the order of the bounds
 
@@ -11,8 +12,8 @@ The queries are those of the last tokens of each document, computed densely, so 
 earlier layers do not enter. Sink, two recent blocks and the one being filled are always read; where
 a document has no more than these, everything is read and there is no error to bound.
 
-`conformal` learns from all other documents and is tested on each in turn, audits going on at the
-usual stride; with one document it learns from the first half of the window.
+`conformal` learns from all other documents and is tested on each in turn, audits going on as they
+do in an engine; with one document it learns from the first half of the window.
 
 `ucm bench gsa` runs it.
 """
@@ -35,7 +36,7 @@ from ucm.kernels.summarize import summarize
 from ucm.layout import KvDtype, KvLayout
 from ucm.sparse.certificates import CertifiedOptions, WindowKv, certify
 from ucm.sparse.certified_attention import shadow_beliefs, true_log_mass
-from ucm.sparse.conformal import ConformalOptions, TailCalibrator
+from ucm.sparse.conformal import ConformalOptions, Drift, TailCalibrator
 from ucm.types import SummaryKind
 
 F32 = NDArray[np.float32]
@@ -263,90 +264,120 @@ def _dense(query: F32, keys: F32, values: F32, position: int) -> NDArray[np.floa
 
 @dataclass(frozen=True, slots=True)
 class _Masses:
-    """One layer of one document: estimates and truth for every query of the window."""
+    """One layer of one document: estimates and truth for queries with the same candidates."""
 
     estimates: F32
-    """[W, H, N]"""
+    """[Q, H, n]"""
     true: F32
-    """[W, H, N]; blocks that a query does not see in full hold nothing."""
-    rest: F32
-    """[W, H] of what is not in a candidate block or the sink."""
+    """[Q, H, n]"""
+    known: F32
+    """[Q, H] of all that is always read: what is not in a candidate block."""
+
+    def row(self, row: int) -> _Masses:
+        """Of one query."""
+        one = slice(row, row + 1)
+        return _Masses(self.estimates[one], self.true[one], self.known[one])
+
+    @property
+    def must(self) -> NDArray[np.bool_]:
+        """[n] no candidate is read anyway."""
+        return np.zeros(self.true.shape[2], np.bool_)
 
 
-def _masses(document: Captured, table: SummaryTable, layer: int) -> _Masses:
-    """Candidates are the same for all queries of the window: those of its first one."""
-    _, end, _ = _candidates(document.position(0))
-    q = document.queries[layer]
+def _masses(document: Captured, table: SummaryTable, layer: int, first_row: int = 0) -> _Masses:
+    """Of the window's queries from `first_row` on, to the last with that one's candidates."""
+    start = document.position(first_row)
+    first, end, _ = _candidates(start)
+    q = document.queries[layer, first_row : _behind(document, first_row)]
     keys = document.kv[layer, :, 0]
-    behind = np.moveaxis(keys[end:], 1, 0).reshape(keys.shape[1], -1, keys.shape[-1])
-    single = true_log_mass(q, np.moveaxis(behind, 1, 0)[:, :, None])
-    positions = np.arange(single.shape[-1]) + end * BLOCK_TOKENS
-    hidden = positions > document.position(0) + np.arange(len(q))[:, None]
+    always = np.r_[0:first, end : len(keys)]
+    window = np.moveaxis(keys[always], 1, 0).reshape(keys.shape[1], -1, keys.shape[-1])
+    single = true_log_mass(q, np.moveaxis(window, 1, 0)[:, :, None])
+    positions = (always[:, None] * BLOCK_TOKENS + np.arange(BLOCK_TOKENS)).ravel()
+    hidden = positions > start + np.arange(len(q))[:, None]
     single = np.where(hidden[:, None], -np.inf, single)
     return _Masses(
-        estimates=table.log_mass(layer, q)[:, :, :end],
-        true=true_log_mass(q, keys[:end]),
-        rest=np.logaddexp.reduce(single, axis=-1).astype(np.float32),
+        estimates=table.log_mass(layer, q)[:, :, first:end],
+        true=true_log_mass(q, keys[first:end]),
+        known=np.logaddexp.reduce(single, axis=-1).astype(np.float32),
     )
+
+
+def _behind(document: Captured, row: int) -> int:
+    """The row behind the last one whose candidates are those of `row`."""
+    left = BLOCK_TOKENS - document.position(row) % BLOCK_TOKENS
+    return min(int(document.queries.shape[1]), row + left)
+
+
+Layers = Sequence[Sequence[_Masses]]
+"""Of one document: for each layer its window in pieces."""
 
 
 def _conformal(captured: Mapping[str, Captured], options: CertificateBenchOptions) -> Result:
     """Leave one document out; learn from the others."""
-    missed, read, by_document = [], [], {}
-    masses: dict[str, list[_Masses]] = {}
-    for name, document in captured.items():
-        table = document.table(options.conformal_kind)
-        masses[name] = [_masses(document, table, layer) for layer in range(len(document.queries))]
+    missed, read = {}, {}
+    masses = {name: _layers(each, options.conformal_kind) for name, each in captured.items()}
     for name, own in masses.items():
         others = [masses[other] for other in masses if other != name]
-        rows = [_stream(own[i], [other[i] for other in others], options) for i in range(len(own))]
-        by_document[name] = _mean([row[0] for row in rows])
-        missed.append(by_document[name])
-        read.append(_mean([row[1] for row in rows]))
+        missed[name], read[name] = _stream(own, others, options.conformal)
     return {
         "kind": options.conformal_kind.value,
         "delta": options.conformal.delta,
         "tail_mass": options.conformal.tail_mass,
-        "violation_rate": _mean(missed),
-        "blocks_read_ratio": _mean(read),
-        "violation_rate_by_document": by_document,
+        "violation_rate": _mean(list(missed.values())),
+        "blocks_read_ratio": _mean(list(read.values())),
+        "violation_rate_by_document": missed,
+        "blocks_read_ratio_by_document": read,
     }
 
 
+def _layers(document: Captured, kind: SummaryKind) -> Layers:
+    table, starts = document.table(kind), [0]
+    while (row := _behind(document, starts[-1])) < document.queries.shape[1]:
+        starts.append(row)
+    return [
+        [_masses(document, table, layer, row) for row in starts]
+        for layer in range(len(document.queries))
+    ]
+
+
 def _stream(
-    own: _Masses, others: Sequence[_Masses], options: CertificateBenchOptions
+    own: Layers, others: Sequence[Layers], conformal: ConformalOptions
 ) -> tuple[float, float]:
-    """(share of (step, head)s beyond the limit, share of blocks read) of one layer's stream."""
-    conformal = options.conformal
-    num_rows, heads, _ = own.true.shape
-    calibrator = TailCalibrator(conformal, heads)
+    """Decode one document's window as an engine would that has seen the others.
+
+    Returns:
+        (share of (layer, step, head)s beyond the limit where something was left out, share of
+        blocks read, audits included).
+    """
+    calibrators = [TailCalibrator(conformal, pieces[0].true.shape[1]) for pieces in own]
     for other in others:
-        calibrator.audit(other.estimates, _must(other), other.true, other.rest)
-    begin = 0 if others else num_rows // 2
-    if begin:
-        calibrator.audit(own.estimates[:begin], _must(own), own.true[:begin], own.rest[:begin])
-    missed, read = [], []
-    for row in range(begin, num_rows):
-        one, must = slice(row, row + 1), _must(own)
-        is_audit = row % conformal.audit_stride == 0
-        chosen = calibrator.select(own.estimates[one], must)
-        missed.append(0.0 if is_audit else _missed(own, row, chosen, conformal.tail_mass))
-        always = RECENT_BLOCKS + 1
-        read.append(1.0 if is_audit else (chosen.sum() + always) / (len(must) + always))
-        if is_audit:
-            calibrator.audit(own.estimates[one], must, own.true[one], own.rest[one])
-    return _mean(missed), _mean(read)
+        for calibrator, pieces in zip(calibrators, other, strict=True):
+            for each in pieces:
+                calibrator.audit(each.estimates, each.must, each.known, each.true)
+    rows = [(piece, row) for piece, each in enumerate(own[0]) for row in range(len(each.true))]
+    begin = 0 if others else len(rows) // 2
+    drift, missed, read = Drift(conformal), [], []
+    for step, (piece, row) in enumerate(rows):
+        age = step - begin
+        is_due = age < conformal.opening_audits or step % conformal.audit_stride == 0
+        for calibrator, pieces in zip(calibrators, own, strict=True):
+            one = pieces[piece].row(row)
+            if is_due or not calibrator.is_ready:
+                shares = calibrator.audit(one.estimates, one.must, one.known, one.true, drift.shift)
+                drift.observe(shares, len(own))
+                read.append((age, 1.0))
+                continue
+            chosen = calibrator.select(one.estimates, one.must, one.known, drift.shift)
+            always = RECENT_BLOCKS + 2  # the sink, and the one being filled
+            missed.append(_missed(one, chosen, conformal.tail_mass))
+            read.append((age, (chosen.sum() + always) / (len(chosen) + always)))
+    return _mean(missed), _mean([ratio for age, ratio in read if age >= 0])
 
 
-def _must(masses: _Masses) -> NDArray[np.bool_]:
-    must = np.zeros(masses.true.shape[2], np.bool_)
-    must[0] = True
-    return must
-
-
-def _missed(own: _Masses, row: int, chosen: NDArray[np.bool_], limit: float) -> float:
-    true, rest = own.true[row].astype(np.float64), own.rest[row].astype(np.float64)
-    total = np.logaddexp(np.logaddexp.reduce(true, axis=-1), rest)
+def _missed(one: _Masses, chosen: NDArray[np.bool_], limit: float) -> float:
+    true, known = one.true[0].astype(np.float64), one.known[0].astype(np.float64)
+    total = np.logaddexp(np.logaddexp.reduce(true, axis=-1), known)
     unread = np.exp(true[:, ~chosen] - total[:, None]).sum(-1)
     return float((unread > limit).mean())
 
@@ -368,9 +399,10 @@ def _geometric(captured: Mapping[str, Captured], options: CertificateBenchOption
         for layer in range(len(document.queries)):
             for kind, table in tables.items():
                 masses = _masses(sampled, table, layer)
-                upper = _log_upper(table, layer, sampled.queries[layer])[:, :, 1:]
-                found[kind.value].append(_needed(masses, upper[..., : masses.true.shape[2] - 1]))
-            found["oracle"].append(_needed(masses, masses.true[:, :, 1:]))
+                queries = sampled.queries[layer, : len(masses.true)]
+                upper = _log_upper(table, layer, queries)[:, :, first:end]
+                found[kind.value].append(_needed(masses, upper))
+            found["oracle"].append(_needed(masses, masses.true))
     return {"tail_mass": TAIL_MASS} | {kind: _mean(each) for kind, each in found.items()}
 
 
@@ -391,13 +423,13 @@ def _log_upper(table: SummaryTable, layer: int, q: F32) -> F32:
 def _needed(masses: _Masses, upper: F32) -> float:
     """Share of the candidates that a head reads until the bound of the rest is low enough."""
     true = masses.true.astype(np.float64)
-    base = np.logaddexp(np.logaddexp.reduce(true, axis=-1), masses.rest)[..., None]
+    base = np.logaddexp(np.logaddexp.reduce(true, axis=-1), masses.known)[..., None]
     order = np.argsort(-upper, axis=-1)
-    sink = np.exp(true[..., :1] - base) + np.exp(masses.rest[..., None] - base)
-    exact = np.exp(np.take_along_axis(true[..., 1:], order, -1) - base)
+    always = np.exp(masses.known[..., None] - base)
+    exact = np.exp(np.take_along_axis(true, order, -1) - base)
     with np.errstate(over="ignore"):
         bound = np.exp(np.take_along_axis(upper.astype(np.float64), order, -1) - base)
-    read = sink + exact.cumsum(-1) - exact
+    read = always + exact.cumsum(-1) - exact
     rest = bound[..., ::-1].cumsum(-1)[..., ::-1]
     needed = (rest > TAIL_MASS / (1 - TAIL_MASS) * read).sum(-1)
     return float(needed.mean() / upper.shape[-1])

@@ -82,6 +82,7 @@ def count_passkeys(
     passkeys: Sequence[Passkey],
     budget: Budget,
     progress: Callable[[str], None],
+    stride: int = 1,
 ) -> dict[str, int]:
     """How many of the keys are found, by selector, and densely.
 
@@ -90,6 +91,7 @@ def count_passkeys(
         passkeys: see `make_passkeys`.
         budget: of the selectors.
         progress: called with a line for each prompt.
+        stride: steps that a choice is used for.
     """
     hits = dict.fromkeys((*SELECTORS, DENSE), 0)
     for number, passkey in enumerate(passkeys, start=1):
@@ -97,15 +99,20 @@ def count_passkeys(
         context = builder.fill(passkey.prompt[:-1])
         hits[DENSE] += _finds(context, passkey, None, None)
         for selector in SELECTORS:
-            hits[selector] += _finds(context, passkey, ranking_of(selector, context), budget)
+            ranking = ranking_of(selector, context)
+            hits[selector] += _finds(context, passkey, ranking, budget, stride)
     return hits
 
 
 def _finds(
-    context: Context, passkey: Passkey, ranking: Ranking | None, budget: Budget | None
+    context: Context,
+    passkey: Passkey,
+    ranking: Ranking | None,
+    budget: Budget | None,
+    stride: int = 1,
 ) -> bool:
     window = [passkey.prompt[-1], *passkey.answer[:-1]]
-    logits = run_window(context, window, ranking, budget).logits
+    logits = run_window(context, window, ranking, budget, stride).logits
     return logits.argmax(-1).tolist() == list(passkey.answer)
 
 
@@ -114,6 +121,7 @@ def copy_perplexity(
     token_ids: Sequence[int],
     ranking: Ranking | None = None,
     budget: Budget | None = None,
+    stride: int = 1,
 ) -> float | None:
     """Perplexity of a passage's second occurrence, of all but its first tokens.
 
@@ -122,6 +130,7 @@ def copy_perplexity(
         token_ids: of the context; the passage is that at a third of it.
         ranking: what to choose by; None reads everything.
         budget: how much to read.
+        stride: steps that a choice is used for.
 
     Returns:
         None where the context is too short to recur in.
@@ -130,7 +139,7 @@ def copy_perplexity(
     passage = list(token_ids[first : first + COPY_TOKENS])
     if first + COPY_TOKENS > context.num_tokens:
         return None
-    logits = run_window(context, passage[:-1], ranking, budget).logits[COPY_LEAD - 1 :]
-    said = torch.log_softmax(logits, -1)
+    logits = run_window(context, passage[:-1], ranking, budget, stride).logits
+    said = torch.log_softmax(logits[COPY_LEAD - 1 :], -1)
     targets = torch.tensor(passage[COPY_LEAD:]).unsqueeze(1)
     return float((-said.gather(1, targets).mean()).exp())

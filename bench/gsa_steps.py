@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -45,7 +45,11 @@ Attend = Callable[[int], tuple[ItemAttention | None, Callable[[], float]]]
 
 
 def time_steps(
-    context: Context, token_ids: Sequence[int], selector: str, budget: Budget
+    context: Context,
+    token_ids: Sequence[int],
+    selector: str,
+    budget: Budget,
+    stride: int | None = None,
 ) -> StepTimes:
     """Decode `token_ids` behind a context one by one; what is behind it in the pool is overwritten.
 
@@ -54,8 +58,12 @@ def time_steps(
         token_ids: at least three; the first two are not measured.
         selector: whose choice is read.
         budget: how much to read.
+        stride: steps that a choice is used for, by all but the oracle; None: the engine's default.
     """
-    attend = _oracle(context, budget) if selector == ORACLE else _sparse(context, selector, budget)
+    if selector == ORACLE:
+        attend = _oracle(context, budget)
+    else:
+        attend = _sparse(context, selector, budget, stride)
     chosen_s, step_s = [], []
     for position, token in enumerate(token_ids, start=context.num_tokens):
         started_s = time.perf_counter()
@@ -81,18 +89,33 @@ def sparse_attention(context: Context, options: SparseOptions) -> Callable[[int]
     return lambda position: _attention(decoding, context, position)
 
 
-def _sparse(context: Context, selector: str, budget: Budget) -> Attend:
-    options = SparseOptions(
-        kind=SummaryKind(selector),
-        budget=budget,
-        min_context_tokens=1,
-        catch_up_blocks=context.pool.shape[1],
-    )
-    decoding = _decoding(context, options)
+def _sparse(context: Context, selector: str, budget: Budget, stride: int | None) -> Attend:
+    num_blocks = context.pool.shape[1]
+    decoding = _decoding(context, sparse_options(selector, budget, num_blocks, stride))
     return lambda position: (
         _attention(decoding, context, position),
         lambda: decoding.stats.select_s,
     )
+
+
+def sparse_options(
+    selector: str, budget: Budget, num_blocks: int, stride: int | None
+) -> SparseOptions:
+    """Of the engine's sparse attention, over `num_blocks` from the first step on.
+
+    Args:
+        selector: a kind of summary.
+        budget: how much to read.
+        num_blocks: of the context.
+        stride: steps that a choice is used for; None: the engine's default.
+    """
+    options = SparseOptions(
+        kind=SummaryKind(selector),
+        budget=budget,
+        min_context_tokens=1,
+        catch_up_blocks=num_blocks,
+    )
+    return options if stride is None else replace(options, stride=stride)
 
 
 def _decoding(context: Context, options: SparseOptions) -> SparseDecoding:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.loading import LoadedModel
 from ucm.engine.runner import layout_of
+from ucm.sparse.slab_source import SlabSource
 
 from .link import CacheFactory
 from .reference import ReferenceConnector, namespace_spec
@@ -64,6 +65,7 @@ def open_engine(
     loaded: LoadedModel,
     factory: CacheFactory | None = None,
     options: CachedEngineOptions | None = None,
+    source: SlabSource | None = None,
 ) -> CachedEngine:
     """An engine over `loaded`, connected; blocks until it is.
 
@@ -71,6 +73,7 @@ def open_engine(
         loaded: the model.
         factory: makes a connection, for example `lambda: ucm.open(folder)`; None: no cache.
         options: the defaults when None.
+        source: see `Engine`; the caller closes it, after this.
 
     Raises:
         UcmError: why the cache could not be reached in time.
@@ -83,7 +86,8 @@ def open_engine(
             session = stack.enter_context(_session(loaded, factory, options))
             session.connect(options.connect_timeout_s)
         hook = ReferenceConnector(session) if session is not None else None
-        engine = Engine(loaded.model, loaded.tokenizer, _named(options.engine, loaded), hook)
+        sizes = _named(options.engine, loaded)
+        engine = Engine(loaded.model, loaded.tokenizer, sizes, hook, source=source)
         stack.pop_all()
     return CachedEngine(loaded, engine, session)
 

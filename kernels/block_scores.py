@@ -341,12 +341,11 @@ class Choice:
     """Estimated part of the attention mass that they hold, 0..1."""
 
 
-def shared_mass(log_mass: Floats, candidates: Bools | None = None) -> Floats:
+def shared_mass(log_mass: Floats) -> Floats:
     """One distribution over blocks for all heads and queries: the mean of each one's softmax.
 
     Args:
         log_mass: [nq, H, n].
-        candidates: [n]; blocks that take part, all if None.
 
     Returns:
         [n], sums to 1 (to 0 if there is nothing to distribute).
@@ -354,8 +353,6 @@ def shared_mass(log_mass: Floats, candidates: Bools | None = None) -> Floats:
     if not log_mass.size:
         return np.zeros(log_mass.shape[-1], np.float32)
     rows = log_mass.reshape(-1, log_mass.shape[-1])
-    if candidates is not None:
-        rows = np.where(candidates, rows, np.float32(-np.inf))
     top = rows.max(axis=1, keepdims=True)
     top[~np.isfinite(top)] = 0
     weights = np.exp(rows - top)

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from ucm.bench.gsa import GsaBenchOptions, geomean, quality, run_gsa_bench
+from ucm.bench.gsa import GsaBenchOptions, _documents, _measure, geomean, quality, run_gsa_bench
 from ucm.bench.gsa_documents import own_document
 from ucm.bench.gsa_plot import check_plot, save_plot
 from ucm.bench.gsa_rankings import SELECTORS, ranking_of
 from ucm.bench.gsa_report import gsa_bench_report
+from ucm.bench.gsa_steps import sparse_options
 from ucm.bench.gsa_targets import targets_of
 from ucm.bench.gsa_window import ContextBuilder, run_window
 from ucm.cli.bench_gsa import GsaOptions, bench_options
 from ucm.engine.loading import load_model
 from ucm.errors import ConfigError
 from ucm.kernels.block_scores import Budget
+from ucm.sparse.options import SparseOptions
 from ucm.testing.models import require_real_model, write_tiny_model
 
 pytestmark = pytest.mark.timeout(180)
@@ -81,6 +84,27 @@ def test_the_numbers_are_plausible(result: dict[str, Any]) -> None:
             # The oracle's choice of a layer need not be the best for the last layer's output.
             assert wide["mass"] <= table["oracle"]["0.3"]["mass"] + 1e-6
             assert (wide["recall"] == 1.0) == (selector == "oracle")
+
+
+def test_a_kept_choice_is_what_is_measured(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text("The quick token and the block cache. " * 60)
+    options = GsaBenchOptions(model_path=model, documents=(path,), stride=8).quick()
+    loaded = load_model(model)
+    (document,) = _documents(loaded, options)
+    cells = [
+        _measure(loaded, document, replace(options, stride=stride), lambda _line: None)
+        for stride in (None, 8)
+    ]
+    one, kept = (rows.cells["gsa-k4"]["0.3"] for rows in cells)
+    assert kept["kl"] != one["kl"]
+    assert kept["mass"] < one["mass"]
+
+
+def test_steps_are_timed_with_the_stride_that_was_asked_for() -> None:
+    budget = Budget(ratio=0.3)
+    assert sparse_options("gsa-k4", budget, 64, None).stride == SparseOptions().stride
+    assert sparse_options("gsa-k4", budget, 64, 8).stride == 8
 
 
 def test_people_get_tables_a_verdict_and_a_plot(result: dict[str, Any], tmp_path: Path) -> None:
@@ -154,6 +178,8 @@ def test_options_of_the_command_line(model: Path, tmp_path: Path) -> None:
     quick = bench_options(GsaOptions(model=str(model), quick=True))
     assert quick.own_documents == ("prose",)
     assert quick.budgets == (0.3, 0.125)
+    assert quick.stride is None
+    assert bench_options(GsaOptions(model=str(model), stride=4, quick=True)).stride == 4
     assert len(bench_options(GsaOptions(model=str(model))).own_documents) == 5
 
 

@@ -184,7 +184,6 @@ def test_shared_mass_is_the_mean_of_each_heads_share() -> None:
     log_mass = np.log(np.array([[[1, 3], [1, 1]]], np.float32))
     assert np.allclose(shared_mass(log_mass), [0.375, 0.625])
     assert np.allclose(shared_mass(log_mass + 1000), [0.375, 0.625])
-    assert np.allclose(shared_mass(log_mass, np.array([True, False])), [1, 0])
     nothing = np.full((2, 1, 3), -np.inf, np.float32)
     assert (shared_mass(nothing) == 0).all()
     nothing[0, 0, 1] = 5

@@ -265,6 +265,10 @@ def test_chunks_are_computed_once_and_reused_in_any_order(
         (["--chunk", "/dev/null"], "/dev/null: not a regular file"),
         (["--chunk", __file__, "--recompute", "2"], "a share from 0 to 1, quality or latency"),
         (["--recompute", "0.2"], "--recompute does nothing without --chunk"),
+        (
+            ["--chunk", __file__, "--sparse", "latency", "--sparse-resident-blocks", "8"],
+            "--chunk needs a pool that holds the whole prompt",
+        ),
     ],
 )
 def test_a_chunk_that_cannot_be(
@@ -304,3 +308,27 @@ def test_documents_longer_than_the_model(
     code, _, err = run_cli(arguments, monkeypatch, capsys)
     assert code == 2
     assert "700" in err
+
+
+def test_a_context_beyond_the_pool_gives_the_same_answer(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--json", "--model", str(tiny), "--max-tokens", "6"]
+    arguments += ["--prompt", "the cache and the layer of the query " * 12]
+
+    def reply(*more: str) -> dict[str, Any]:
+        code, out, err = run_cli([*arguments, *more], monkeypatch, capsys)
+        assert code == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    plain = reply()
+    assert plain["num_prompt_tokens"] > 6 * 32
+    everything = ("--sparse", "latency", "--sparse-budget", "1")
+    few = (*everything, "--sparse-resident-blocks", "6")
+    for beyond in (reply(*few), reply(*few, "--cache", str(tmp_path / "store"))):
+        assert beyond["token_ids"] == plain["token_ids"]
+        assert beyond["offload"] == {"sequences": 1, "recomputed": 0, "failed": 0}
+    roomy = reply(*everything, "--sparse-resident-blocks", "64")
+    assert roomy["token_ids"] == plain["token_ids"]
+    assert roomy["offload"] is None

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from ucm.cli.generate import command
-from ucm.cli.sparse_flags import sparse_line
+from ucm.cli.generate import GenerateOptions, command
+from ucm.cli.sparse_flags import sparse_line, sparse_options
+from ucm.errors import ConfigError
 from ucm.sparse.decoding import SparseStats
 from ucm.sparse.mode_policy import SparseMode
 from ucm.sparse.options import SparseOptions
@@ -41,6 +42,18 @@ def test_one_is_not_many(count: int, words: str) -> None:
     assert sparse_line(replace(LATENCY, sparse_steps=1, mode_switches=count)).endswith(words)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({}, "--sparse-resident-blocks does nothing without --sparse"),
+        ({"sparse": "latency"}, "resident_blocks is 3"),
+    ],
+)
+def test_too_few_resident_blocks_are_refused(flags: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        sparse_options(GenerateOptions(sparse_resident_blocks=3, **flags))  # type: ignore[arg-type]
+
+
 def test_help_names_kinds_and_defaults() -> None:
     shown = CliRunner().invoke(command, ["--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
     lines = dict(re.findall(r"--(sparse[a-z-]*) (.*)", shown))
@@ -54,6 +67,8 @@ def test_help_names_kinds_and_defaults() -> None:
         assert f"Default: {one}, in the mode concurrency {other}." in lines[name]
     assert f"Default: {options.dense_layers}." in lines["sparse-dense-layers"]
     assert f"Default: {options.min_context_tokens}." in lines["sparse-min-context"]
+    assert options.resident_blocks is None
+    assert "Default: the pool holds all." in lines["sparse-resident-blocks"]
     assert "prompts are dense" in lines["sparse"]
     assert "1/16 to 1/2" in lines["sparse-eps"]
     assert (options.budget.min_ratio, options.budget.max_ratio) == (1 / 16, 1 / 2)

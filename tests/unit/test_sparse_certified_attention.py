@@ -170,6 +170,48 @@ def test_conformal_steps_learn_and_then_leave_blocks_out() -> None:
     assert decoding.stats.blocks_read < decoding.stats.blocks_dense
 
 
+def test_a_sequence_that_is_new_opens_with_audits() -> None:
+    pool = make_pool()
+    certificate = ConformalOptions(delta=0.1, tail_mass=0.2, opening_audits=4)
+    decoding = make_decoding(options_of(kind=SummaryKind.GSA_K4, certificate=certificate))
+
+    def is_dense(position: int, sequence_id: str) -> bool:
+        stats, step = decoding.stats, make_step(position, sequence_id)
+        before = stats.blocks_dense - stats.blocks_read
+        attend = decoding.attention(step, pool)
+        assert attend is not None
+        for layer in range(LAYERS):
+            attend(layer, queries(position), pool[layer])
+        return stats.blocks_dense - stats.blocks_read == before
+
+    assert all(is_dense(position, "first") for position in range(401, 410))
+    assert not any(is_dense(position, "first") for position in range(410, 415))
+    opening = [True] * 4 + [False] * 2
+    assert [is_dense(position, "second") for position in range(401, 407)] == opening
+    decoding.drop("second")
+    assert [is_dense(position, "second") for position in range(407, 413)] == opening
+
+
+def test_a_surprise_makes_its_sequence_read_more() -> None:
+    """Its summaries are of other keys: what audits of the first sequence taught is not enough."""
+    pool, odd = make_pool(), make_pool(1)
+    odd[:, ::7, 0, :, ::2] *= 3
+    certificate = ConformalOptions(delta=0.1, tail_mass=0.2)
+    decoding = make_decoding(options_of(kind=SummaryKind.MEAN, certificate=certificate))
+    assert decoding.promises is not None
+    calibrators = decoding.promises.calibrators
+    assert calibrators is not None
+    for sequence_id, kv in (("usual", pool), ("odd", odd)):
+        for position in range(401, 430):
+            attend = decoding.attention(make_step(position, sequence_id), kv)
+            assert attend is not None
+            for layer in range(LAYERS):
+                attend(layer, queries(position), kv[layer])
+    usual, strange = (calibrators.follow(make_step(430, name)).shift for name in ("usual", "odd"))
+    assert strange > usual
+    assert calibrators.stats.violation_rate > 0
+
+
 @pytest.mark.parametrize("certificate", [CERTIFIED, ConformalOptions(delta=0.1, tail_mass=0.2)])
 def test_dense_layers_read_everything_whatever_is_promised(
     certificate: CertifiedOptions | ConformalOptions,

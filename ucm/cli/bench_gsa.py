@@ -42,6 +42,15 @@ class GsaOptions:
     tokens: Annotated[
         int | None, typer.Option(min=512, help="That a document is cut to; default: 4096.")
     ] = None
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="STEPS",
+            help="That a layer keeps its choice for. Default: quality of a choice for every token, "
+            "times of the engine's default.",
+        ),
+    ] = None
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw quality against bytes read: .png, .svg or .pdf."),
@@ -87,7 +96,9 @@ def bench_options(options: GsaOptions) -> GsaBenchOptions:
     from ucm.bench.gsa import GsaBenchOptions
 
     found = GsaBenchOptions(
-        model_path=model_hub.resolve(options.model), documents=tuple(options.document or ())
+        model_path=model_hub.resolve(options.model),
+        documents=tuple(options.document or ()),
+        stride=options.stride,
     )
     found = found.quick() if options.quick else found
     if options.tokens is not None:

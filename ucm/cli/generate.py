@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,12 +35,12 @@ if TYPE_CHECKING:
     from ucm.api import CacheApi
     from ucm.connectors.session import CacheSession
     from ucm.engine.chunk_prompts import ChunkPrompts
-    from ucm.engine.engine import Engine
+    from ucm.engine.engine import Engine, EngineOptions
     from ucm.engine.loading import LoadedModel
     from ucm.engine.request import RequestResult
     from ucm.engine.sampling import SamplingParams
     from ucm.reuse.segments import ChunkSpace, SegmentedPrompt
-    from ucm.sparse.decoding import SparseStats
+    from ucm.sparse.slab_source import HostSlabSource
 
     Prompt = list[int] | SegmentedPrompt
 
@@ -142,6 +143,14 @@ class GenerateOptions:
         int | None,
         typer.Option(metavar="TOKENS", help="Shorter contexts are read whole. Default: 1024."),
     ] = None
+    sparse_resident_blocks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Blocks of 32 tokens that the KV pool holds; what a longer context needs besides "
+            "lies in host memory, and is read as it is chosen. Default: the pool holds all.",
+        ),
+    ] = None
     explain: Annotated[
         bool,
         typer.Option("--explain", help="Say what was loaded, what computed, and on what grounds."),
@@ -225,6 +234,8 @@ def _generate(
 
     loaded = load_model(model, options.dtype)
     sizes, prompts = EngineOptions(sparse=sparse_options(options)), None
+    if options.sparse_resident_blocks is not None:
+        sizes = dataclasses.replace(sizes, num_blocks=options.sparse_resident_blocks)
     if asked.documents:
         prompts = document_prompts(loaded.tokenizer, is_chat=options.chat)
         sizes = dataclasses.replace(
@@ -241,14 +252,19 @@ def _generate(
         accepts_lossy=options.accept_lossy,
         connect_timeout_s=CONNECT_TIMEOUT_S,
     )
-    with open_engine(loaded, factory, settings) as cached:
+    with ExitStack() as stack:
+        source = None
+        if options.sparse_resident_blocks is not None:
+            source = _host_source(loaded, sizes)
+            stack.callback(source.close)
+        cached = stack.enter_context(open_engine(loaded, factory, settings, source))
         if prompts is None:
             prompt: Prompt = _encode(loaded, asked.prompt, is_chat=options.chat)
         else:
             prompt = _with_documents(prompts, asked, cached.engine.chunk_space)
         result = _stream(cached.engine, prompt, params, show=not options.as_json)
         cached.flush(FLUSH_TIMEOUT_S)
-        _report(result, cached.session, cached.engine.sparse_stats, as_json=options.as_json)
+        _report(result, cached.session, cached.engine, as_json=options.as_json)
         if options.explain and not options.as_json:
             print(_explanation(cached.session), file=sys.stderr)
 
@@ -256,6 +272,16 @@ def _generate(
 def _with_documents(prompts: ChunkPrompts, asked: _Asked, space: ChunkSpace) -> SegmentedPrompt:
     chunks = [chunk for text in asked.documents for chunk in prompts.chunks_of(text, space)]
     return prompts.prompt(chunks, asked.prompt)
+
+
+def _host_source(loaded: LoadedModel, sizes: EngineOptions) -> HostSlabSource:
+    """Memory for the longest context of the model; it is taken as blocks are kept."""
+    from ucm.engine.runner import layout_of
+    from ucm.sparse.slab_source import HostSlabSource
+
+    layout = layout_of(loaded.model, sizes.block_tokens)
+    num_blocks = -(-loaded.config.max_context_tokens // sizes.block_tokens)
+    return HostSlabSource(num_blocks * layout.num_layers * layout.slab_bytes)
 
 
 def _encode(loaded: LoadedModel, prompt: str, *, is_chat: bool) -> list[int]:
@@ -283,11 +309,12 @@ def _stream(engine: Engine, prompt: Prompt, params: SamplingParams, *, show: boo
 def _report(
     result: RequestResult,
     session: CacheSession | None,
-    sparse: SparseStats | None,
+    engine: Engine,
     *,
     as_json: bool,
 ) -> None:
-    output, timings = result.outputs[0], result.timings
+    output, timings, sparse = result.outputs[0], result.timings, engine.sparse_stats
+    is_offloaded = engine.offloads.stats.sequences > 0
     stats = session.stats() if session is not None else None
     if as_json:
         summary: dict[str, object] = {
@@ -299,6 +326,7 @@ def _report(
             "decision": _decision(session),
             "sparse": dataclasses.asdict(sparse) if sparse is not None else None,
             "reuse": reuse_figures(result.reuse),
+            "offload": dataclasses.asdict(engine.offloads.stats) if is_offloaded else None,
         }
         print_json(summary)
         return
@@ -313,6 +341,9 @@ def _report(
         print(reuse_line(result.reuse), file=sys.stderr)
     if sparse is not None:
         print(sparse_line(sparse), file=sys.stderr)
+    if is_offloaded:
+        num = engine.options.num_blocks
+        print(f"offload: the pool held {num} blocks, host memory the rest", file=sys.stderr)
 
 
 def _decision(session: CacheSession | None) -> dict[str, object] | None:

@@ -31,12 +31,17 @@ def chunk_texts(flags: GenerateOptions) -> list[str]:
     """The texts of `--chunk`, in its order.
 
     Raises:
-        ConfigError: a file that holds no text, or `--recompute` without `--chunk`.
+        ConfigError: a file that holds no text, `--recompute` without `--chunk`, or a pool that is
+            too small for reuse.
     """
     if not flags.chunk:
         if flags.recompute is not None:
             raise ConfigError("--recompute does nothing without --chunk FILE")
         return []
+    if flags.sparse_resident_blocks is not None:
+        raise ConfigError(
+            "--chunk needs a pool that holds the whole prompt; give up --sparse-resident-blocks"
+        )
     _recompute(flags.recompute)  # what cannot be is refused before a file is read
     return [_text(path) for path in flags.chunk]
 

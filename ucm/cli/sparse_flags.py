@@ -31,6 +31,7 @@ def sparse_options(flags: GenerateOptions) -> SparseOptions | None:
         "--sparse-stride": flags.sparse_stride,
         "--sparse-dense-layers": flags.sparse_dense_layers,
         "--sparse-min-context": flags.sparse_min_context,
+        "--sparse-resident-blocks": flags.sparse_resident_blocks,
     }
     given = [name for name, value in details.items() if value is not None]
     if flags.sparse is None:
@@ -51,6 +52,8 @@ def sparse_options(flags: GenerateOptions) -> SparseOptions | None:
         settings["dense_layers"] = flags.sparse_dense_layers
     if flags.sparse_min_context is not None:
         settings["min_context_tokens"] = flags.sparse_min_context
+    if flags.sparse_resident_blocks is not None:
+        settings["resident_blocks"] = flags.sparse_resident_blocks
     return SparseOptions(**settings)  # type: ignore[arg-type]
 
 

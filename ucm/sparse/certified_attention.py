@@ -33,7 +33,7 @@ from ucm.kernels.attention import PagedSequence, select_attention
 from ucm.kernels.block_scores import MAX_QUERY, SummaryTable
 
 from .certificates import CertifiedOptions, CertifiedResult, WindowKv, certify
-from .conformal import ConformalOptions, ConformalStats, TailCalibrator
+from .conformal import ConformalOptions, ConformalStats, Drift, TailCalibrator
 from .protocols import BlockIndexes, BlockSelector, DecodeStep, ItemAttention, Selection
 from .selector import as_floats
 from .tail_bounds import BlockBeliefs
@@ -195,29 +195,64 @@ class _Dense:
 
 
 class Calibrators:
-    """What an engine has learnt of its layers, over all its sequences. Of one thread."""
+    """What an engine has learnt of its layers and of its sequences. Of one thread."""
 
     def __init__(self, options: ConformalOptions) -> None:
         """Start without any knowledge: the first steps read everything."""
         self.options = options
         self._layers: dict[int, TailCalibrator] = {}
+        self._sequences: dict[str, _Followed] = {}
 
     def of(self, layer: int, num_heads: int) -> TailCalibrator:
-        """The calibrator of a layer with `num_heads` query heads."""
+        """The calibrator of a layer with `num_heads` query heads, over all sequences."""
         if layer not in self._layers:
             self._layers[layer] = TailCalibrator(self.options, num_heads)
         return self._layers[layer]
 
     @property
+    def num_layers(self) -> int:
+        """Layers that it was asked for."""
+        return len(self._layers)
+
+    def follow(self, step: DecodeStep) -> Drift:
+        """The drift of a step's sequence; a sequence that is new to it begins at this step."""
+        return self._followed(step).drift
+
+    def is_due(self, step: DecodeStep) -> bool:
+        """Whether a step is an audit whatever is known: one of the first, or the stride's turn."""
+        options = self.options
+        age = step.position - self._followed(step).begin
+        return age < options.opening_audits or step.position % options.audit_stride == 0
+
+    def forget(self, sequence_id: str) -> None:
+        """A sequence left; nothing happens if it is not known."""
+        self._sequences.pop(sequence_id, None)
+
+    @property
     def stats(self) -> ConformalStats:
-        """Over all layers: sums, and the mean target."""
+        """Sums over all layers."""
         each = [calibrator.stats for calibrator in self._layers.values()]
-        target = sum(stats.target for stats in each) / len(each) if each else self.options.delta
         return ConformalStats(
             audits=sum(stats.audits for stats in each),
             violations=sum(stats.violations for stats in each),
-            target=target,
         )
+
+    def _followed(self, step: DecodeStep) -> _Followed:
+        found = self._sequences.get(step.sequence_id)
+        if found is None:
+            found = self._sequences[step.sequence_id] = _Followed(
+                step.position, Drift(self.options)
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """A sequence whose audits are learnt from."""
+
+    begin: int
+    """Position of its first step."""
+    drift: Drift
 
 
 @dataclass(slots=True)
@@ -227,40 +262,44 @@ class ConformalSelector:
     blocks: StepBlocks
     table: SummaryTable
     calibrators: Calibrators
+    known: F32 | None = None
+    """[1, H] true log mass of what is always read, of the layer that is asked for next; without it
+    everything is read."""
 
     def is_audit(self, layer: int, q: F32) -> bool:
         """Whether this step reads everything in `layer` and is learnt from."""
         if not (self.blocks.any_candidate and np.isfinite(q).all()):
             return False
-        due = self.blocks.step.position % self.calibrators.options.audit_stride == 0
-        return due or not self.calibrators.of(layer, q.shape[1]).is_ready
+        is_ready = self.calibrators.of(layer, q.shape[1]).is_ready
+        return not is_ready or self.calibrators.is_due(self.blocks.step)
 
     def estimates(self, layer: int, q: F32) -> tuple[F32, NDArray[np.bool_]]:
-        """What the summaries say of the first `end` blocks: log mass [1, H, end] and must [end].
+        """What the summaries say of the candidates: log mass [1, H, n] and must [n].
 
         A block whose estimate is beyond what a number holds is one of those.
         """
-        end = self.blocks.end
-        must = np.array(self.table.must(layer)[:end], copy=True)
-        must[: self.blocks.first] = True
+        first, end = self.blocks.first, self.blocks.end
+        must = self.table.must(layer)[first:end]
         with np.errstate(over="ignore", invalid="ignore"):
-            log_mass = self.table.log_mass(layer, q)[:, :, :end]
+            log_mass = self.table.log_mass(layer, q)[:, :, first:end]
         unknown = ~np.isfinite(log_mass).all((0, 1))
         return np.where(unknown, np.float32(-np.inf), log_mass), must | unknown
 
     def choose(self, layer: int, q_THD: Tensor, /) -> Selection:
         """See `BlockSelector.choose`."""
-        num_blocks = self.blocks.step.num_blocks
-        everything = Selection(np.arange(num_blocks, dtype=np.int64), 1.0)
+        blocks, known = self.blocks, self.known
+        everything = Selection(np.arange(blocks.step.num_blocks, dtype=np.int64), 1.0)
         q = as_floats(q_THD)
-        if self.is_audit(layer, q) or not (self.blocks.any_candidate and _is_scored(q)):
+        if self.is_audit(layer, q) or not (blocks.any_candidate and _is_scored(q)):
+            return everything
+        if known is None or not np.isfinite(known).all():
             return everything
         log_mass, must = self.estimates(layer, q)
         calibrator = self.calibrators.of(layer, q.shape[1])
-        chosen = np.flatnonzero(calibrator.select(log_mass, must))
-        behind = np.arange(self.blocks.end, num_blocks, dtype=np.int64)
+        shift = self.calibrators.follow(blocks.step).shift
+        chosen = blocks.first + np.flatnonzero(calibrator.select(log_mass, must, known, shift))
         limit = self.calibrators.options.tail_mass
-        return Selection(np.concatenate([chosen, behind]), 1.0 - limit)
+        return Selection(np.sort(np.concatenate([blocks.always, chosen])), 1.0 - limit)
 
 
 def _is_scored(q: F32) -> bool:
@@ -278,25 +317,28 @@ class ConformalStep:
 
     def __call__(self, layer: int, q_THD: Tensor, kv_layer: Tensor, /) -> Tensor:
         """See `ItemAttention`."""
-        q = as_floats(q_THD)
+        q, blocks = as_floats(q_THD), self.selector.blocks
         # Before it learns: an audit that makes the layer ready still reads everything itself.
         is_audit = self.selector.is_audit(layer, q)
+        if blocks.any_candidate:
+            self.selector.known = true_log_mass(q, blocks.window(kv_layer).keys[None])[..., 0]
         out = self.attend(layer, q_THD, kv_layer)
         if is_audit:
             self._learn(layer, q, kv_layer)
         return out
 
     def _learn(self, layer: int, q: F32, kv_layer: Tensor) -> None:
-        blocks = self.selector.blocks
-        log_mass, must = self.selector.estimates(layer, q)
-        keys, _ = blocks.read(np.arange(blocks.end, dtype=np.int64), kv_layer)
-        window = StepBlocks(blocks.step, 0, blocks.end).window(kv_layer)
-        true, rest = true_log_mass(q, keys), true_log_mass(q, window.keys[None])[..., 0]
+        selector, blocks = self.selector, self.selector.blocks
+        log_mass, must = selector.estimates(layer, q)
+        keys, _ = blocks.read(np.arange(blocks.first, blocks.end, dtype=np.int64), kv_layer)
+        true, known = true_log_mass(q, keys), selector.known
         # NaN, or more than a number holds: such a step shows nothing.
-        if not ((true < np.inf).all() and (rest < np.inf).all()):
+        if known is None or not ((true < np.inf).all() and (known < np.inf).all()):
             return
-        calibrator = self.selector.calibrators.of(layer, q.shape[1])
-        calibrator.audit(log_mass, must, true, rest)
+        calibrators = selector.calibrators
+        calibrator, drift = calibrators.of(layer, q.shape[1]), calibrators.follow(blocks.step)
+        missed = calibrator.audit(log_mass, must, known, true, drift.shift)
+        drift.observe(missed, calibrators.num_layers)
 
 
 def true_log_mass(q_QHD: F32, keys_NGBD: F32) -> F32:
@@ -362,3 +404,8 @@ class Promises:
         if self._dense_layers == 0:
             return promised
         return _DenseFirst(self._dense_layers, _Dense(blocks.step), promised)
+
+    def forget(self, sequence_id: str) -> None:
+        """A sequence left; nothing happens if it is not known."""
+        if self.calibrators is not None:
+            self.calibrators.forget(sequence_id)

@@ -217,6 +217,8 @@ class SparseDecoding:
     def drop(self, sequence_id: str) -> None:
         """The sequence left or gave its blocks up; nothing happens if it is not known."""
         self._selectors.pop(sequence_id, None)
+        if self.promises is not None:
+            self.promises.forget(sequence_id)
 
     def _selector(self, sequence_id: str) -> SequenceSelector:
         selector = self._selectors.get(sequence_id)
