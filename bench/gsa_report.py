@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -100,5 +101,5 @@ def targets_table(result: Result) -> Table:
     for target in result["targets"]:
         limit = f"<= {target['at_most']:g}" if "at_most" in target else f">= {target['at_least']:g}"
         verdict = "held" if target["held"] else "MISSED"
-        table.add_row(target["name"], f"{target['value']:.4g}", limit, verdict)
+        table.add_row(escape(target["name"]), f"{target['value']:.4g}", limit, verdict)
     return table

@@ -155,18 +155,17 @@ class _Bench:
 
     def __init__(self, loaded: LoadedModel, options: RagBenchOptions, say: Progress) -> None:
         self.warnings: list[str] = []
+        self._own: list[Document] = []
         self._loaded = loaded
         self._options = options
         self._say = say
 
     def prompts(self) -> list[Prompt]:
         """See `PromptMaker.prompts`."""
-        encoder = PlainEncoder(self._loaded.tokenizer)
         folder = self._options.documents
         if folder is None:
-            texts = own_texts(encoder, self._warn)
-        else:
-            texts = folder_texts(folder, encoder, self._warn)
+            return self._make(self._own_texts(), self._options.prompts)
+        texts = folder_texts(folder, PlainEncoder(self._loaded.tokenizer), self._warn)
         return self._make(texts, self._options.prompts)
 
     def measure(self, prompt: Prompt) -> _Row:
@@ -186,17 +185,22 @@ class _Bench:
         return _Row(prompt, quality, ttft)
 
     def ratios(self) -> dict[str, Result]:
-        """`ttft_ratio` for each length."""
-        lengths = self._options.ratio_lengths
-        shapes = tuple(RATIO_SHAPES[length] for length in lengths)
-        encoder = PlainEncoder(self._loaded.tokenizer)
-        prompts = self._make(own_texts(encoder, self._warn), PromptOptions(shapes=shapes))
+        """`ttft_ratio` for each length that the model has positions for."""
         found = {}
-        for length, prompt in zip(lengths, prompts, strict=False):
+        for length in self._options.ratio_lengths:
+            shape = RATIO_SHAPES[length]
+            (prompt,) = self._make(self._own_texts(), PromptOptions(shapes=(shape,)))
+            if len(prompt.chunks) != shape.num_chunks:
+                continue
             self._say(f"TTFT, {length} tokens of chunks")
             with TtftRig(self._loaded, prompt) as rig:
                 found[length] = ttft_ratio(rig, RATIO_BUDGET, self._options.ratio_repeats)
         return found
+
+    def _own_texts(self) -> list[Document]:
+        if not self._own:
+            self._own = own_texts(PlainEncoder(self._loaded.tokenizer), self._warn)
+        return self._own
 
     def _make(self, texts: Sequence[Document], options: PromptOptions) -> list[Prompt]:
         maker = PromptMaker(texts, self._loaded.tokenizer, options, self._warn)

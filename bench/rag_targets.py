@@ -33,7 +33,7 @@ def _targets(result: Result) -> Iterator[tuple[str, float, str, float]]:
             yield f"KL {PROGRESSIVE} / {BASELINE} at {budget}, mean", ratio, "at_most", 1.0
     for budget in means:
         name, ratio = worst_prompt(result, budget)
-        yield f"the same at {budget}, worst prompt ({name})", ratio, "at_most", 1.3
+        yield f"KL {PROGRESSIVE} / {BASELINE} at {budget}, worst: {name}", ratio, "at_most", 1.3
     if AT in means:
         yield from _quality(result)
     for length, limit in TTFT_LIMITS.items():

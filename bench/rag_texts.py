@@ -131,14 +131,22 @@ def _module(name: str, _warn: Warn) -> str:
 
 
 def _licence(package: str, warn: Warn) -> str:
-    for file in importlib.metadata.files(package) or ():
-        if "dist-info" in file.parts[0] and file.name.startswith("LICEN"):
-            path = Path(str(file.locate()))
-            if path.is_file():
-                return read_text(path, "licence")
+    for path in _licence_files(package):
+        if path.is_file():
+            return read_text(path, "licence")
     spare = SPARE_TOPICS[package]
     warn(f"{package} is installed without its licence: Python's reference on {spare} instead")
     return _topic(spare, warn)
+
+
+def _licence_files(package: str) -> Iterator[Path]:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if "dist-info" in file.parts[0] and file.name.startswith("LICEN"):
+            yield Path(str(file.locate()))
 
 
 SOURCES: Mapping[str, Callable[[Warn], str]] = {

@@ -188,3 +188,12 @@ def test_what_is_no_folder_of_texts(tmp_path: Path) -> None:
         folder_texts(tmp_path, Characters(), nobody)
     with pytest.raises(ConfigError, match="no such folder"):
         folder_texts(tmp_path / "image.bin", Characters(), nobody)
+
+
+def test_a_package_without_its_licence_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ucm.bench.rag_texts._licence_files", lambda _package: iter(()))
+    warnings: list[str] = []
+    texts = own_texts(PlainEncoder(Characters()), warnings.append)
+    assert [text.name for text in texts] == list(SOURCES)
+    assert len(warnings) == 2
+    assert all("installed without its licence" in line for line in warnings)

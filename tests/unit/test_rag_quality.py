@@ -182,7 +182,7 @@ def test_targets_compare_what_they_name() -> None:
     mean = found["KL progressive / cacheblend at 0.18, mean"]
     assert mean["value"] == pytest.approx(math.sqrt(0.5))
     assert (mean["at_most"], mean["held"]) == (0.6, False)
-    worst = found["the same at 0.18, worst prompt (p1)"]
+    worst = found["KL progressive / cacheblend at 0.18, worst: p1"]
     assert (worst["at_most"], worst["held"]) == (1.3, False)
     assert found["top-1 of progressive at 0.18, mean over prompts"]["held"]
     assert found["|dNLL| of progressive at 0.18, mean over prompts"]["value"] == 0.02
