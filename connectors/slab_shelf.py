@@ -18,14 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import torch
 
 from ucm.hashing import block_key
 from ucm.load_steps import Step
 from ucm.slab_mover import Scratch, SlabMover
-from ucm.sparse.slab_source import SlabLostError
+from ucm.sparse.slab_queue import QueuedRead, SlabLostError
 from ucm.types import ROOT_KEY, BlockKey, NamespaceId, SourceKind
 
 if TYPE_CHECKING:
@@ -49,47 +49,15 @@ class Errands(Protocol):
         """Queue the end of a shelf's leases."""
 
 
-@dataclass(slots=True, eq=False)
-class CacheRead:
-    """See `SlabRead`. The source's thread advances it, under the source's lock."""
+class CacheSlabs(NamedTuple):
+    """What is read, and where to."""
 
     shelf: CacheShelf
     layer: int
-    blocks: Sequence[int]
     views: Sequence[memoryview]
-    changed: threading.Condition
-    timeout_s: float
-    done: int = 0
-    error: SlabLostError | None = None
-    is_writing: bool = False
-    is_cancelled: bool = False
 
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing of it is left to do."""
-        return self.is_cancelled or self.error is not None or self.done == len(self.blocks)
 
-    def wait(self, count: int) -> None:
-        """See `SlabRead.wait`."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.done >= count or self.is_over, self.timeout_s)
-            if self.done >= count:
-                return
-            if self.error is not None:
-                raise self.error
-            why = "the source was closed" if self.is_cancelled else f"not in {self.timeout_s} s"
-            raise SlabLostError(self.blocks[self.done], why)
-
-    def num_done(self) -> int:
-        """See `SlabRead.num_done`."""
-        return self.done
-
-    def cancel(self) -> None:
-        """See `SlabRead.cancel`."""
-        with self.changed:
-            self.is_cancelled = True
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: not self.is_writing)
+CacheRead: TypeAlias = QueuedRead[CacheSlabs]
 
 
 @dataclass(slots=True, eq=False)
@@ -188,7 +156,8 @@ class CacheShelf:
         if lost is not None:
             raise SlabLostError(lost, f"not on the shelf of {self.name}")
         views = [bytes_of(slab) for slab in into]
-        read = CacheRead(self, layer, tuple(blocks), views, self.changed, self.errands.deadline_s)
+        slabs, timeout_s = CacheSlabs(self, layer, views), self.errands.deadline_s
+        read = QueuedRead(slabs, tuple(blocks), self.changed, timeout_s)
         self.errands.submit_read(read, is_ahead=is_ahead)
         return read
 
@@ -277,19 +246,13 @@ class Run:
     def begin_write(self, _block: int) -> bool:
         """See `WriteGate.begin_write`."""
         read = self._read
-        if read is None:
-            return True
-        with read.changed:
-            read.is_writing = not read.is_cancelled
-            return read.is_writing
+        return read is None or read.begin()
 
     def end_write(self, _block: int) -> None:
         """See `WriteGate.end_write`."""
         read = self._read
         if read is not None:
-            with read.changed:
-                read.is_writing = False
-                read.changed.notify_all()
+            read.end()
 
     def wait_turn(self, _block: int, num_bytes: int) -> bool:
         """See `WriteGate.wait_turn`."""

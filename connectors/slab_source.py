@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,11 +34,11 @@ from ucm.checksum import checksum
 from ucm.errors import LayoutMismatchError, UcmError
 from ucm.reader_io import open_reader_io
 from ucm.slab_mover import Scratch, SlabMover
-from ucm.sparse.slab_source import SlabLostError
+from ucm.sparse.slab_queue import ReadQueue, SlabLostError
 from ucm.types import BlockKey, LoadMode, StoreStatus
 
 from .link import CacheFactory, Connection
-from .slab_shelf import CacheRead, CacheShelf, Put, Run
+from .slab_shelf import CacheRead, CacheShelf, CacheSlabs, Put, Run
 
 if TYPE_CHECKING:
     from ucm.hashing import NamespaceSpec
@@ -92,11 +93,9 @@ class CacheSlabSource:
         self._io = open_reader_io()
         self._scratch = Scratch()
         self._changed = threading.Condition()
-        self._wanted: deque[CacheRead] = deque()
-        self._ahead: deque[CacheRead] = deque()
+        self._reads: ReadQueue[CacheSlabs] = ReadQueue()
         self._errands: deque[Callable[[], None]] = deque()
         self._shelves: set[CacheShelf] = set()
-        self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="ucm-cache-slabs", daemon=True)
         self._thread.start()
 
@@ -108,9 +107,7 @@ class CacheSlabSource:
     def close(self) -> None:
         """See `SlabSource.close`."""
         with self._changed:
-            self._is_closing = True
-            for read in (*self._wanted, *self._ahead):
-                read.is_cancelled = True
+            self._reads.close()
             self._changed.notify_all()
         self._thread.join(2 * self.deadline_s)
 
@@ -118,10 +115,7 @@ class CacheSlabSource:
 
     def submit_read(self, read: CacheRead, *, is_ahead: bool) -> None:
         """See `Errands.submit_read`."""
-        with self._changed:
-            read.is_cancelled = self._is_closing
-            (self._ahead if is_ahead else self._wanted).append(read)
-            self._changed.notify_all()
+        self._reads.submit(read, is_ahead=is_ahead)
 
     def submit_put(self, put: Put) -> None:
         """See `Errands.submit_put`."""
@@ -151,11 +145,10 @@ class CacheSlabSource:
             while True:
                 if self._errands:
                     return self._errands.popleft()
-                if self._is_closing:
+                if self._reads.is_closed:
                     return None
-                read = _front(self._wanted) or _front(self._ahead)
-                if read is not None:
-                    return lambda: self._advance(read)
+                if (read := self._reads.next_read()) is not None:
+                    return partial(self._advance, read)
                 self._changed.wait()
 
     def _advance(self, read: CacheRead) -> None:
@@ -177,13 +170,13 @@ class CacheSlabSource:
 
     def _fetch(self, read: CacheRead, block: int) -> str:
         """Try once; the lease of a run that failed is not used again."""
-        shelf, size = read.shelf, self.options.run_blocks
+        shelf, size = read.job.shelf, self.options.run_blocks
         number, index = divmod(block, size)
         run = self._run_of(shelf, number, index)
         if run is None:
             return "it left the shelf"
-        wanted = (read, read.views[read.done])
-        why = run.fetch(index, read.layer, wanted, self._scratch)
+        wanted = (read, read.job.views[read.done])
+        why = run.fetch(index, read.job.layer, wanted, self._scratch)
         if why:
             self._end_run(shelf, number)
         return why
@@ -250,7 +243,7 @@ class CacheSlabSource:
                 self._drop_connection()
             self._count_kept(put, num_new, "")
             num_tries = 0 if num_new else num_tries + 1
-            if why == _NO_ROOM and time.monotonic() < stop_s and not self._is_closing:
+            if why == _NO_ROOM and time.monotonic() < stop_s and not self._reads.is_closed:
                 why = ""
                 self._make_room(put, num_tries)
         self._count_kept(put, 0, why)
@@ -331,10 +324,3 @@ class CacheSlabSource:
 
 
 _NO_ROOM = "the cache has no room"
-
-
-def _front(reads: deque[CacheRead]) -> CacheRead | None:
-    """The first that goes on; those before it are forgotten."""
-    while reads and reads[0].is_over:
-        reads.popleft()
-    return reads[0] if reads else None

@@ -25,7 +25,7 @@ from ucm.layout import KvDtype, KvLayout
 from ucm.load_plan import LoadPlan
 from ucm.manager import Manager
 from ucm.sparse.offload import OffloadOptions
-from ucm.sparse.slab_source import SlabLostError
+from ucm.sparse.slab_queue import SlabLostError
 from ucm.storage.format import HEADER_BYTES
 from ucm.testing.blocks import tiny_spec
 from ucm.testing.fake_cache import FakeCache

@@ -23,7 +23,8 @@ from ucm.sparse.certificates import CertifiedOptions
 from ucm.sparse.mode_policy import SparseMode
 from ucm.sparse.offload import OffloadOptions
 from ucm.sparse.options import SparseOptions
-from ucm.sparse.slab_source import HostShelf, HostSlabSource, SlabLostError, SlabRead
+from ucm.sparse.slab_queue import SlabLostError
+from ucm.sparse.slab_source import HostShelf, HostSlabSource, SlabRead
 from ucm.testing.models import write_tiny_model
 from ucm.types import SummaryKind
 

@@ -15,7 +15,8 @@ from ucm.errors import CapacityError, ConfigError
 from ucm.kernels.attention import PagedSequence, tiled_attention
 from ucm.kernels.block_attention import attend_blocks
 from ucm.sparse.offload import Chooser, OffloadedAttention, OffloadOptions, Wanted
-from ucm.sparse.slab_source import HostSlabSource, SlabLostError
+from ucm.sparse.slab_queue import SlabLostError
+from ucm.sparse.slab_source import HostSlabSource
 from ucm.sparse.wave_stream import WaveStream
 from ucm.storage.throttled_io import TokenBucket
 

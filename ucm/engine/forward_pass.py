@@ -26,7 +26,7 @@ import torch
 from ucm import tracing
 from ucm.clock import Clock
 from ucm.sparse.protocols import ItemAttention
-from ucm.sparse.slab_source import SlabLostError
+from ucm.sparse.slab_queue import SlabLostError
 from ucm.tracing import Track
 
 from .guarded_hook import GuardedHook

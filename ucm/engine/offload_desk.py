@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 from ucm.errors import CapacityError
 from ucm.sparse.offload import Chooser, OffloadedAttention, OffloadOptions
 from ucm.sparse.protocols import ItemAttention
-from ucm.sparse.slab_source import SlabLostError, SlabShelf, SlabSource
+from ucm.sparse.slab_queue import SlabLostError
+from ucm.sparse.slab_source import SlabShelf, SlabSource
 
 from .model import ForwardItem
 

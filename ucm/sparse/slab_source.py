@@ -17,24 +17,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from ucm.errors import CapacityError, ConfigError
 
-
-class SlabLostError(Exception):
-    """A slab cannot be had any more; it never leaves the engine."""
-
-    def __init__(self, block: int, why: str) -> None:
-        """Say which block of the sequence, and why."""
-        super().__init__(f"block {block}: {why}")
-        self.block = block
+from .slab_queue import QueuedRead, ReadQueue, SlabLostError
 
 
 class SlabRead(Protocol):
@@ -121,34 +113,11 @@ class Limiter(Protocol):
         """Take so many bytes; how many seconds to wait before they may be moved."""
 
 
-@dataclass(slots=True)
-class _HostRead:
-    """See `SlabRead`. The source's thread copies, under its lock the fields change."""
+class _Copies(NamedTuple):
+    """What the thread copies, and where to."""
 
     sources: Sequence[Tensor]
     into: Sequence[Tensor]
-    changed: threading.Condition
-    done: int = 0
-    is_writing: bool = False
-    is_cancelled: bool = False
-
-    def wait(self, count: int) -> None:
-        """See `SlabRead.wait`."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.done >= count or self.is_cancelled)
-            if self.done < count:
-                raise SlabLostError(-1, "the source was closed")
-
-    def num_done(self) -> int:
-        """See `SlabRead.num_done`."""
-        return self.done
-
-    def cancel(self) -> None:
-        """See `SlabRead.cancel`."""
-        with self.changed:
-            self.is_cancelled = True
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: not self.is_writing)
 
 
 class HostSlabSource:
@@ -186,9 +155,7 @@ class HostSlabSource:
         """Most bytes of all shelves."""
         self._sleep = sleep
         self._changed = threading.Condition()
-        self._wanted: deque[_HostRead] = deque()
-        self._ahead: deque[_HostRead] = deque()
-        self._is_closing = False
+        self._reads: ReadQueue[_Copies] = ReadQueue()
         self._thread = threading.Thread(target=self._run, name="ucm-slab-source", daemon=True)
         self._thread.start()
 
@@ -199,9 +166,7 @@ class HostSlabSource:
     def close(self) -> None:
         """See `SlabSource.close`."""
         with self._changed:
-            self._is_closing = True
-            for read in (*self._wanted, *self._ahead):
-                read.is_cancelled = True
+            self._reads.close()
             self._changed.notify_all()
         self._thread.join()
 
@@ -219,38 +184,34 @@ class HostSlabSource:
         self.kept_bytes += num_bytes
 
     def submit(
-        self, sources: Sequence[Tensor], into: Sequence[Tensor], *, is_ahead: bool
-    ) -> _HostRead:
+        self,
+        blocks: Sequence[int],
+        sources: Sequence[Tensor],
+        into: Sequence[Tensor],
+        is_ahead: bool,
+    ) -> SlabRead:
         """Queue copies; for the shelves."""
-        read = _HostRead(sources, into, self._changed)
-        with self._changed:
-            read.is_cancelled = self._is_closing
-            (self._ahead if is_ahead else self._wanted).append(read)
-            self._changed.notify_all()
+        read = QueuedRead(_Copies(sources, into), blocks, self._changed)
+        self._reads.submit(read, is_ahead=is_ahead)
         return read
 
     def _run(self) -> None:
-        while True:
-            read = self._next()
-            if read is None:
-                return
-            source = read.sources[read.done]
+        while (read := self._next()) is not None:
+            source = read.job.sources[read.done]
             self._pay(source.nbytes)
-            if not self._begin(read):
+            if not read.begin():
                 continue
-            read.into[read.done].copy_(source)
+            read.job.into[read.done].copy_(source)
             with self._changed:
                 read.done += 1
-                read.is_writing = False
                 self.read_bytes += source.nbytes
-                self._changed.notify_all()
+                read.end()
 
-    def _next(self) -> _HostRead | None:
-        """The read to go on with: one that somebody waits for, if there is; None at the end."""
+    def _next(self) -> QueuedRead[_Copies] | None:
+        """The read to go on with; None at the end."""
         with self._changed:
-            while not self._is_closing:
-                read = _front(self._wanted) or _front(self._ahead)
-                if read is not None:
+            while not self._reads.is_closed:
+                if (read := self._reads.next_read()) is not None:
                     return read
                 self._changed.wait()
             return None
@@ -259,18 +220,6 @@ class HostSlabSource:
         delay_s = self.limiter.take(num_bytes) if self.limiter is not None else 0.0
         if delay_s > 0.0:
             self._sleep(delay_s)
-
-    def _begin(self, read: _HostRead) -> bool:
-        with self._changed:
-            read.is_writing = not read.is_cancelled
-            return read.is_writing
-
-
-def _front(reads: deque[_HostRead]) -> _HostRead | None:
-    """The first that goes on; those before it are forgotten."""
-    while reads and (reads[0].is_cancelled or reads[0].done == len(reads[0].sources)):
-        reads.popleft()
-    return reads[0] if reads else None
 
 
 @dataclass(slots=True)
@@ -306,7 +255,7 @@ class HostShelf:
         if lost is not None:
             raise SlabLostError(lost, f"not on the shelf of {self.name}")
         sources = [self.blocks[block][layer] for block in blocks]
-        return self.source.submit(sources, into, is_ahead=is_ahead)
+        return self.source.submit(tuple(blocks), sources, into, is_ahead)
 
     def truncate(self, num_blocks: int) -> None:
         """See `SlabShelf.truncate`."""
