@@ -100,7 +100,7 @@ class Registry:
         with _translated(folder):
             if not read_only:
                 shutil.rmtree(_unfinished(folder), ignore_errors=True)
-            if not (folder / "data.mdb").exists():
+            if not folder.exists():
                 return
             self._check_sound()
             if not read_only:
@@ -316,7 +316,8 @@ class Registry:
         """Look at the whole file before it is mapped, unless a clean end vouches for it."""
         if clean_mark.matches(self._folder):
             return
-        problems = index.verify(self._folder)
+        is_there = (self._folder / "data.mdb").exists()
+        problems = index.verify(self._folder) if is_there else ["its file is missing"]
         if problems:
             raise CorruptionError(
                 f"the registry of collections {self._folder} is damaged ({problems[0]}), so nobody "

@@ -192,12 +192,14 @@ class CollectionDesk:
 
     def list_collections(self) -> tuple[CollectionInfo, ...]:
         """See `CollectionApi.list_collections`."""
+        self.tick()
         with self._lock:
             return collection_infos(self._registry)
 
     def list_documents(self, collection: str) -> tuple[DocumentInfo, ...]:
         """See `CollectionApi.list_documents`."""
         check_collection_name(collection)
+        self.tick()
         with self._lock:
             registry = self._registry
             names = {each.name for each in registry.collections()} if registry is not None else ()
@@ -212,6 +214,7 @@ class CollectionDesk:
 
     def deletions(self) -> DeletionStatus:
         """See `CollectionApi.deletions`."""
+        self.tick()
         with self._state.lock:
             return self._rounds.status_locked()
 
@@ -242,7 +245,10 @@ class CollectionDesk:
     # ----------------------------------------------------------------- time
 
     def tick(self) -> None:
-        """Remove what has expired, and go on with what was held back. Cheap when nothing is."""
+        """Remove what has expired, and go on with what was held back. Cheap when nothing is.
+
+        A daemon does it all the time; in an embedded store, calls that ask do.
+        """
         if self._closed:
             return
         now_us, now_s = _now_us(), time.monotonic()

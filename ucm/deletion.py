@@ -7,9 +7,9 @@
     settle   what has no copy left anywhere is noted as erased, durably
 
 A block that a lease holds is hidden at once and erased when the last lease has ended; its row stays
-until then, without copies. A pin keeps a block from being evicted, not from being deleted. A write
-that is queued is not made; one that is under way ends, and its copy goes with the others. A load
-that is reading the block ends with it, then the block goes.
+until then, without copies. A pin, or a store that follows it, keeps a block from being evicted, not
+from being deleted. A write that is queued is not made; one that is under way ends, and its copy
+goes with the others. A load that is reading the block ends with it, then the block goes.
 
 `finish` runs on the thread that commits writes, because it alone may free slots of NVMe; without
 NVMe on any thread. Everything is repeated until nothing is left: whatever is cut short (a crash, a
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -75,17 +76,16 @@ class Deletions:
                 found.summaries.forget(key)
 
     def _unpin_locked(self, found: Namespace, rows: set[int]) -> None:
-        """Let pins go of rows: they are not read under them."""
-        for lease in self._state.leases.of_kind(LeaseKind.PIN):
+        """Let pins and stores go of rows: they keep blocks from eviction, nobody reads there."""
+        leases = self._state.leases
+        for lease in [*leases.of_kind(LeaseKind.PIN), *leases.of_kind(LeaseKind.STORE)]:
             gone = [row for row in lease.rows if row in rows]
             if lease.namespace != found.id or not gone:
                 continue
             lease.rows = [row for row in lease.rows if row not in rows]
-            lease.num_bytes = len(lease.rows) * found.layout.block_bytes
-            found.pinned.subtract(gone)
-            for row in gone:
-                if not found.pinned[row]:
-                    del found.pinned[row]
+            if lease.kind is LeaseKind.PIN:
+                lease.num_bytes = len(lease.rows) * found.layout.block_bytes
+                found.pinned -= Counter(gone)
             found.index.unpin_all(gone)
 
     def has_work_locked(self, found: Namespace) -> bool:

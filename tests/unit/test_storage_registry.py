@@ -190,6 +190,13 @@ def test_damage_is_an_error_not_a_document(folder: Path) -> None:
     registry.close()
 
 
+def test_a_missing_file_is_damage(folder: Path) -> None:
+    """The folder appears with its file in it, so somebody has deleted that."""
+    folder.mkdir()
+    with pytest.raises(CorruptionError, match="missing"):
+        Registry(folder, MAP_BYTES)
+
+
 def test_another_format_is_refused(folder: Path) -> None:
     registry = Registry(folder, MAP_BYTES)
     registry.put(record("one", (1,)))

@@ -360,8 +360,10 @@ class CollectionTests:
         """Bytes are punched when the lease ends, not under its reader."""
         keys = chain(handle.id, 3, 1)
         store("one", keys)
-        for seed in range(20, 30):  # out of memory
-            put(cache, handle, chain(handle.id, 2, seed))
+        seeds = iter(range(20, 60))
+        while TierKind.MEMORY in cache.lookup(handle.id, keys).tiers:  # out with it
+            put(cache, handle, chain(handle.id, 2, next(seeds)))
+            assert cache.flush(timeout_s=10)
         plan = cache.begin_load(handle.id, keys, mode=LoadMode.DIRECT, timeout_s=1.0)
         assert {block.source for block in plan.blocks} == {SourceKind.EXTENT}
         assert collections.remove("docs", ["one"]).deletion.num_waiting == 3
@@ -403,6 +405,26 @@ class CollectionTests:
         assert collections.remove("docs").deletion.num_waiting == 0
         assert not any(bytes_on_disk(harness.store_folder(), keys))
         cache.release(pin.id)
+
+    def test_a_store_behind_a_deleted_block_does_not_keep_it(
+        self,
+        harness: CollectionHarness,
+        cache: CacheApi,
+        handle: NamespaceHandle,
+        collections: CollectionApi,
+        store: Callable[..., None],
+    ) -> None:
+        """It is an orphan when it completes."""
+        keys = chain(handle.id, 3, 1)
+        store("one", keys[:2])
+        lease = cache.prepare_store(handle.id, keys[1], keys[2:])
+        (slot,) = lease.slots
+        assert slot.data is not None
+        slot.data[:] = content(keys[2])
+        sums = {keys[2]: block_checksums(handle.layout, slot.data)}
+        assert collections.remove("docs").deletion.num_waiting == 0
+        assert cache.complete_store(lease.id, sums) == (StoreStatus.ORPHAN,)
+        assert not any(bytes_on_disk(harness.store_folder(), keys))
 
     def test_blocks_in_memory_only_go_too(
         self, cache: CacheApi, handle: NamespaceHandle, collections: CollectionApi
