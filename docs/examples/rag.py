@@ -24,7 +24,9 @@ from ucm.connectors.chunk_store import store_chunks
 from ucm.engine.chunk_prompts import ChunkPrompts
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.loading import load_model
+from ucm.engine.request import RequestResult
 from ucm.engine.sampling import SamplingParams
+from ucm.errors import UcmError
 from ucm.reuse.options import BlendOptions, ReuseOptions
 from ucm.text_files import TextFile, find_files, read_text
 
@@ -69,48 +71,61 @@ class Retriever:
         return bm25s.tokenize(texts, stopwords="en", show_progress=False)
 
 
-arguments = parse_arguments()
-loaded = load_model(model_hub.resolve(arguments.model))
-tokenizer = loaded.tokenizer
-prompts = ChunkPrompts(tokenizer)  # the same for all prompts: chunks are encoded behind its opening
-reuse = ReuseOptions(
-    sink_tokens=prompts.sink_tokens, blend=BlendOptions(budget=arguments.recompute)
-)
-options = CachedEngineOptions(engine=EngineOptions(reuse=reuse))
-greedy = SamplingParams(max_tokens=arguments.max_tokens)
-
-with open_engine(loaded, lambda: ucm.open(arguments.store), options) as cached:
-    # Index: cut, prefill what is new, remember the words.
-    chunks, sources = [], []
-    for document in documents(arguments.folder):
-        cut = prompts.chunks_of(document.text, cached.engine.chunk_space)
-        stored = store_chunks(cached, cut)
-        print(f"{document.name}: {stored.num_computed} chunks computed, {stored.num_known} known")
-        chunks += cut
-        sources += [document.name] * len(cut)
-    if not chunks:
+def main(arguments: argparse.Namespace) -> None:
+    """Index the folder, then answer."""
+    loaded = load_model(model_hub.resolve(arguments.model))
+    # The same for all prompts: chunks are encoded behind its opening.
+    prompts = ChunkPrompts(loaded.tokenizer)
+    reuse = ReuseOptions(
+        sink_tokens=prompts.sink_tokens, blend=BlendOptions(budget=arguments.recompute)
+    )
+    options = CachedEngineOptions(engine=EngineOptions(reuse=reuse))
+    greedy = SamplingParams(max_tokens=arguments.max_tokens)
+    texts = documents(arguments.folder)
+    if not texts:
         sys.exit(f"there is no text in {arguments.folder}")
-    retriever = Retriever([tokenizer.decode(chunk.token_ids) for chunk in chunks])
+    with open_engine(loaded, lambda: ucm.open(arguments.store), options) as cached:
+        # Index: cut, prefill what is new, remember the words.
+        chunks, sources = [], []
+        for text in texts:
+            cut = prompts.chunks_of(text.text, cached.engine.chunk_space)
+            stored = store_chunks(cached, cut)
+            print(f"{text.name}: {stored.num_computed} chunks computed, {stored.num_known} known")
+            chunks += cut
+            sources += [text.name] * len(cut)
+        retriever = Retriever([loaded.tokenizer.decode(chunk.token_ids) for chunk in chunks])
 
-    # Answer, with the pool emptied before each question: chunks come from the cache.
-    exact_engine = Engine(loaded.model, tokenizer)  # computes all of it, to compare with
-    for question in arguments.questions:
-        best = retriever.best(question, arguments.top)
-        prompt = prompts.prompt([chunks[index] for index in best], question)
-        cached.engine.reset_cache()
-        (result,) = cached.engine.generate_all([prompt], greedy)
-        exact_engine.reset_cache()
-        (exact,) = exact_engine.generate_all([prompt.token_ids], greedy)
+        # Answer, with the pool emptied before each question: chunks come from the cache.
+        exact_engine = Engine(loaded.model, loaded.tokenizer)  # computes all of it, to compare with
+        for question in arguments.questions:
+            best = retriever.best(question, arguments.top)
+            prompt = prompts.prompt([chunks[index] for index in best], question)
+            cached.engine.reset_cache()
+            (result,) = cached.engine.generate_all([prompt], greedy)
+            exact_engine.reset_cache()
+            (exact,) = exact_engine.generate_all([prompt.token_ids], greedy)
+            print(f"\nquestion    {question}")
+            print(f"from        {', '.join(dict.fromkeys(sources[index] for index in best))}")
+            show(result, exact)
 
-        used, ttft_s = result.reuse, result.timings.ttft_s
-        print(f"\nquestion    {question}")
-        print(f"answer      {result.outputs[0].text.strip()}")
-        print(f"computed    {exact.outputs[0].text.strip()}")
-        print(f"from        {', '.join(dict.fromkeys(sources[index] for index in best))}")
-        print(f"prompt      {len(prompt):,} tokens, {used.num_chunk_tokens:,} of them reused")
-        print(f"recomputed  {used.num_recomputed_tokens:,.0f} tokens' worth ({used.cost:.0%})")
-        print(f"saved       {used.num_saved_tokens:,.0f} tokens' worth")
-        print(
-            f"first token {1e3 * ttft_s:,.0f} ms, {1e3 * exact.timings.ttft_s:,.0f} ms in full: "
-            f"{ttft_s / exact.timings.ttft_s:.2f} of it"
-        )
+
+def show(result: RequestResult, exact: RequestResult) -> None:
+    """What was answered, and what reuse saved of a full prefill of the same prompt."""
+    used, ttft_s, full_s = result.reuse, result.timings.ttft_s, exact.timings.ttft_s
+    print(f"answer      {result.outputs[0].text.strip()}")
+    print(f"in full     {exact.outputs[0].text.strip()}")
+    if used.fallback is not None:
+        print(f"computed    all of it, nothing was reused: {used.fallback.value}")
+    num_tokens = len(result.prompt_token_ids)
+    print(f"prompt      {num_tokens:,} tokens, {used.num_chunk_tokens:,} of them reused")
+    print(f"recomputed  {used.num_recomputed_tokens:,.0f} tokens' worth ({used.cost:.0%})")
+    print(f"saved       {used.num_saved_tokens:,.0f} tokens' worth")
+    times = f"{1e3 * ttft_s:,.0f} ms, {1e3 * full_s:,.0f} ms in full"
+    print(f"first token {times}: {ttft_s / full_s:.2f} of it")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except UcmError as error:
+        sys.exit(f"rag.py: {error}")

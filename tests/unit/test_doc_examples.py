@@ -75,7 +75,7 @@ def test_retrieval_with_cached_chunks(
     arguments += ["--model", str(model), "--store", str(tmp_path / "kv"), "--max-tokens", "4"]
     monkeypatch.setattr("sys.argv", [*arguments, "--top", "2"])
     for is_first in (True, False):
-        runpy.run_path(str(EXAMPLES / "rag.py"))
+        runpy.run_path(str(EXAMPLES / "rag.py"), run_name="__main__")
         lines = capsys.readouterr().out.splitlines()
         assert "left out picture.png: it is not text: it holds zero bytes" in lines
         counts = [re.fullmatch(r"(.*): (\d) chunks computed, (\d) known", line) for line in lines]
@@ -90,6 +90,21 @@ def test_retrieval_with_cached_chunks(
         shares = re.findall(r"^recomputed .*\((\d+)%\)$", "\n".join(lines), re.MULTILINE)
         assert [0 < int(share) <= 18 for share in shares] == [True, True]
         assert len(re.findall(r"^first token .* of it$", "\n".join(lines), re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"), [("empty", "there is no text in"), ("absent", "No such file")]
+)
+def test_retrieval_in_nothing(
+    folder: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    model = write_tiny_model(tmp_path / "m")
+    arguments = ["rag.py", str(tmp_path / folder), "What?", "--model", str(model)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--store", str(tmp_path / "kv")])
+    with pytest.raises(SystemExit, match=words):
+        runpy.run_path(str(EXAMPLES / "rag.py"), run_name="__main__")
+    assert not (tmp_path / "kv").exists()
 
 
 def test_reuse_in_twenty_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ import socket
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ucm import text_files
 from ucm.errors import ConfigError
@@ -50,6 +52,21 @@ def test_text_in_a_named_encoding(encoding: str, tmp_path: Path) -> None:
     found = read_text(tmp_path / "file", encoding=check_encoding(encoding))
     assert isinstance(found, TextFile)
     assert found.text == "Grüße\n"
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary(max_size=64), encoding=st.sampled_from(["utf-8", "latin-1", "utf-16"]))
+def test_any_bytes_are_text_or_refused(
+    data: bytes, encoding: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any-bytes"
+    path.write_bytes(data)
+    found = read_text(path, encoding=encoding)
+    if isinstance(found, TextFile):
+        assert found.text.strip()
+        assert found.text == data.decode(encoding).removeprefix("\ufeff")
+    else:
+        assert found.detail
 
 
 def test_a_mark_in_front_is_no_text(tmp_path: Path) -> None:

@@ -330,9 +330,10 @@ def _report(
         }
         print_json(summary)
         return
+    reused = f" and {timings.num_reused_tokens} of reused chunks" if result.reuse else ""
     line = (
         f"{timings.num_prompt_tokens} prompt tokens, {timings.num_hook_tokens} of them from the "
-        f"cache; first token after {1e3 * timings.ttft_s:,.0f} ms"
+        f"cache{reused}; first token after {1e3 * timings.ttft_s:,.0f} ms"
     )
     if timings.tpot_s:
         line += f", then {1 / timings.tpot_s:.1f} tokens/s"
