@@ -77,6 +77,13 @@ class SelectMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SELECT_MODE_UNSPECIFIED: _ClassVar[SelectMode]
     SELECT_MODE_SHARED: _ClassVar[SelectMode]
     SELECT_MODE_PER_HEAD: _ClassVar[SelectMode]
+
+class PutOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PUT_OUTCOME_UNSPECIFIED: _ClassVar[PutOutcome]
+    PUT_OUTCOME_NEW: _ClassVar[PutOutcome]
+    PUT_OUTCOME_KNOWN: _ClassVar[PutOutcome]
+    PUT_OUTCOME_CHANGED: _ClassVar[PutOutcome]
 TIER_UNSPECIFIED: Tier
 TIER_MEMORY: Tier
 TIER_NVME: Tier
@@ -122,6 +129,10 @@ SUMMARY_STATUS_MISS: SummaryStatus
 SELECT_MODE_UNSPECIFIED: SelectMode
 SELECT_MODE_SHARED: SelectMode
 SELECT_MODE_PER_HEAD: SelectMode
+PUT_OUTCOME_UNSPECIFIED: PutOutcome
+PUT_OUTCOME_NEW: PutOutcome
+PUT_OUTCOME_KNOWN: PutOutcome
+PUT_OUTCOME_CHANGED: PutOutcome
 
 class Layout(_message.Message):
     __slots__ = ("num_layers", "num_kv_heads", "head_dim", "block_tokens", "dtype")
@@ -716,3 +727,173 @@ class DrainRequest(_message.Message):
 class DrainReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class PutDocumentRequest(_message.Message):
+    __slots__ = ("collection", "id", "namespace", "digest", "chunk_blocks", "keys", "num_tokens", "expires_s")
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
+    collection: str
+    id: str
+    namespace: bytes
+    digest: bytes
+    chunk_blocks: _containers.RepeatedScalarFieldContainer[int]
+    keys: bytes
+    num_tokens: int
+    expires_s: float
+    def __init__(self, collection: _Optional[str] = ..., id: _Optional[str] = ..., namespace: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., chunk_blocks: _Optional[_Iterable[int]] = ..., keys: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., expires_s: _Optional[float] = ...) -> None: ...
+
+class Deletion(_message.Message):
+    __slots__ = ("num_blocks", "num_kept", "num_waiting")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KEPT_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    num_kept: int
+    num_waiting: int
+    def __init__(self, num_blocks: _Optional[int] = ..., num_kept: _Optional[int] = ..., num_waiting: _Optional[int] = ...) -> None: ...
+
+class PutDocumentReply(_message.Message):
+    __slots__ = ("outcome", "version", "deletion")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DELETION_FIELD_NUMBER: _ClassVar[int]
+    outcome: PutOutcome
+    version: int
+    deletion: Deletion
+    def __init__(self, outcome: _Optional[_Union[PutOutcome, str]] = ..., version: _Optional[int] = ..., deletion: _Optional[_Union[Deletion, _Mapping]] = ...) -> None: ...
+
+class ListCollectionsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CollectionInfo(_message.Message):
+    __slots__ = ("name", "version", "created_s", "num_documents", "num_chunks", "num_blocks", "num_tokens")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CREATED_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    created_s: float
+    num_documents: int
+    num_chunks: int
+    num_blocks: int
+    num_tokens: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., created_s: _Optional[float] = ..., num_documents: _Optional[int] = ..., num_chunks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class ListCollectionsReply(_message.Message):
+    __slots__ = ("collections",)
+    COLLECTIONS_FIELD_NUMBER: _ClassVar[int]
+    collections: _containers.RepeatedCompositeFieldContainer[CollectionInfo]
+    def __init__(self, collections: _Optional[_Iterable[_Union[CollectionInfo, _Mapping]]] = ...) -> None: ...
+
+class ListDocumentsRequest(_message.Message):
+    __slots__ = ("collection", "first")
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    collection: str
+    first: int
+    def __init__(self, collection: _Optional[str] = ..., first: _Optional[int] = ...) -> None: ...
+
+class DocumentInfo(_message.Message):
+    __slots__ = ("id", "namespace", "digest", "version", "num_chunks", "num_blocks", "num_tokens", "added_s", "expires_s")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ADDED_S_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    namespace: bytes
+    digest: bytes
+    version: int
+    num_chunks: int
+    num_blocks: int
+    num_tokens: int
+    added_s: float
+    expires_s: float
+    def __init__(self, id: _Optional[str] = ..., namespace: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., version: _Optional[int] = ..., num_chunks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_tokens: _Optional[int] = ..., added_s: _Optional[float] = ..., expires_s: _Optional[float] = ...) -> None: ...
+
+class ListDocumentsReply(_message.Message):
+    __slots__ = ("documents", "has_more")
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    HAS_MORE_FIELD_NUMBER: _ClassVar[int]
+    documents: _containers.RepeatedCompositeFieldContainer[DocumentInfo]
+    has_more: bool
+    def __init__(self, documents: _Optional[_Iterable[_Union[DocumentInfo, _Mapping]]] = ..., has_more: bool = ...) -> None: ...
+
+class RemoveDocumentsRequest(_message.Message):
+    __slots__ = ("collection", "ids", "all", "timeout_s")
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    collection: str
+    ids: _containers.RepeatedScalarFieldContainer[str]
+    all: bool
+    timeout_s: float
+    def __init__(self, collection: _Optional[str] = ..., ids: _Optional[_Iterable[str]] = ..., all: bool = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class RemoveDocumentsReply(_message.Message):
+    __slots__ = ("num_documents", "missing", "deletion")
+    NUM_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    DELETION_FIELD_NUMBER: _ClassVar[int]
+    num_documents: int
+    missing: _containers.RepeatedScalarFieldContainer[str]
+    deletion: Deletion
+    def __init__(self, num_documents: _Optional[int] = ..., missing: _Optional[_Iterable[str]] = ..., deletion: _Optional[_Union[Deletion, _Mapping]] = ...) -> None: ...
+
+class ExpireDocumentsRequest(_message.Message):
+    __slots__ = ("collection", "ids", "all", "at_s")
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    collection: str
+    ids: _containers.RepeatedScalarFieldContainer[str]
+    all: bool
+    at_s: float
+    def __init__(self, collection: _Optional[str] = ..., ids: _Optional[_Iterable[str]] = ..., all: bool = ..., at_s: _Optional[float] = ...) -> None: ...
+
+class ExpireDocumentsReply(_message.Message):
+    __slots__ = ("num_documents",)
+    NUM_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    num_documents: int
+    def __init__(self, num_documents: _Optional[int] = ...) -> None: ...
+
+class RemoveBlocksRequest(_message.Message):
+    __slots__ = ("namespace", "keys", "timeout_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    keys: bytes
+    timeout_s: float
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class DeletionsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DeletionsReply(_message.Message):
+    __slots__ = ("num_waiting", "num_barred", "problems")
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    NUM_BARRED_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    num_waiting: int
+    num_barred: int
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, num_waiting: _Optional[int] = ..., num_barred: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...

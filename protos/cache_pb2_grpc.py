@@ -793,3 +793,353 @@ class Admin(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class CollectionsStub(object):
+    """---------------------------------------------------------------- collections (admin socket)
+
+    Documents whose chunks are cached, by name; see ucm/collection_api.py. The registry knows keys
+    only. Times are UNIX seconds, 0 is never. Digests and namespaces have 32 bytes.
+
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.PutDocument = channel.unary_unary(
+                '/ucm.v1.Collections/PutDocument',
+                request_serializer=ucm_dot_protos_dot_cache__pb2.PutDocumentRequest.SerializeToString,
+                response_deserializer=ucm_dot_protos_dot_cache__pb2.PutDocumentReply.FromString,
+                _registered_method=True)
+        self.ListCollections = channel.unary_unary(
+                '/ucm.v1.Collections/ListCollections',
+                request_serializer=ucm_dot_protos_dot_cache__pb2.ListCollectionsRequest.SerializeToString,
+                response_deserializer=ucm_dot_protos_dot_cache__pb2.ListCollectionsReply.FromString,
+                _registered_method=True)
+        self.ListDocuments = channel.unary_unary(
+                '/ucm.v1.Collections/ListDocuments',
+                request_serializer=ucm_dot_protos_dot_cache__pb2.ListDocumentsRequest.SerializeToString,
+                response_deserializer=ucm_dot_protos_dot_cache__pb2.ListDocumentsReply.FromString,
+                _registered_method=True)
+        self.RemoveDocuments = channel.unary_unary(
+                '/ucm.v1.Collections/RemoveDocuments',
+                request_serializer=ucm_dot_protos_dot_cache__pb2.RemoveDocumentsRequest.SerializeToString,
+                response_deserializer=ucm_dot_protos_dot_cache__pb2.RemoveDocumentsReply.FromString,
+                _registered_method=True)
+        self.ExpireDocuments = channel.unary_unary(
+                '/ucm.v1.Collections/ExpireDocuments',
+                request_serializer=ucm_dot_protos_dot_cache__pb2.ExpireDocumentsRequest.SerializeToString,
+                response_deserializer=ucm_dot_protos_dot_cache__pb2.ExpireDocumentsReply.FromString,
+                _registered_method=True)
+        self.RemoveBlocks = channel.unary_unary(
+                '/ucm.v1.Collections/RemoveBlocks',
+                request_serializer=ucm_dot_protos_dot_cache__pb2.RemoveBlocksRequest.SerializeToString,
+                response_deserializer=ucm_dot_protos_dot_cache__pb2.RemoveDocumentsReply.FromString,
+                _registered_method=True)
+        self.Deletions = channel.unary_unary(
+                '/ucm.v1.Collections/Deletions',
+                request_serializer=ucm_dot_protos_dot_cache__pb2.DeletionsRequest.SerializeToString,
+                response_deserializer=ucm_dot_protos_dot_cache__pb2.DeletionsReply.FromString,
+                _registered_method=True)
+
+
+class CollectionsServicer(object):
+    """---------------------------------------------------------------- collections (admin socket)
+
+    Documents whose chunks are cached, by name; see ucm/collection_api.py. The registry knows keys
+    only. Times are UNIX seconds, 0 is never. Digests and namespaces have 32 bytes.
+
+    """
+
+    def PutDocument(self, request, context):
+        """Register a document, before its blocks are stored; make the collection if it is new.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCollections(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDocuments(self, request, context):
+        """Documents of a collection, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveDocuments(self, request, context):
+        """Delete documents, or a whole collection, with their blocks from every tier.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExpireDocuments(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveBlocks(self, request, context):
+        """Delete blocks by key, with all that follows them in their chains.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Deletions(self, request, context):
+        """How far deletions are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_CollectionsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'PutDocument': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutDocument,
+                    request_deserializer=ucm_dot_protos_dot_cache__pb2.PutDocumentRequest.FromString,
+                    response_serializer=ucm_dot_protos_dot_cache__pb2.PutDocumentReply.SerializeToString,
+            ),
+            'ListCollections': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCollections,
+                    request_deserializer=ucm_dot_protos_dot_cache__pb2.ListCollectionsRequest.FromString,
+                    response_serializer=ucm_dot_protos_dot_cache__pb2.ListCollectionsReply.SerializeToString,
+            ),
+            'ListDocuments': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDocuments,
+                    request_deserializer=ucm_dot_protos_dot_cache__pb2.ListDocumentsRequest.FromString,
+                    response_serializer=ucm_dot_protos_dot_cache__pb2.ListDocumentsReply.SerializeToString,
+            ),
+            'RemoveDocuments': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveDocuments,
+                    request_deserializer=ucm_dot_protos_dot_cache__pb2.RemoveDocumentsRequest.FromString,
+                    response_serializer=ucm_dot_protos_dot_cache__pb2.RemoveDocumentsReply.SerializeToString,
+            ),
+            'ExpireDocuments': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExpireDocuments,
+                    request_deserializer=ucm_dot_protos_dot_cache__pb2.ExpireDocumentsRequest.FromString,
+                    response_serializer=ucm_dot_protos_dot_cache__pb2.ExpireDocumentsReply.SerializeToString,
+            ),
+            'RemoveBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveBlocks,
+                    request_deserializer=ucm_dot_protos_dot_cache__pb2.RemoveBlocksRequest.FromString,
+                    response_serializer=ucm_dot_protos_dot_cache__pb2.RemoveDocumentsReply.SerializeToString,
+            ),
+            'Deletions': grpc.unary_unary_rpc_method_handler(
+                    servicer.Deletions,
+                    request_deserializer=ucm_dot_protos_dot_cache__pb2.DeletionsRequest.FromString,
+                    response_serializer=ucm_dot_protos_dot_cache__pb2.DeletionsReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'ucm.v1.Collections', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('ucm.v1.Collections', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Collections(object):
+    """---------------------------------------------------------------- collections (admin socket)
+
+    Documents whose chunks are cached, by name; see ucm/collection_api.py. The registry knows keys
+    only. Times are UNIX seconds, 0 is never. Digests and namespaces have 32 bytes.
+
+    """
+
+    @staticmethod
+    def PutDocument(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ucm.v1.Collections/PutDocument',
+            ucm_dot_protos_dot_cache__pb2.PutDocumentRequest.SerializeToString,
+            ucm_dot_protos_dot_cache__pb2.PutDocumentReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCollections(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ucm.v1.Collections/ListCollections',
+            ucm_dot_protos_dot_cache__pb2.ListCollectionsRequest.SerializeToString,
+            ucm_dot_protos_dot_cache__pb2.ListCollectionsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDocuments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ucm.v1.Collections/ListDocuments',
+            ucm_dot_protos_dot_cache__pb2.ListDocumentsRequest.SerializeToString,
+            ucm_dot_protos_dot_cache__pb2.ListDocumentsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveDocuments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ucm.v1.Collections/RemoveDocuments',
+            ucm_dot_protos_dot_cache__pb2.RemoveDocumentsRequest.SerializeToString,
+            ucm_dot_protos_dot_cache__pb2.RemoveDocumentsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExpireDocuments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ucm.v1.Collections/ExpireDocuments',
+            ucm_dot_protos_dot_cache__pb2.ExpireDocumentsRequest.SerializeToString,
+            ucm_dot_protos_dot_cache__pb2.ExpireDocumentsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ucm.v1.Collections/RemoveBlocks',
+            ucm_dot_protos_dot_cache__pb2.RemoveBlocksRequest.SerializeToString,
+            ucm_dot_protos_dot_cache__pb2.RemoveDocumentsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Deletions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ucm.v1.Collections/Deletions',
+            ucm_dot_protos_dot_cache__pb2.DeletionsRequest.SerializeToString,
+            ucm_dot_protos_dot_cache__pb2.DeletionsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -4,6 +4,7 @@ PATH/            0700, owned by the daemon's user
     lock         flock, held for as long as the store is open; holds the pid
     ns/<hex>/    one namespace each; see `format.py`
         tenant   UTF-8, whose quota it counts against; missing for the nameless tenant
+    collections/ documents and what was deleted of them; see `registry.py`
     quarantine/  namespaces that `ucm fsck --repair` moved aside
 """
 
@@ -46,9 +47,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+COLLECTIONS_FOLDER = "collections"
+
 _NAME = re.compile(r"[0-9a-f]{64}")
 
-_OWN_NAMES = frozenset({"lock", "ns", "quarantine", "lost+found"})
+_OWN_NAMES = frozenset({"lock", "ns", COLLECTIONS_FOLDER, "quarantine", "lost+found"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

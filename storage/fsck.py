@@ -1,9 +1,11 @@
 """Check a data folder offline, byte by byte, and repair what can be: `ucm fsck`.
 
     names        nothing foreign, left over or open to others  repair: put away, or chmod
+    registry     sound, and right about its documents         repair: move it aside
     superblock   readable, of our version, the folder's own    repair: move the namespace aside
     index        sound LMDB (walked, not mapped)               repair: rebuild from slot headers
     segments     all there, whole, in use                     repair: complete, or delete a retired
+    deletions    no record or header of a deleted block       repair: finish the deletion
     records      each has its slot, header and parent         repair: drop the record
     slabs        each matches its checksum                    repair: drop the record, free the slot
     summaries    each speaks for its block                    repair: blank the area (harmless)
@@ -17,10 +19,8 @@ expect the disk's sequential rate.
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import stat
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ucm.errors import ConfigError, CorruptionError, UcmError
@@ -31,6 +31,8 @@ from .encoded_io import slot_io_for
 from .file_io import PosixFileIo, aligned_buffer
 from .folder import list_namespaces, locked_folder, read_superblock, translate_os_error
 from .format import HEADER_BYTES
+from .fsck_collections import DeletionProof
+from .fsck_report import FindingKind, FsckFinding, FsckReport
 from .index import BlockIndex, IndexRecord
 from .recovery import (
     Dropped,
@@ -55,86 +57,14 @@ if TYPE_CHECKING:
     from .file_io import FileIo
     from .format import Superblock
 
+__all__ = ["FindingKind", "FsckFinding", "FsckReport", "check_store"]
+
 log = logging.getLogger(__name__)
 
 IO_THREADS = 8
 BATCH_BYTES = 64 << 20
 """Blocks in memory at once."""
 MIN_MAP_BYTES = 1 << 30
-
-
-class FindingKind(enum.StrEnum):
-    """What is wrong."""
-
-    VERSION = "version"
-    """The namespace was written by a program with another disk format."""
-    SUPERBLOCK = "superblock"
-    INDEX = "index"
-    """LMDB's file is damaged, or the index is missing."""
-    RECORD = "record"
-    """An index record that cannot be right, or whose slot holds something else."""
-    CHECKSUM = "checksum"
-    """A block's bytes are not what was written, or cannot be read."""
-    SEGMENT = "segment"
-    """A segment file is missing, too short or retired."""
-    QUARANTINED = "quarantined"
-    """A slot that a read found bad before."""
-    UNINDEXED = "unindexed"
-    """A slot with a header that no record knows: a write that a crash cut short. Harmless."""
-    SUMMARY = "summary"
-    """What lies in front of a good block is no summary of it. Harmless: nobody believes it."""
-    MARK = "mark"
-    """The mark of a clean end is not about this index file, so opening verifies it. Harmless."""
-    FOREIGN = "foreign"
-    """A name that is not ours. Harmless."""
-    LEFTOVER = "leftover"
-    """A file that a crash kept from getting its name. Harmless."""
-    PERMISSIONS = "permissions"
-    """Others may write to it."""
-
-
-_HARMLESS_WORDS = ("unindexed", "summary", "mark", "foreign", "leftover")
-HARMLESS = frozenset(FindingKind(word) for word in _HARMLESS_WORDS)
-
-
-@dataclass(slots=True)
-class FsckFinding:
-    """One thing that is not as it should be."""
-
-    kind: FindingKind
-    namespace: str
-    """The namespace id's first 8 hex digits."""
-    what: str
-    """In words."""
-    segment: int | None = None
-    slot: int | None = None
-    key: str = ""
-    """The block key's first 8 hex digits; empty where it is about no block."""
-    num_behind: int = 0
-    """Blocks that hang on this one and are lost with it."""
-    fixed: bool = False
-
-    @property
-    def is_damage(self) -> bool:
-        """Whether blocks are lost or in danger, and it is not just a leftover."""
-        return self.kind not in HARMLESS
-
-
-@dataclass(slots=True)
-class FsckReport:
-    """The outcome of one check."""
-
-    num_namespaces: int = 0
-    num_blocks: int = 0
-    """Blocks found whole."""
-    num_bytes: int = 0
-    """Slot bytes that were read and verified."""
-    findings: list[FsckFinding] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether no damage is left."""
-        return all(finding.fixed or not finding.is_damage for finding in self.findings)
 
 
 def check_store(path: Path, repair: bool, io: FileIo | None = None) -> FsckReport:
@@ -152,13 +82,18 @@ def check_store(path: Path, repair: bool, io: FileIo | None = None) -> FsckRepor
     try:
         with locked_folder(path):
             _check_names(path, report, repair=repair)
-            for namespace in list_namespaces(path / "ns"):
-                report.num_namespaces += 1
-                _NamespaceCheck(path, namespace, own_io, report, repair=repair).run()
+            _check_namespaces(path, own_io, report, repair=repair)
     finally:
         if io is None:
             own_io.close()
     return report
+
+
+def _check_namespaces(path: Path, io: FileIo, report: FsckReport, *, repair: bool) -> None:
+    with DeletionProof(path, report, repair=repair) as proof:
+        for namespace in list_namespaces(path / "ns"):
+            report.num_namespaces += 1
+            _NamespaceCheck((path, namespace), io, report, proof, repair=repair).run()
 
 
 def _check_is_store(path: Path) -> None:
@@ -195,9 +130,17 @@ class _NamespaceCheck:
     """One namespace's check; findings go to `report`."""
 
     def __init__(
-        self, path: Path, namespace: NamespaceId, io: FileIo, report: FsckReport, *, repair: bool
+        self,
+        place: tuple[Path, NamespaceId],
+        io: FileIo,
+        report: FsckReport,
+        proof: DeletionProof,
+        *,
+        repair: bool,
     ) -> None:
+        path, namespace = place
         self._path = path
+        self._proof = proof
         self._folder = path / "ns" / namespace.hex()
         self._namespace = namespace
         self._io = io
@@ -219,9 +162,7 @@ class _NamespaceCheck:
             self._find(FindingKind.INDEX, f"the check cannot go on: {error}")
 
     def _find(self, kind: FindingKind, what: str) -> FsckFinding:
-        finding = FsckFinding(kind, self._namespace.hex()[:8], what)
-        self._report.findings.append(finding)
-        return finding
+        return self._report.find(kind, self._namespace.hex()[:8], what)
 
     def _check_superblock(self) -> Superblock | None:
         try:
@@ -313,7 +254,8 @@ class _NamespaceCheck:
     def _check_contents(self, files: NamespaceFiles, index: BlockIndex) -> None:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(index.close, clean=False)
-            self._check_barred(files, index)
+            renewed = self._check_barred(files, index)
+            self._proof.check(self._namespace, files, index, renewed)
             result = reconcile(files, index, check_headers=True)
             self._check_missing(files, result.dropped)
             bad = self._check_slabs(files, result.kept)
@@ -321,6 +263,7 @@ class _NamespaceCheck:
             left, orphans = order_by_chain(r for r in result.kept if r.key not in gone)
             bad += [Dropped(r.key, r.slot, "its parent is damaged", r.parent) for r in orphans]
             self._report.num_blocks += len(left)
+            self._proof.count(self._namespace, {record.key for record in left})
             found = [(FindingKind.RECORD, dropped) for dropped in result.dropped]
             found += [(FindingKind.CHECKSUM, dropped) for dropped in bad]
             in_use = {record.slot for record in left}
@@ -330,8 +273,12 @@ class _NamespaceCheck:
             on_failure.pop_all()
         index.close(clean=True)
 
-    def _check_barred(self, files: NamespaceFiles, index: BlockIndex) -> None:
-        """Report quarantined slots and retired segments; repair lets them be used again."""
+    def _check_barred(self, files: NamespaceFiles, index: BlockIndex) -> frozenset[int]:
+        """Report quarantined slots and retired segments; repair lets them be used again.
+
+        Returns:
+            Segments that have a fresh file now.
+        """
         slots, segments = index.quarantined(), index.retired()
         findings = []
         for slot in slots:
@@ -343,7 +290,7 @@ class _NamespaceCheck:
             finding.segment = segment
             findings.append(finding)
         if not self._repair or not findings:
-            return
+            return frozenset()
         for segment in segments:
             files.segments.retire(segment)
         self._blank(files, slots)
@@ -358,6 +305,7 @@ class _NamespaceCheck:
         index.lift(slots, segments)
         for finding in findings:
             finding.fixed = True
+        return frozenset(segments)
 
     def _check_missing(self, files: NamespaceFiles, dropped: Sequence[Dropped]) -> None:
         """Segments that left without their blocks: their files were deleted by somebody else."""

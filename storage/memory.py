@@ -26,7 +26,7 @@ from .tier import IoStatus, ReadOutcome, TierUsage
 CHECKSUM_BYTES = 8
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from ucm.api import SlabChecksums
     from ucm.layout import KvLayout
@@ -159,6 +159,17 @@ class MemoryTier:
         self._arena.slots.change([slot], SlotState.USED, SlotState.QUARANTINED)
         return False
 
+    def erase(self, slots: Sequence[SlotId]) -> None:
+        """Write zeros over slots that nobody may read any more; they stay what they are."""
+        for slot in slots:
+            view = self._arena.view(slot)
+            view[:] = bytes(len(view))
+
+    def quarantined_with(self, keys: Collection[BlockKey]) -> list[SlotId]:
+        """Quarantined slots that held one of `keys`."""
+        barred = self._arena.slots.in_state(SlotState.QUARANTINED)
+        return [slot for slot in barred if self._keys[slot].tobytes() in keys]
+
     def delete(self, items: Sequence[tuple[SlotId, BlockKey]]) -> None:
         """See `Tier.delete`. Items that are not in the tier are ignored."""
         held = [slot for slot, key in items if self._holds(slot, key)]
@@ -178,6 +189,11 @@ class MemoryTier:
     @property
     def shrinker(self) -> None:
         """See `Tier.shrinker`: a sealed arena gives no pages back."""
+        return
+
+    @property
+    def eraser(self) -> None:
+        """See `Tier.eraser`: `erase` is what memory needs."""
         return
 
     @property

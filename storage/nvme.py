@@ -38,6 +38,7 @@ from ucm.types import BlockKey, NamespaceId, SummaryKind, TierKind
 from .budget import IdleSegments, SegmentBudget
 from .codecs import codec_named, codec_of
 from .encoded_io import slot_io_for
+from .erase import Eraser
 from .extents import ExtentTable
 from .file_io import PosixFileIo
 from .folder import (
@@ -88,7 +89,10 @@ class NvmeTier:
         self._slot_io = slot_io_for(files.superblock, files.segments, files.io)
         self._index = recovered.index
         self._slots = recovered.slots
-        self._shrinker = Shrinker(files.segments, recovered.slots, recovered.index, budget)
+        self.shrinker = Shrinker(files.segments, recovered.slots, recovered.index, budget)
+        """See `Tier.shrinker`."""
+        self.eraser = Eraser(files, recovered.slots, self._retire)
+        """See `Tier.eraser`."""
         self.extents = ExtentTable(files, recovered.slots, self._quarantine)
         """See `Tier.extents`."""
         self.summaries = areas_of(files, recovered.slots)
@@ -209,11 +213,6 @@ class NvmeTier:
             codec=codec_of(self._superblock.codec).name,
         )
 
-    @property
-    def shrinker(self) -> Shrinker:
-        """See `Tier.shrinker`."""
-        return self._shrinker
-
     def check_integrity(self) -> list[str]:
         """See `Tier.check_integrity`. Compares every record with the slot table; call it idle."""
         return find_problems(self._index, self._slots, self._segments)
@@ -240,7 +239,7 @@ class NvmeTier:
                 return True
             segment = self._segments.bring_back(full=full)
             if segment >= 0:
-                self._shrinker.give_up(segment)
+                self.shrinker.give_up(segment)
             elif self._segments.grow(full=full):
                 append_segment(self._slots, self._segments, self._segments.num_segments - 1)
             return self._slots.has_free(full=full)

@@ -148,6 +148,11 @@ class SlotTable:
         with self._lock:
             return int(np.count_nonzero(self._states[slots.start : slots.stop] == state))
 
+    def in_state(self, state: SlotState) -> list[SlotId]:
+        """Every slot that is in `state`, ascending; looks at all of them."""
+        with self._lock:
+            return list(map(SlotId, np.flatnonzero(self._states == state).tolist()))
+
     def state(self, slot: SlotId) -> SlotState:
         """The slot's state; QUARANTINED for a number that does not exist."""
         with self._lock:

@@ -23,6 +23,7 @@ from ucm.layout import KvLayout
 from ucm.types import BlockKey, TierKind
 
 if TYPE_CHECKING:
+    from .erase import Eraser
     from .extents import ExtentTable
     from .shrink import Shrinker
     from .summary_areas import SummaryAreas
@@ -174,6 +175,10 @@ class Tier(Protocol):
     @property
     def shrinker(self) -> Shrinker | None:
         """What gives disk space back; None where there is none to give."""
+
+    @property
+    def eraser(self) -> Eraser | None:
+        """What leaves no byte of deleted blocks; None where `delete` does."""
 
     @property
     def extents(self) -> ExtentTable | None:

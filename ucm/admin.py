@@ -1,4 +1,4 @@
-"""`AdminClient`: what `ucm status` and other operators' tools say to a daemon.
+"""`AdminClient`: what `ucm status`, `ucm collection` and other operators' tools say to a daemon.
 
 Every call has a deadline and raises `TierUnavailableError` when no daemon answers in time.
 """
@@ -12,6 +12,8 @@ from typing import Any, Final, Self
 
 import grpc
 
+from .collection_api import CollectionApi
+from .collection_client import RemoteCollections
 from .errors import PermissionDeniedError, TierUnavailableError, UcmError
 from .grants import ManagerStatus
 from .protos import cache_pb2 as pb
@@ -52,6 +54,8 @@ class AdminClient:
         options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
         self._channel = grpc.insecure_channel(grpc_target(self._path), options=options)
         self._stub = pb_grpc.AdminStub(self._channel)
+        self.collections: CollectionApi = RemoteCollections(self._channel, self._call)
+        """The daemon's collections of documents."""
 
     def __enter__(self) -> Self:
         return self

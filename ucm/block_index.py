@@ -218,6 +218,15 @@ class BlockIndex:
             return rows
         return follow(self._rows, self._parents, keys)
 
+    def with_descendants(self, rows: Iterable[int]) -> list[int]:
+        """`rows` and all that hang on them, children first. O(all rows) if others than these do."""
+        found, parents = set(rows), self._parents
+        while sum(self._child_rows[row] for row in found) > sum(
+            parents[row] in found for row in found
+        ):
+            found.update(row for row in self._rows.values() if parents[row] in found)
+        return sorted(found, key=self._depths.__getitem__, reverse=True)
+
     def lacking(self, rows: Sequence[int], tier: TierKind) -> list[int]:
         """Those of `rows` that have no copy in `tier`, in order."""
         slots = self._slots[POSITION[tier]]

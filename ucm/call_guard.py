@@ -33,7 +33,9 @@ CACHE_METHODS: Final = tuple(
     f"/ucm.v1.Cache/{method.name}" for method in pb.DESCRIPTOR.services_by_name["Cache"].methods
 )
 ADMIN_METHODS: Final = tuple(
-    f"/ucm.v1.Admin/{method.name}" for method in pb.DESCRIPTOR.services_by_name["Admin"].methods
+    f"/ucm.v1.{service}/{method.name}"
+    for service in ("Admin", "Collections")
+    for method in pb.DESCRIPTOR.services_by_name[service].methods
 )
 
 MAX_REFLECTION_STREAMS: Final = 2

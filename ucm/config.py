@@ -158,6 +158,19 @@ class SummariesConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CollectionsConfig:
+    """Collections of documents, and blocks of deleted ones."""
+
+    bar_s: float = 30 * 86400.0
+    """How long, after a deleted document was erased, no engine may store its blocks again; putting
+    a document that names them ends it at once. It outlasts engines that still hold them in their
+    own memory. Costs 100 bytes of memory a block. 0 is for good."""
+    map_bytes: int = 1 * GIB
+    """Address space of the registry's LMDB; sparse. Records take at most a quarter, so that
+    deletions always find room: about two million blocks of documents."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TransferConfig:
     """Limits on work in flight and on leases."""
 
@@ -217,6 +230,7 @@ class Config:
     nvme: NvmeConfig = field(default_factory=NvmeConfig)
     eviction: EvictionConfig = field(default_factory=EvictionConfig)
     summaries: SummariesConfig = field(default_factory=SummariesConfig)
+    collections: CollectionsConfig = field(default_factory=CollectionsConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -20,6 +20,7 @@ from typing import Final, get_type_hints
 import platformdirs
 
 from .config import (
+    CollectionsConfig,
     Config,
     EvictionConfig,
     LogConfig,
@@ -41,6 +42,7 @@ Section = (
     | NvmeConfig
     | EvictionConfig
     | SummariesConfig
+    | CollectionsConfig
     | TransferConfig
     | MetricsConfig
     | LogConfig
@@ -52,6 +54,7 @@ SECTIONS: Final[Mapping[str, type[Section]]] = {
     "nvme": NvmeConfig,
     "eviction": EvictionConfig,
     "summaries": SummariesConfig,
+    "collections": CollectionsConfig,
     "transfer": TransferConfig,
     "metrics": MetricsConfig,
     "log": LogConfig,

@@ -29,6 +29,7 @@ from prometheus_client import start_http_server
 from . import __version__
 from .call_guard import ADMIN_POLICIES, ENGINE_POLICIES, Policy, PolicyInterceptor
 from .clock import Clock, SystemClock
+from .collection_service import CollectionService
 from .config import Config
 from .door import Door, SessionTokens
 from .errors import ConfigError
@@ -116,6 +117,9 @@ class Daemon:
         self._admin = self._server(stack, _ADMIN_THREADS, ADMIN_POLICIES)
         pb_grpc.add_AdminServicer_to_server(
             AdminService(self.manager, self.config, self.request_stop), self._admin
+        )
+        pb_grpc.add_CollectionsServicer_to_server(
+            CollectionService(self.manager.collections, service.max_keys_per_call), self._admin
         )
         _bind(self._admin, admin_path(path), ADMIN_MODE)
 

@@ -27,6 +27,7 @@ from .api import (
     StoreLease,
 )
 from .clock import SystemClock
+from .collection_api import CollectionApi
 from .config import Config
 from .errors import TierUnavailableError, UcmError
 from .grants import StoreGrant, store_slot, summary_lease
@@ -86,6 +87,11 @@ class EmbeddedCache:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def collections(self) -> CollectionApi:
+        """Collections of this store."""
+        return self.manager.collections
 
     def open_namespace(
         self, spec: NamespaceSpec, *, summary: SummaryKind | None = None

@@ -23,9 +23,10 @@ from ucm.storage.arena import Arena
 from . import __version__
 from .api import LookupResult, NamespaceHandle, PinLease, SlabChecksums
 from .clock import Clock, SystemClock
+from .collection_desk import CollectionDesk
 from .config import Config
 from .enum_words import word_of
-from .errors import CapacityError, TierUnavailableError
+from .errors import CapacityError, TierUnavailableError, UcmError
 from .grants import LoadGrants, ManagerStatus, StoreGrants, TierStatus
 from .hashing import NamespaceSpec
 from .layer_loads import LayerLoads
@@ -34,7 +35,7 @@ from .loads import LoadPath
 from .manager_state import MAX_WAIT_S, ManagerState, Session
 from .manager_status import check_namespace, namespace_statuses, tier_status
 from .metrics import Metrics
-from .namespaces import Namespace, NamespaceTable, TierFactory, tiers_of
+from .namespaces import Namespace, NamespaceTable, NvmeStoreLike, TierFactory, tiers_of
 from .pins import PinPath
 from .plan_grants import PlanGrants
 from .selection import Selections
@@ -110,11 +111,25 @@ class Manager:
         """Which blocks a query attends to, by their summaries."""
         self._pins = PinPath(self._state, self._loads)
         self._stores = StorePath(self._state, self._write_behind)
+        self.collections = self._open_collections(tiers.nvme)
+        """Named collections of documents, and their deletion; what operators call."""
         self._session_numbers = itertools.count(1)
         self._interrupted = False
         self._closed_durable = False
         """What `close` found; False until it is through."""
         self.metrics.set("ucm_build_info", 1, version=__version__)
+
+    def _open_collections(self, store: NvmeStoreLike | None) -> CollectionDesk:
+        """Open the registry; when that fails, nothing of this store stays open."""
+        try:
+            forget = self.selections.tables.forget
+            return CollectionDesk(self._state, self._write_behind, forget, store)
+        except UcmError:
+            if self._write_behind is not None:
+                self._write_behind.close(timeout_s=1.0)
+            self._pool.close(timeout_s=1.0)
+            self._state.namespaces.close()
+            raise
 
     # -------------------------------------------------------------- sessions
 
@@ -188,6 +203,7 @@ class Manager:
         found = self._state.namespaces.open(spec, use, summary)
         if self._write_behind is not None:
             self._write_behind.trim(found)
+        self.collections.rounds.opened(found.id)
         with self._state.lock:
             kind = self._state.session_locked(session).summaries.get(found.id)
         limit = self.config.nvme.max_read_bytes_per_s
@@ -352,9 +368,13 @@ class Manager:
     # ------------------------------------------------------------- lifecycle
 
     def tick(self) -> None:
-        """End leases whose deadline has passed. Calls do so too; an idle daemon calls this."""
+        """End leases whose deadline has passed, as calls do too, and documents likewise.
+
+        An idle daemon calls this.
+        """
         with self._state.lock:
             self._state.expire_locked(self._state.clock.now_us())
+        self.collections.tick()
 
     def drain(self, *, timeout_s: float = 0.0) -> bool:
         """Refuse new stores, pins and sessions and write out what was accepted; loads go on.
@@ -399,8 +419,10 @@ class Manager:
             copied = state.copied.wait_for(
                 lambda: not any(found.num_copying for found in state.namespaces), left_s
             )
+        self.collections.rounds.finish()
         if self._write_behind is not None:
             durable = self._write_behind.close(timeout_s=left_s) and durable
+        self.collections.close()
         if not self._pool.close(timeout_s=left_s) or not copied or not computed:
             _log.warning("transfers still run: the tiers stay open until the process ends")
             return False
@@ -418,6 +440,7 @@ class Manager:
             tiers = self._tier_statuses_locked()
             word = "closed" if state.closed else "draining" if state.draining else "serving"
             problems = [each.problem for each in namespaces if each.problem]
+            problems += self.collections.rounds.status_locked().problems
             problems += [each.memory_shortage for each in state.namespaces if each.memory_shortage]
             problems += [each.nvme_shortage for each in state.namespaces if each.nvme_shortage]
             problems += [
@@ -472,4 +495,4 @@ class Manager:
                 problems += session.staging.runs.check_integrity()
             for found in state.namespaces:
                 problems += check_namespace(found)
-        return problems
+        return problems + self.collections.check_integrity()

@@ -77,7 +77,7 @@ def check_namespace(found: Namespace) -> list[str]:
     pins = sum(count for count in found.pinned.values())
     if any(found.index.pins(row) < count for row, count in found.pinned.items()):
         problems.append(f"{pins} pins, but not all of their rows are held")
-    held = found.promotions or found.num_copying
+    held = found.promotions or found.num_copying or found.detached
     used, copies = found.memory.usage().used_slots, found.index.num_copies(TierKind.MEMORY)
     if not held and used != copies:
         problems.append(f"memory: {used} slots in use for {copies} blocks")

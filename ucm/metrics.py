@@ -112,6 +112,26 @@ METRICS: Final[tuple[MetricSpec, ...]] = (
     MetricSpec("ucm_expired_leases_total", "counter", "leases", (), "Leases ended by deadline."),
     MetricSpec("ucm_sessions", "gauge", "sessions", (), "Clients connected."),
     MetricSpec("ucm_write_queue_bytes", "gauge", "bytes", (), "Accepted blocks not yet flushed."),
+    MetricSpec(
+        "ucm_deleted_documents_total", "counter", "documents", (), "Removed, replaced or expired."
+    ),
+    MetricSpec(
+        "ucm_erased_blocks_total",
+        "counter",
+        "blocks",
+        (),
+        "Blocks of deleted documents of which nothing is left in any tier.",
+    ),
+    MetricSpec(
+        "ucm_deletions_waiting",
+        "gauge",
+        "blocks",
+        (),
+        "Deleted blocks whose bytes may still be somewhere: leased, or refused by the disk.",
+    ),
+    MetricSpec(
+        "ucm_barred_blocks", "gauge", "blocks", (), "Deleted blocks that no store brings back."
+    ),
     MetricSpec("ucm_nvme_writable", "gauge", "bool", (), "0 when the disk refuses writes."),
     MetricSpec("ucm_build_info", "gauge", "info", ("version",), "Always 1."),
 )

@@ -96,6 +96,16 @@ class Promotion:
 
 
 @dataclass(slots=True, eq=False)
+class Detached:
+    """Copies of a block that was deleted: out of the index, and not erased yet."""
+
+    key: BlockKey
+    row: int
+    """The block's row, which leases hold; NO_ROW when none did."""
+    copies: dict[TierKind, SlotId]
+
+
+@dataclass(slots=True, eq=False)
 class Namespace:
     """One open namespace. All but the tiers is changed under the manager's lock only."""
 
@@ -119,6 +129,12 @@ class Namespace:
     promotions: dict[int, Promotion] = field(default_factory=dict)
     undeleted: list[Victim] = field(default_factory=list)
     """Copies that left the index and are still on NVMe; the next commit deletes them."""
+    barred: set[BlockKey] = field(default_factory=set)
+    """Blocks of deleted documents: no store brings them back."""
+    doomed: dict[BlockKey, int] = field(default_factory=dict)
+    """Those of them that may still be somewhere, by the number of their deletion."""
+    detached: list[Detached] = field(default_factory=list)
+    """Deleted copies that wait for the end of a lease, or for the next commit."""
     handed_slots: int = 0
     """Arena slots that were ever handed out."""
     touched_slots: int = 0
@@ -216,6 +232,8 @@ class NamespaceTable:
             ConfigError: the quotas cannot be kept.
         """
         self.lock = threading.Lock()
+        self.on_open: Callable[[Namespace], None] | None = None
+        """Called under `lock` with each namespace that was opened, before anybody has it."""
         self.summary_budget = SummaryBudget(config.summaries.capacity_bytes, metrics)
         self.shares = memory_shares(config)
         self.nvme_shares = nvme_shares(config)
@@ -274,6 +292,8 @@ class NamespaceTable:
             opened = self._open_tiers(namespace, spec, summary)
             with self.lock:
                 self._by_id[namespace] = opened
+                if self.on_open is not None:
+                    self.on_open(opened)
                 self._prefault_locked(opened)
                 use(opened)  # if it raises, nobody has it open: it makes way when room is needed
             return opened
@@ -316,6 +336,14 @@ class NamespaceTable:
             opened.problem = f"namespace {namespace.hex()[:8]} runs without NVMe: {error}"
             _log.warning("%s", opened.problem)
         return opened
+
+    @contextlib.contextmanager
+    def closed(self, namespace: NamespaceId) -> Iterator[bool]:
+        """Keep a namespace closed for the length of a `with` block; False when it is open."""
+        with self._opening:
+            with self.lock:
+                is_closed = namespace not in self._by_id
+            yield is_closed
 
     def relieve(self, namespace: Namespace, needed_slots: int) -> None:
         """Before a load or store: close idle namespaces if the budget lacks `needed_slots`.

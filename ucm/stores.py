@@ -73,7 +73,7 @@ class StorePath:
         keys, parent = state.checked_keys(keys), check_key(parent)
         with state.lock:
             found, now_us = state.begin_locked(session, namespace)
-            plan = plan_store(found.index, parent, keys)
+            plan = _plan(found, parent, keys)
             hold_us = int(state.config.transfer.lease_timeout_s * US_PER_S)
             lease = state.grant_locked(session, found, LeaseKind.STORE, now_us + hold_us)
             state.hold_locked(lease, found, plan.hold, now_us)
@@ -261,6 +261,8 @@ class StorePath:
         self, found: Namespace, copy: _Copy, slot: SlotId, now_us: int
     ) -> StoreStatus:
         index, key = found.index, copy.offer.key
+        if key in found.barred:  # its document was deleted meanwhile
+            return StoreStatus.REFUSED
         parent = index.find(copy.parent)
         if copy.parent != ROOT_KEY and (parent == NO_ROW or not index.resident(parent)):
             return StoreStatus.ORPHAN
@@ -301,6 +303,16 @@ class _Room:
             size = SUMMARY_HEADER_BYTES
             staging.view(offset + self.block_bytes, size)[:] = bytes(size)
         return offset
+
+
+def _plan(found: Namespace, parent: BlockKey, keys: Sequence[BlockKey]) -> StorePlan:
+    """What is wanted; nothing from the first block of a deleted document on."""
+    cut = len(keys)
+    if found.barred:
+        cut = next((at for at, key in enumerate(keys) if key in found.barred), cut)
+    plan = plan_store(found.index, parent, keys[:cut])
+    refused = (StoreStatus.REFUSED,) * (len(keys) - cut)
+    return StorePlan((*plan.statuses, *refused), plan.hold)
 
 
 def _book(found: Namespace, owner: Session) -> SummaryBook | None:

@@ -111,6 +111,8 @@ class SummaryBook:
         self._entries: OrderedDict[BlockKey, BookEntry] = OrderedDict()
         self._pins: Counter[SlotId] = Counter()
         self._ownerless: set[SlotId] = set()
+        self._to_erase: set[SlotId] = set()
+        """Of deleted blocks: zeroed when nobody pins them any more."""
         self._free: list[SlotId] = []
         self._num_touched = 0
 
@@ -168,15 +170,23 @@ class SummaryBook:
         self._budget.metrics.add("ucm_summaries_kept_total", source=source.value)
         return True
 
-    def drop(self, key: BlockKey) -> None:
-        """Forget the summary of a block, if there is one."""
+    def drop(self, key: BlockKey, *, erase: bool = False) -> None:
+        """Forget the summary of a block, if there is one; `erase`: leave no byte of it."""
         entry = self._entries.pop(key, None)
         if entry is None:
             return
+        if erase:
+            self._to_erase.add(entry.slot)
         if entry.slot in self._pins:
             self._ownerless.add(entry.slot)
         else:
-            self._free.append(entry.slot)
+            self._give_back(entry.slot)
+
+    def _give_back(self, slot: SlotId) -> None:
+        if slot in self._to_erase:
+            self._to_erase.remove(slot)
+            self.arena.view(slot)[:] = bytes(self.slot_bytes)
+        self._free.append(slot)
 
     def view(self, slot: SlotId) -> memoryview:
         """The summary in a slot, read-only; stays as it is while the slot is pinned."""
@@ -195,7 +205,7 @@ class SummaryBook:
             del self._pins[slot]
             if slot in self._ownerless:
                 self._ownerless.remove(slot)
-                self._free.append(slot)
+                self._give_back(slot)
 
     def close(self) -> None:
         """Give the memory back. Views that are still held keep their pages alive."""
@@ -312,6 +322,12 @@ class SummaryShelf:
         kind, data = self.stored.kind, outcome.summary
         given = (kind, data) if kind and data else None
         self.arrived(key, outcome.checksums, given, SummarySource.NVME)
+
+    def forget(self, key: BlockKey) -> None:
+        """A block was deleted: leave nothing of what is known of it."""
+        self.barren.discard(key)
+        for book in self._books.values():
+            book.drop(key, erase=True)
 
     def note_barren(self, key: BlockKey) -> None:
         """NVMe has no summary of this block."""

@@ -234,6 +234,12 @@ class SummaryTables:
             if table in self._sizes:
                 self._forget_locked(table)
 
+    def forget(self, namespace: NamespaceId) -> None:
+        """Keep no table of a namespace: blocks of it were deleted."""
+        with self._lock:
+            for table in [each for each in self._sizes if each.name.namespace == namespace]:
+                self._forget_locked(table)
+
     def _forget_locked(self, table: SequenceTable) -> None:
         self._num_bytes -= self._sizes.pop(table)
         tables = self._by_name[table.name]

@@ -88,7 +88,7 @@ class StoreStatus(enum.StrEnum):
     CORRUPT = "corrupt"
     """The staged bytes do not match the checksum that came with them."""
     REFUSED = "refused"
-    """The daemon drains or its disk is full; loads go on."""
+    """The daemon drains, its disk is full, or the block is of a deleted document; loads go on."""
 
 
 class BlockState(enum.StrEnum):

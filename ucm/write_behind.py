@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from ucm.storage.tier import IoStatus, SlotId, SlotWrite
@@ -26,7 +26,7 @@ from .eviction import Watermarks
 from .manager_state import US_PER_S, ManagerState
 from .namespaces import Namespace
 from .placement import Victim, evict, plan_commit, plan_flush
-from .shrink import Shrinking
+from .shrink import Delete, Shrinking
 from .transfer import CommitLimits, GroupCommit, TransferPool
 from .types import BlockKey, TierKind
 
@@ -89,6 +89,8 @@ class WriteBehind:
         """Times that a block was stored or loaded and not admitted."""
         self.health = DiskHealth()
         self._shrinking = Shrinking(state, self._delete)
+        self.on_commit: Callable[[Namespace, Delete], None] | None = None
+        """Called at the end of each commit of a namespace, on its thread."""
         limits = CommitLimits(
             max_items=config.commit_blocks,
             max_queued_bytes=config.write_queue_bytes,
@@ -196,11 +198,20 @@ class WriteBehind:
         if not self.health.writable or not self._shrinking.wants_more(found):
             return
         with self._state.lock:
-            try:
-                self._commits.offer((found, NO_ROW), 0)
-            except (CapacityError, TierUnavailableError):
-                return  # the next commit does it, or the store is closing
-            found.num_writing += 1
+            self.wake_locked(found)
+
+    def wake_locked(self, found: Namespace) -> bool:
+        """Have a commit of the namespace that need not write anything; returns at once.
+
+        Returns:
+            False when it cannot be queued: the next commit does it, or the store is closing.
+        """
+        try:
+            self._commits.offer((found, NO_ROW), 0)
+        except (CapacityError, TierUnavailableError):
+            return False
+        found.num_writing += 1
+        return True
 
     def close(self, *, timeout_s: float) -> bool:
         """Write what is queued and end; False on time-out."""
@@ -248,6 +259,8 @@ class WriteBehind:
         written = {item.slot for item, is_good in zip(items, good, strict=True) if is_good}
         nvme.free([slot for slot in slots if slot not in written])
         self._delete(found, orphans)
+        if self.on_commit is not None:
+            self.on_commit(found, self._delete)
         self.trim(found)
         with self._state.lock:
             found.num_writing -= len(queued)  # last: from now on the tier may be closed
@@ -267,8 +280,8 @@ class WriteBehind:
     def _plan_locked(self, found: Namespace, rows: list[int]) -> tuple[list[int], list[Victim]]:
         """Rows to write, in order, and copies to delete before."""
         held = [row for row in rows if found.index.has(row, TierKind.MEMORY)]
-        writable, refused = plan_commit(found.index, held)
         self._drop_locked(len(rows) - len(held), "lost")
+        writable, refused = plan_commit(found.index, _without_barred(found, held))
         self._drop_locked(len(refused), "orphan")
         assert found.nvme is not None
         usage = found.nvme.usage()
@@ -413,6 +426,18 @@ class WriteBehind:
         if recovered:
             self._state.metrics.set("ucm_nvme_writable", 1)
             _log.info("the disk takes writes again")
+
+
+def _without_barred(found: Namespace, rows: list[int]) -> list[int]:
+    """Those of `rows`, parents first, that are not deleted, nor behind one that is."""
+    if not found.barred:
+        return rows
+    index, gone = found.index, set[int]()
+    gone.update(row for row in rows if index.key(row) in found.barred)
+    for row in rows:
+        if index.parent(row) in gone:
+            gone.add(row)
+    return [row for row in rows if row not in gone]
 
 
 def _item(found: Namespace, row: int, slot: SlotId) -> SlotWrite:

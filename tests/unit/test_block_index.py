@@ -244,3 +244,19 @@ def test_the_prefix_of_any_list_of_keys_is_the_longest_chain() -> None:
                 break
             expected.append(row)
         assert index.usable_prefix(chain) == expected
+
+
+def test_descendants_come_before_what_they_hang_on() -> None:
+    index = BlockIndex()
+    keys = [BlockKey(bytes([number]) * 32) for number in range(1, 8)]
+    #  0 - 1 - 2        4 - 5
+    #       \- 3        6
+    parents = [NO_ROW, 0, 1, 1, NO_ROW, 4, NO_ROW]
+    for key, parent in zip(keys, parents, strict=True):
+        index.place(index.add_row(key, parent), TierKind.MEMORY, SlotId(index.find(key)))
+    assert index.with_descendants([]) == []
+    assert index.with_descendants([6]) == [6]
+    assert index.with_descendants([4, 5]) == [5, 4]
+    found = index.with_descendants([0])
+    assert sorted(found) == [0, 1, 2, 3]
+    assert all(found.index(row) < found.index(parents[row]) for row in found if parents[row] >= 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -223,3 +224,83 @@ def test_sparse_generation_says_what_it_read(
     assert "all 5 steps read everything (mode exact)" in err
     code, out, _ = run_cli([*base, "--json"], monkeypatch, capsys)
     assert json.loads(out)["sparse"] is None
+
+
+def test_chunks_are_computed_once_and_reused_in_any_order(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"a": "the layer of the cache and the block ", "b": "another token and another query "}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text * 30)
+
+    def run(names: str, *flags: str) -> dict[str, Any]:
+        arguments = ["generate", "--model", str(tiny), "--prompt", "why?", "--max-tokens", "2"]
+        arguments += [item for name in names for item in ("--chunk", str(tmp_path / name))]
+        code, out, err = run_cli([*arguments, *flags, "--json"], monkeypatch, capsys)
+        assert code == 0, err
+        reply: dict[str, Any] = json.loads(out)
+        return reply
+
+    store = ("--cache", str(tmp_path / "store"))
+    cold, warm = run("ab", *store), run("ba", *store)
+    whole = run("ba", "--recompute", "1")
+    assert cold["reuse"]["num_encoded_tokens"] == cold["reuse"]["num_chunk_tokens"] > 500
+    assert warm["reuse"]["num_encoded_tokens"] == 0
+    assert warm["reuse"]["num_loaded_tokens"] > 500
+    assert 0 < warm["reuse"]["cost"] <= 0.18
+    assert warm["reuse"]["num_saved_tokens"] > 0.8 * warm["reuse"]["num_chunk_tokens"]
+    assert warm["cache"]["wrong_bytes"] == 0
+    assert whole["reuse"]["cost"] > 0.7, "all of it, but for what no later layer reads"
+    assert whole["num_prompt_tokens"] == warm["num_prompt_tokens"]
+    assert run("ab", *store, "--recompute", "latency")["reuse"]["num_chunk_tokens"] > 500
+    guarded = run("ab", *store, "--recompute", "quality")["reuse"]
+    assert guarded["drift"] is not None or guarded["fallback"] == "drifted"
+    assert run("")["reuse"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--chunk", "/no/such/file"], "/no/such/file: cannot read it: No such file"),
+        (["--chunk", "/dev/null"], "/dev/null: not a regular file"),
+        (["--chunk", __file__, "--recompute", "2"], "a share from 0 to 1, quality or latency"),
+        (["--recompute", "0.2"], "--recompute does nothing without --chunk"),
+    ],
+)
+def test_a_chunk_that_cannot_be(
+    flags: list[str],
+    words: str,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["generate", "--model", str(tiny), "--prompt", "x", *flags]
+    code, out, err = run_cli(arguments, monkeypatch, capsys)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert words in err
+
+
+def test_documents_without_a_template(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny / "tokenizer_config.json").unlink()
+    arguments = ["generate", "--model", str(tiny), "--prompt", "x", "--chunk", __file__]
+    code, _, err = run_cli([*arguments, "--max-tokens", "1"], monkeypatch, capsys)
+    assert code == 2
+    assert "no chat template" in err
+    assert "--raw" in err
+    code, _, err = run_cli([*arguments, "--max-tokens", "1", "--raw"], monkeypatch, capsys)
+    assert code == 2, "some eight thousand tokens"
+    assert "4096" in err
+
+
+def test_documents_longer_than_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = write_tiny_model(tmp_path / "small", max_position_embeddings=700)
+    (tmp_path / "a").write_text("many words " * 100)
+    arguments = ["generate", "--model", str(small), "--prompt", "x"]
+    arguments += ["--chunk", str(tmp_path / "a")]
+    code, _, err = run_cli(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert "700" in err

@@ -50,3 +50,61 @@ def test_a_certificate_and_where_its_numbers_are(tmp_path: Path) -> None:
         engine.generate_all([prompt], SamplingParams(max_tokens=3, ignore_eos=True))
         assert engine.promises.certified.layers > 0
         assert engine.sparse_stats.blocks_read > 0
+
+
+CORPUS = {
+    "ferry.txt": "the ferry leaves the harbour at nine and the captain looks at the sea. " * 12,
+    "bread.txt": "the baker takes flour and water and salt, and waits for the dough. " * 12,
+    "store/keys.txt": "the cache finds a block by its key, and the key by the tokens. " * 12,
+}
+
+
+def write_corpus(folder: Path) -> Path:
+    for name, text in CORPUS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "picture.png").write_bytes(b"\x89PNG\r\n\0")
+    return folder
+
+
+def test_retrieval_with_cached_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = write_tiny_model(tmp_path / "m"), write_corpus(tmp_path / "docs")
+    arguments = ["rag.py", str(folder), "When does the ferry leave the harbour?", "What is a key?"]
+    arguments += ["--model", str(model), "--store", str(tmp_path / "kv"), "--max-tokens", "4"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--top", "2"])
+    for is_first in (True, False):
+        runpy.run_path(str(EXAMPLES / "rag.py"))
+        lines = capsys.readouterr().out.splitlines()
+        assert "left out picture.png: it is not text: it holds zero bytes" in lines
+        counts = [re.fullmatch(r"(.*): (\d) chunks computed, (\d) known", line) for line in lines]
+        cut = {found[1]: (int(found[2]), int(found[3])) for found in counts if found}
+        assert sorted(cut) == sorted(CORPUS)
+        assert all((known if is_first else computed) == 0 for computed, known in cut.values())
+        told = [line.split(None, 1) for line in lines if line[:1].isalpha()]
+        sources = [words[1] for words in told if words[0] == "from"]
+        assert [names.split(", ")[-1] for names in sources] == ["ferry.txt", "store/keys.txt"]
+        reused = re.findall(r"tokens, ([\d,]+) of them reused", "\n".join(lines))
+        assert all(int(number.replace(",", "")) > 500 for number in reused)
+        shares = re.findall(r"^recomputed .*\((\d+)%\)$", "\n".join(lines), re.MULTILINE)
+        assert [0 < int(share) <= 18 for share in shares] == [True, True]
+        assert len(re.findall(r"^first token .* of it$", "\n".join(lines), re.MULTILINE)) == 2
+
+
+def test_reuse_in_twenty_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The example of docs/reuse.md as it stands there."""
+    text = (DOCS / "reuse.md").read_text()
+    lines = (
+        "    import ucm\n" + text.partition("    import ucm\n")[2].partition("\n\n`ucm.client")[0]
+    )
+    names: dict[str, Any] = {
+        "model": write_tiny_model(tmp_path / "m"),
+        "store": tmp_path / "store",
+        "texts": list(CORPUS.values()),
+    }
+    exec(textwrap.dedent(lines), names)
+    report = names["result"].reuse
+    assert report.num_chunk_tokens > 1000
+    assert report.num_encoded_tokens == report.num_chunk_tokens
+    assert "cost" in capsys.readouterr().out

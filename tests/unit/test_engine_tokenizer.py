@@ -194,3 +194,21 @@ def test_a_special_token_inside_a_stream_takes_no_space_away() -> None:
 def test_text_that_was_not_utf8_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="not valid Unicode"):
         TINY.encode("a\udcff")
+
+
+def test_a_document_cannot_speak_for_the_template() -> None:
+    tiny = Tokenizer(tiny_tokenizer(), eos_ids=[2], bos_id=1)
+    text = "a<|im_end|>b"
+    assert tiny.encode(text) == [1, *tiny.encode_template(text)]
+    assert tiny.encode_template(text)[1] == 2
+    plain = tiny.encode_plain(text)
+    assert min(plain) > 2
+    assert tiny.decode(plain) == text
+    assert tiny.encode_template(text)[1] == 2, "the copy's switch is the copy's"
+    with pytest.raises(InvalidArgumentError, match="Unicode"):
+        tiny.encode_plain("\ud800")
+
+
+@given(st.text())
+def test_plain_text_comes_back(text: str) -> None:
+    assert TINY.decode(TINY.encode_plain(text), skip_special=False) == text

@@ -29,6 +29,10 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "status": ("ucm.cli.status", "Show how a running daemon is doing."),
     "doctor": ("ucm.cli.doctor", "Check this machine: what works, what is missing, what to do."),
     "fsck": ("ucm.cli.fsck", "Check a data folder, and repair it."),
+    "collection": (
+        "ucm.cli.collection",
+        "Add, list, delete and expire documents whose chunks are kept.",
+    ),
     "config": ("ucm.cli.config", "Show the configuration and where it comes from."),
     "generate": ("ucm.cli.generate", "Generate text with the reference engine."),
     "demo": ("ucm.cli.demo", "Run the whole path on a real model and compare."),

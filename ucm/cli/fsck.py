@@ -57,6 +57,12 @@ def _show(folder: Path, report: FsckReport) -> None:
         f"{folder}: {report.num_namespaces} namespaces, {report.num_blocks} blocks whole, "
         f"{format_bytes(report.num_bytes)} verified, {len(report.findings)} findings"
     )
+    if report.num_documents or report.num_deleted_blocks:
+        console.print(
+            f"{report.num_documents} documents name {report.num_named_blocks} blocks, "
+            f"{report.num_evicted_blocks} of them not stored; nothing is left of "
+            f"{report.num_deleted_blocks} blocks of deleted documents"
+        )
     if not report.ok:
         console.print("damage is left; run `ucm fsck --repair` to drop the damaged blocks")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,16 +19,29 @@ from ucm.types import SummaryKind
 from .console import print_json
 from .option_class import takes_options
 from .options import JsonOption
+from .reuse_flags import (
+    RECOMPUTE_HELP,
+    chunk_texts,
+    document_prompts,
+    pool_blocks,
+    reuse_figures,
+    reuse_line,
+    reuse_options,
+)
 from .sparse_flags import sparse_line, sparse_options
 
 if TYPE_CHECKING:
     from ucm.api import CacheApi
     from ucm.connectors.session import CacheSession
+    from ucm.engine.chunk_prompts import ChunkPrompts
     from ucm.engine.engine import Engine
     from ucm.engine.loading import LoadedModel
     from ucm.engine.request import RequestResult
     from ucm.engine.sampling import SamplingParams
+    from ucm.reuse.segments import ChunkSpace, SegmentedPrompt
     from ucm.sparse.decoding import SparseStats
+
+    Prompt = list[int] | SegmentedPrompt
 
 FLUSH_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10.0
@@ -47,6 +59,17 @@ class GenerateOptions:
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read the prompt from here; - for stdin.")
+    ] = None
+    chunk: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A document that the prompt asks about; may be repeated. Its KV is computed and "
+            "stored once, and reused wherever it stands.",
+        ),
+    ] = None
+    recompute: Annotated[
+        str | None, typer.Option(metavar="SHARE|quality|latency", help=RECOMPUTE_HELP)
     ] = None
     cache: Annotated[
         Path | None,
@@ -132,11 +155,12 @@ def generate(options: GenerateOptions) -> None:
     """Generate text; the answer goes to standard output as it comes."""
     prompt = _read_prompt(options.prompt, options.prompt_file)
     sparse_options(options)  # what cannot be is refused before a model is loaded
+    texts = chunk_texts(options)
     model = model_hub.resolve(options.model)
     factory = None
     if options.cache is not None:
         factory = cache_factory(options.cache, options.deadline_s)
-    _generate(options, model, prompt, factory)
+    _generate(options, model, _Asked(prompt, texts), factory)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -182,33 +206,56 @@ def cache_factory(cache: Path, deadline_s: float) -> Callable[[], CacheApi]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The prompt, and the documents in front of it."""
+
+    prompt: str
+    documents: list[str]
+
+
 def _generate(
-    options: GenerateOptions, model: Path, prompt: str, factory: Callable[[], CacheApi] | None
+    options: GenerateOptions, model: Path, asked: _Asked, factory: Callable[[], CacheApi] | None
 ) -> None:
-    from ucm.connectors.reference import ReferenceConnector
-    from ucm.engine.engine import Engine, EngineOptions
+    from ucm.connectors.cached_engine import CachedEngineOptions, open_engine
+    from ucm.connectors.session import SessionOptions
+    from ucm.engine.engine import EngineOptions
     from ucm.engine.loading import load_model
     from ucm.engine.sampling import SamplingParams
 
     loaded = load_model(model, options.dtype)
-    token_ids = _encode(loaded, prompt, is_chat=options.chat)
+    sizes, prompts = EngineOptions(sparse=sparse_options(options)), None
+    if asked.documents:
+        prompts = document_prompts(loaded.tokenizer, is_chat=options.chat)
+        sizes = dataclasses.replace(
+            sizes,
+            reuse=reuse_options(options.recompute, prompts),
+            num_blocks=pool_blocks(asked.documents, loaded.tokenizer, options.max_tokens),
+        )
     params = SamplingParams(
         max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed
     )
-    sizes = EngineOptions(sparse=sparse_options(options))
-    with ExitStack() as stack:
-        session = None
-        if factory is not None:
-            session = _open_session(loaded, factory, options, sizes.block_tokens)
-            stack.callback(session.close)
-        hook = ReferenceConnector(session) if session is not None else None
-        engine = stack.enter_context(Engine(loaded.model, loaded.tokenizer, sizes, hook))
-        result = _stream(engine, token_ids, params, show=not options.as_json)
-        if session is not None:
-            session.flush(FLUSH_TIMEOUT_S)
-        _report(result, session, engine.sparse_stats, as_json=options.as_json)
+    settings = CachedEngineOptions(
+        engine=sizes,
+        session=SessionOptions(deadline_s=options.deadline_s),
+        accepts_lossy=options.accept_lossy,
+        connect_timeout_s=CONNECT_TIMEOUT_S,
+    )
+    with open_engine(loaded, factory, settings) as cached:
+        if prompts is None:
+            prompt: Prompt = _encode(loaded, asked.prompt, is_chat=options.chat)
+        else:
+            prompt = _with_documents(prompts, asked, cached.engine.chunk_space)
+        result = _stream(cached.engine, prompt, params, show=not options.as_json)
+        cached.flush(FLUSH_TIMEOUT_S)
+        _report(result, cached.session, cached.engine.sparse_stats, as_json=options.as_json)
         if options.explain and not options.as_json:
-            print(_explanation(session), file=sys.stderr)
+            print(_explanation(cached.session), file=sys.stderr)
+
+
+def _with_documents(prompts: ChunkPrompts, asked: _Asked, space: ChunkSpace) -> SegmentedPrompt:
+    chunks = [chunk for text in asked.documents for chunk in prompts.chunks_of(text, space)]
+    return prompts.prompt(chunks, asked.prompt)
 
 
 def _encode(loaded: LoadedModel, prompt: str, *, is_chat: bool) -> list[int]:
@@ -221,37 +268,9 @@ def _encode(loaded: LoadedModel, prompt: str, *, is_chat: bool) -> list[int]:
     return loaded.tokenizer.encode(text)
 
 
-def _open_session(
-    loaded: LoadedModel,
-    factory: Callable[[], CacheApi],
-    options: GenerateOptions,
-    block_tokens: int,
-) -> CacheSession:
-    """Connect; here a cache that cannot be reached is an error, for the user named it."""
-    from ucm.connectors.reference import kv_dtype, namespace_spec
-    from ucm.connectors.session import CacheSession, SessionOptions
-
-    spec = namespace_spec(
-        loaded.config,
-        weights_digest=loaded.weights_digest,
-        dtype=kv_dtype(options.dtype),
-        block_tokens=block_tokens,
-    )
-    spec = dataclasses.replace(spec, accepts_lossy=options.accept_lossy)
-    session = CacheSession(factory, spec, SessionOptions(deadline_s=options.deadline_s))
-    try:
-        session.connect(CONNECT_TIMEOUT_S)
-    except BaseException:
-        session.close()
-        raise
-    return session
-
-
-def _stream(
-    engine: Engine, token_ids: list[int], params: SamplingParams, *, show: bool
-) -> RequestResult:
+def _stream(engine: Engine, prompt: Prompt, params: SamplingParams, *, show: bool) -> RequestResult:
     result = None
-    for event in engine.generate(token_ids, params):
+    for event in engine.generate(prompt, params):
         if show:
             print(event.text, end="", flush=True)
         result = event.result or result
@@ -279,16 +298,20 @@ def _report(
             "cache": dataclasses.asdict(stats) if stats is not None else None,
             "decision": _decision(session),
             "sparse": dataclasses.asdict(sparse) if sparse is not None else None,
+            "reuse": reuse_figures(result.reuse),
         }
         print_json(summary)
         return
+    reused = f" and {timings.num_reused_tokens} of reused chunks" if result.reuse else ""
     line = (
         f"{timings.num_prompt_tokens} prompt tokens, {timings.num_hook_tokens} of them from the "
-        f"cache; first token after {1e3 * timings.ttft_s:,.0f} ms"
+        f"cache{reused}; first token after {1e3 * timings.ttft_s:,.0f} ms"
     )
     if timings.tpot_s:
         line += f", then {1 / timings.tpot_s:.1f} tokens/s"
     print(line, file=sys.stderr)
+    if result.reuse is not None:
+        print(reuse_line(result.reuse), file=sys.stderr)
     if sparse is not None:
         print(sparse_line(sparse), file=sys.stderr)
 

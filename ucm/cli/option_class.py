@@ -23,7 +23,8 @@ def takes_options(kind: type[Options]) -> Callable[[Callable[[Options], None]], 
     """Turn a function of one dataclass into one that typer reads an option a field from.
 
     Args:
-        kind: a dataclass whose fields are annotated as typer's parameters, with defaults.
+        kind: a dataclass whose fields are annotated as typer's parameters; what has no default
+            must be given.
     """
     assert dataclasses.is_dataclass(kind)
     hints = get_type_hints(kind, include_extras=True)
@@ -31,7 +32,9 @@ def takes_options(kind: type[Options]) -> Callable[[Callable[[Options], None]], 
         inspect.Parameter(
             item.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=item.default,
+            default=inspect.Parameter.empty
+            if item.default is dataclasses.MISSING
+            else item.default,
             annotation=hints[item.name],
         )
         for item in dataclasses.fields(kind)

@@ -135,6 +135,8 @@ class Engine:
                 vocabulary.
         """
         space = self.chunk_space
+        if isinstance(content, str) and self._tokenizer is not None:
+            content = self._tokenizer.encode_plain(content)
         tokens = self._tokenize(content)
         self._check_tokens(tokens)
         return Chunk(tuple(tokens), space)

@@ -87,6 +87,9 @@ class TextCodec(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a document inside a prompt: nothing is added, nothing in it is special."""
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`."""
 

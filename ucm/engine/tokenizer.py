@@ -7,8 +7,10 @@ since another split gives other tokens. An unknown name is a `ConfigError`, neve
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +83,37 @@ class Tokenizer:
         Raises:
             InvalidArgumentError: `text` holds lone surrogates: it was not valid UTF-8.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidArgumentError(f"the text is not valid Unicode: {error}") from error
-        ids: list[int] = self._backend.encode(text).ids
+        ids: list[int] = self._backend.encode(_checked(text)).ids
         if self._bos_id is not None and ids[:1] != [self._bos_id]:
             return [self._bos_id, *ids]
         return ids
+
+    def encode_template(self, text: str) -> list[int]:
+        """Token ids of a later part of a rendered template: as `encode`, with nothing in front.
+
+        Raises:
+            InvalidArgumentError: `text` holds lone surrogates.
+        """
+        ids: list[int] = self._backend.encode(_checked(text), add_special_tokens=False).ids
+        return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of somebody's text inside a prompt: nothing is added, nothing in it is special.
+
+        A document that spells out `<|im_end|>` does not end the user's turn with it.
+
+        Raises:
+            InvalidArgumentError: `text` holds lone surrogates.
+        """
+        ids: list[int] = self._plain_backend.encode(_checked(text), add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        """A copy, for the switch is the backend's and `encode` may run in another thread."""
+        backend = copy.deepcopy(self._backend)
+        backend.encode_special_tokens = True
+        return backend
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `token_ids`; bytes that are not UTF-8 become replacement characters."""
@@ -129,6 +154,14 @@ class Tokenizer:
 
     def _token_text(self, token_id: int | None) -> str:
         return "" if token_id is None else self._backend.id_to_token(token_id) or ""
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"the text is not valid Unicode: {error}") from error
+    return text
 
 
 def _refuse_messages(message: str) -> None:

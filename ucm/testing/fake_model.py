@@ -178,6 +178,10 @@ class FakeTokenizer:
         """See `TextCodec.encode`."""
         return [ord(character) - 32 for character in text]
 
+    def encode_plain(self, text: str) -> list[int]:
+        """See `TextCodec.encode_plain`."""
+        return self.encode(text)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """See `TextCodec.decode`."""
         return "".join(chr(32 + token_id) for token_id in token_ids)

@@ -182,6 +182,11 @@ class FakeTier:
         return
 
     @property
+    def eraser(self) -> None:
+        """See `Tier.eraser`."""
+        return
+
+    @property
     def summaries(self) -> None:
         """See `Tier.summaries`."""
         return

@@ -1,0 +1,74 @@
+"""`--chunk` and `--recompute`: what cannot be is refused, what was done is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ucm.cli.generate import GenerateOptions
+from ucm.cli.reuse_flags import chunk_texts, reuse_figures, reuse_line, reuse_options
+from ucm.engine.chunk_prompts import ChunkPrompts
+from ucm.engine.reuse_report import FallbackReason, ReuseReport
+from ucm.engine.tokenizer import Tokenizer
+from ucm.errors import ConfigError
+from ucm.reuse.options import RecomputePolicy, ReuseTarget
+from ucm.testing.models import tiny_tokenizer
+
+PROMPTS = ChunkPrompts(Tokenizer(tiny_tokenizer(), eos_ids=[2]), is_chat=False)
+
+
+def test_texts_come_in_the_order_that_was_given(tmp_path: Path) -> None:
+    for name in "ba":
+        (tmp_path / name).write_text(f"text {name}")
+    flags = GenerateOptions(chunk=[tmp_path / "b", tmp_path / "a", tmp_path / "b"])
+    assert chunk_texts(flags) == ["text b", "text a", "text b"]
+    assert chunk_texts(GenerateOptions()) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "words"), [(b"", "empty"), (b"\0", "not text"), (b"\xff", "not utf-8"), (None, "read")]
+)
+def test_a_file_that_is_no_text(data: bytes | None, words: str, tmp_path: Path) -> None:
+    if data is not None:
+        (tmp_path / "file").write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"--chunk .*/file: .*{words}"):
+        chunk_texts(GenerateOptions(chunk=[tmp_path / "file"]))
+    with pytest.raises(ConfigError, match="not a regular file"):
+        chunk_texts(GenerateOptions(chunk=[tmp_path]))
+
+
+@pytest.mark.parametrize("recompute", ["1.1", "-0.1", "nan", "inf", "fast", "", "none"])
+def test_a_share_that_is_none(recompute: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quality or latency"):
+        chunk_texts(GenerateOptions(chunk=[tmp_path / "absent"], recompute=recompute))
+    with pytest.raises(ConfigError, match="nothing without --chunk"):
+        chunk_texts(GenerateOptions(recompute=recompute))
+
+
+def test_what_the_engine_is_told() -> None:
+    assert reuse_options(None, PROMPTS).blend.policy is RecomputePolicy.PROGRESSIVE
+    assert reuse_options("0.3", PROMPTS).blend.budget == 0.3
+    assert reuse_options("0", PROMPTS).blend.policy is RecomputePolicy.NONE
+    assert reuse_options("1", PROMPTS).blend.policy is RecomputePolicy.FULL
+    quality = reuse_options("quality", PROMPTS)
+    assert (quality.target, quality.blend.guard_tokens > 0) == (ReuseTarget.QUALITY, True)
+    assert reuse_options("latency", PROMPTS).target is ReuseTarget.LATENCY
+    assert quality.sink_tokens == PROMPTS.sink_tokens
+
+
+def test_what_is_told_of_a_request() -> None:
+    report = ReuseReport(
+        num_chunks=3, num_chunk_tokens=1000, num_loaded_tokens=600, num_encoded_tokens=320, cost=0.2
+    )
+    line = reuse_line(report)
+    for words in ("1,000 tokens reused", "600 of them loaded", "20%", "480 tokens' worth saved"):
+        assert words in line
+    guarded = ReuseReport(num_chunk_tokens=1, drift=0.4, num_guarded=2)
+    assert "drift 0.40; 2 chunks" in reuse_line(guarded)
+    assert "no_room" in reuse_line(ReuseReport(fallback=FallbackReason.NO_ROOM))
+    assert "prefix cache" in reuse_line(ReuseReport(num_chunks=1))
+    figures = reuse_figures(report)
+    assert figures is not None
+    assert (figures["num_recomputed_tokens"], figures["num_saved_tokens"]) == (200.0, 480.0)
+    assert reuse_figures(None) is None

@@ -1,0 +1,124 @@
+"""The gRPC service of collections, over one manager; on the operators' socket.
+
+The socket's mode is the check of who may call, as for service Admin. A call blocks one of the
+socket's few threads for a commit to the disk, and a removal for as long as its client is ready to
+wait for leases.
+"""
+
+# ruff: noqa: N802, ARG002  generated base classes name the methods and their arguments
+from __future__ import annotations
+
+import itertools
+from typing import Final
+
+import grpc
+
+from .call_guard import translated
+from .collection_api import CollectionApi
+from .collection_wire import (
+    collection_to_wire,
+    deletions_to_wire,
+    document_from_wire,
+    document_info_to_wire,
+    put_to_wire,
+    removal_to_wire,
+)
+from .errors import InvalidArgumentError
+from .protos import cache_pb2 as pb
+from .protos import cache_pb2_grpc as pb_grpc
+from .types import NamespaceId
+from .wire import keys_from_wire
+
+PAGE_DOCUMENTS: Final = 1000
+"""Documents in one answer: well below the largest message."""
+
+MAX_WAIT_S: Final = 60.0
+"""Longest that a removal holds a thread; the blocks go anyway."""
+
+
+class CollectionService(pb_grpc.CollectionsServicer):
+    """What operators call."""
+
+    def __init__(self, collections: CollectionApi, max_keys: int) -> None:
+        self._collections = collections
+        self._max_keys = max_keys
+
+    def PutDocument(
+        self, request: pb.PutDocumentRequest, context: grpc.ServicerContext
+    ) -> pb.PutDocumentReply:
+        """Register a document."""
+        with translated(context):
+            document = document_from_wire(request, self._max_keys)
+            return put_to_wire(self._collections.put_document(request.collection, document))
+
+    def ListCollections(
+        self, request: pb.ListCollectionsRequest, context: grpc.ServicerContext
+    ) -> pb.ListCollectionsReply:
+        """All collections."""
+        with translated(context):
+            found = self._collections.list_collections()
+            return pb.ListCollectionsReply(collections=map(collection_to_wire, found))
+
+    def ListDocuments(
+        self, request: pb.ListDocumentsRequest, context: grpc.ServicerContext
+    ) -> pb.ListDocumentsReply:
+        """A page of a collection."""
+        with translated(context):
+            found = self._collections.list_documents(request.collection)
+            end = request.first + PAGE_DOCUMENTS
+            page = itertools.islice(found, request.first, end)
+            return pb.ListDocumentsReply(
+                documents=map(document_info_to_wire, page), has_more=end < len(found)
+            )
+
+    def RemoveDocuments(
+        self, request: pb.RemoveDocumentsRequest, context: grpc.ServicerContext
+    ) -> pb.RemoveDocumentsReply:
+        """Delete documents."""
+        with translated(context):
+            ids = _ids(request)
+            timeout_s = _wait_s(request.timeout_s)
+            answer = self._collections.remove(request.collection, ids, timeout_s=timeout_s)
+            return removal_to_wire(answer)
+
+    def ExpireDocuments(
+        self, request: pb.ExpireDocumentsRequest, context: grpc.ServicerContext
+    ) -> pb.ExpireDocumentsReply:
+        """Set when documents expire."""
+        with translated(context):
+            count = self._collections.expire(request.collection, _ids(request), request.at_s)
+            return pb.ExpireDocumentsReply(num_documents=count)
+
+    def RemoveBlocks(
+        self, request: pb.RemoveBlocksRequest, context: grpc.ServicerContext
+    ) -> pb.RemoveDocumentsReply:
+        """Delete blocks by key."""
+        with translated(context):
+            keys = keys_from_wire(request.keys, limit=self._max_keys)
+            namespace, timeout_s = NamespaceId(request.namespace), _wait_s(request.timeout_s)
+            answer = self._collections.remove_blocks(namespace, keys, timeout_s=timeout_s)
+            return removal_to_wire(answer)
+
+    def Deletions(
+        self, request: pb.DeletionsRequest, context: grpc.ServicerContext
+    ) -> pb.DeletionsReply:
+        """How far deletions are."""
+        with translated(context):
+            return deletions_to_wire(self._collections.deletions())
+
+
+def _ids(request: pb.RemoveDocumentsRequest | pb.ExpireDocumentsRequest) -> list[str] | None:
+    """The documents that are meant; None for all.
+
+    Raises:
+        InvalidArgumentError: both or neither are asked for: an empty list must not delete all.
+    """
+    if request.all == bool(request.ids):
+        raise InvalidArgumentError("name documents, or ask for all of them, and not both")
+    return None if request.all else list(request.ids)
+
+
+def _wait_s(timeout_s: float) -> float:
+    if not timeout_s >= 0:
+        raise InvalidArgumentError(f"a time-out of {timeout_s} s; it must be 0 or more")
+    return min(timeout_s, MAX_WAIT_S)
