@@ -138,7 +138,17 @@ def test_a_chunk_where_it_was_encoded_is_exact(model: LlamaModel) -> None:
     result = ask(engine, prompt)
     assert result.reuse is not None
     assert result.reuse.num_exact_tokens == 16
+    assert result.reuse.num_recomputed_tokens == 0
     assert tokens_of(result) == tokens_of(ask(plain, list(prompt.token_ids)))
+
+
+def test_rows_of_exact_chunks_are_not_counted_as_recomputed(model: LlamaModel) -> None:
+    engine = new_engine(model, FULL)
+    result = ask(engine, prompt_of(engine, A, C, prefix=SINK))
+    assert result.reuse is not None
+    assert result.reuse.num_recomputed_tokens == pytest.approx(
+        12 * (3 + model.projection_share) / 4
+    )
 
 
 def test_a_chunk_that_stands_twice_is_kept_once(model: LlamaModel) -> None:
@@ -179,6 +189,20 @@ def test_a_prompt_that_is_cached_to_its_end_needs_no_chunk(model: LlamaModel) ->
     result = ask(engine, prompt)
     assert tokens_of(result) == expected
     assert result.reuse is None or result.reuse.num_chunk_tokens <= BLOCK_TOKENS
+
+
+def test_what_an_exact_prefix_leaves_of_a_chunks_tail_stays_exact(model: LlamaModel) -> None:
+    """Every block of the chunk is found as prefix: its tail is an ordinary prompt's."""
+    engine, plain = new_engine(model), new_engine(model, None)
+    prompt = prompt_of(engine, A[:15], prefix=(*SINK, 40, 41, 42))
+    expected = tokens_of(ask(plain, list(prompt.token_ids)))
+    ask(engine, list(prompt.token_ids[:21]))
+    result = ask(engine, prompt)
+    assert tokens_of(result) == expected
+    assert result.timings.num_local_tokens == 20
+    assert engine.stats.reuse.blended == 0
+    again = ask(engine, list(prompt.token_ids))
+    assert again.timings.num_local_tokens == (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
 def test_others_are_not_disturbed(model: LlamaModel) -> None:
@@ -348,6 +372,9 @@ def test_one_drifted_chunk_is_computed_in_full(
     assert result.reuse is not None
     assert result.reuse.num_guarded == 1
     assert plans[1].start == len(PREFIX) + len(A)
+    every_layer = (3 + model.projection_share) / 4
+    assert result.reuse.cost == pytest.approx(20 / 48 * every_layer)
+    assert result.reuse.num_recomputed_tokens == pytest.approx(20 * every_layer)
 
 
 # What fails
@@ -419,6 +446,12 @@ def test_a_model_without_rope_is_refused() -> None:
     options = EngineOptions(reuse=ReuseOptions(sink_tokens=SINK))
     with pytest.raises(ConfigError, match="RoPE"):
         Engine(FakeModel(), None, options)
+
+
+def test_a_sink_prefix_outside_the_vocabulary_is_refused(model: LlamaModel) -> None:
+    reuse = ReuseOptions(sink_tokens=(1, 2, 3, model.config.vocab_size))
+    with pytest.raises(InvalidArgumentError, match="vocabulary"):
+        Engine(model, None, EngineOptions(block_tokens=BLOCK_TOKENS, reuse=reuse))
 
 
 def test_options_of_another_kind_are_refused() -> None:
