@@ -37,7 +37,7 @@ class BlendOptions:
     theta: float = 0.005
     """Relative drift below which a row leaves the set."""
     num_queries: int = 16
-    """Last query tokens whose attention says which rows matter."""
+    """Last query tokens whose attention says which rows matter; fewer where the budget is low."""
     importance_layers: int | None = None
     """How many layers that attention runs ahead of the recompute; None: all of them first."""
     guard_tokens: int = 0
