@@ -155,7 +155,7 @@ def test_repair_begins_while_chunks_are_loaded(model: LlamaModel) -> None:
     served = Served(model, *[LoadScript(slab_us=(1_000,))] * 2, options=options)
     prompt = served.prompt()
     request_id = served.engine.add_request(prompt, GREEDY)
-    seen = set()
+    seen: set[int] = set()
     while served.engine.has_work and not seen & {1, 2}:
         served.engine.step()
         blends = served.engine._runner.blends

@@ -10,13 +10,17 @@ that. Stated as an allocation: row j pays its depth and gains the sum over those
 (how far it drifted) x (how much the query looks at it). What it will gain is unknown when the set
 of layer 0 is chosen, and known ever better with every layer that it runs.
 
-    S_0    the rows that the query looks at most over all layers (`importance`), so many that the
-           schedule comes out; no pass over all rows, which a budget of .05 could not pay for
+    S_0    the first rows of every chunk, and those that the query looks at most over all layers
+           (`importance`), so many that the schedule comes out; no pass over all rows, which a
+           budget of .05 could hardly pay for
     S_l    of S_l-1, the rows of largest  drift_l x (importance behind l)
     theta  a row that drifted less leaves at once; what it would have cost goes to later layers
 
 Importance of the layers *behind* l counts, not of l itself: row j's new KV of layer l is written
 already when the decision falls, and what is bought is layer l + 1 and on.
+
+At a low budget every row counts twice: no chunk heads, which nobody may look at, and sets that
+shrink faster, so that more rows are tried.
 
 Sources: ProphetKV (arXiv 2602.02579) for importance over stale KV, CacheBlend (2405.16444) for
 drift and for filtering gradually, EPIC (2410.15332) for chunk heads.
@@ -32,6 +36,14 @@ from .importance import Importance
 from .options import BlendOptions
 from .policies import ProjectedRows, top_rows
 
+HEAD_ROWS = 8
+"""First rows of a chunk that begin in the set: they were its attention sinks and drift most."""
+HEAD_SHARE = 0.15
+"""Of the first set, at most this much are heads."""
+LOW_BUDGET = 0.08
+"""Below this budget the low-budget rule holds."""
+LOW_DECAY = 1.0
+"""Least decay at a low budget."""
 FLOOR = 0.01
 """Importance that every row has, as a share of the mean: drift alone decides between two rows that
 the last query tokens do not look at."""
@@ -52,7 +64,9 @@ class Progressive:
         self._theta = options.theta
         self._left = allowance.token_layers
         last = allowance.num_layers - 1
-        self._weights = [(1 - layer / last) ** options.decay for layer in range(last)]
+        self._is_low = options.budget < LOW_BUDGET
+        decay = max(options.decay, LOW_DECAY) if self._is_low else options.decay
+        self._weights = [(1 - layer / last) ** decay for layer in range(last)]
         # Layer 0's set pays for its keys and values there too; those of a later layer are paid
         # for by the layer before it.
         self._first_cost = 1 + allowance.projection_share
@@ -61,9 +75,16 @@ class Progressive:
         """See `RowPolicy.first`."""
         share = self._weights[0] / sum(self._weights)
         num_rows = int(self._left * share / (1 + (self._first_cost - 1) * share))
-        chosen = top_rows(self._importance.behind(0), num_rows)
+        chosen = top_rows(self._importance.behind(0) + self._heads(num_rows), num_rows)
         self._left -= self._first_cost * int(chosen.sum())
         return chosen
+
+    def _heads(self, num_rows: int) -> Tensor:
+        """[N] fp32: more than any importance for the chunk heads that begin in the set, else 0."""
+        candidates = self._candidates
+        most = 0 if self._is_low else int(num_rows * HEAD_SHARE)
+        is_head = candidates.heads(min(most, HEAD_ROWS * candidates.num_spans))
+        return is_head.float() * 2
 
     def keep(self, rows: ProjectedRows) -> Tensor:
         """See `RowPolicy.keep`."""

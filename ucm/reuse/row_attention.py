@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP_ROWS = 128
+GROUP_ROWS = 64
 """Rows that share one mask: fewer waste fewer columns, more make larger products."""
 
 
