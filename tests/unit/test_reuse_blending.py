@@ -3,70 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import functools
 
 import pytest
 import torch
-from torch import Tensor
 
 from ucm.engine.loading import load_model
-from ucm.engine.model import LlamaModel
 from ucm.errors import ConfigError
 from ucm.reuse.blending import blend
-from ucm.reuse.dense_rows import DenseRows, assemble, compute, run_to_end
+from ucm.reuse.dense_rows import DenseRows, assemble, compute, encode_chunk, run_to_end
 from ucm.reuse.options import BlendOptions, RecomputePolicy
-from ucm.reuse.protocols import BlendPlan
+from ucm.reuse.protocols import BlendOutcome
 from ucm.reuse.segments import Chunk, ChunkSpace, SegmentedPrompt, Text
-from ucm.testing.models import write_tiny_model
+from ucm.testing.blend_setup import BlendSetup, blend_setup
+from ucm.testing.models import require_real_model
 
 POLICIES = tuple(RecomputePolicy)
-BLOCK_TOKENS = 8
 BUDGETS = (0.0, 0.05, 0.1, 0.18, 0.3, 0.6, 1.0)
+NUM_LAYERS = 6
+
+setup_of = functools.cache(blend_setup)
 
 
-@dataclasses.dataclass
-class Setup:
-    """One request over the tiny model, its chunks placed, and what a full prefill gives."""
-
-    model: LlamaModel
-    rows: DenseRows
-    plan: BlendPlan
-    full: DenseRows
-    full_logits: Tensor
-
-    def query_logits(self, rows: DenseRows) -> Tensor:
-        plan = self.plan
-        return self.model.logits(compute(self.model, rows, plan.token_ids, plan.stop))
+@pytest.fixture
+def setup() -> BlendSetup:
+    return setup_of()
 
 
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    folder: Path = tmp_path_factory.mktemp("model")
-    loaded = load_model(write_tiny_model(folder, num_hidden_layers=6))
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(count: int) -> tuple[int, ...]:
-        drawn = torch.randint(3, loaded.config.vocab_size, (count,), generator=generator)
-        return tuple(drawn.tolist())
-
-    sink = draw(8)
-    space = ChunkSpace(b"tiny", sink, BLOCK_TOKENS)
-    # A chunk with a tail that fills no block, and text between two chunks: both are fresh.
-    chunks = [Chunk(draw(count), space) for count in (48, 35, 64)]
-    prompt = SegmentedPrompt(
-        (Text(sink + draw(3)), chunks[0], chunks[1], Text(draw(3)), chunks[2], Text(draw(20)))
-    )
-    rows, plan = assemble(loaded.model, loaded.config.rope, prompt)
-    full = DenseRows(torch.zeros_like(rows.kv_L2GTD), plan.stop)
-    hidden = compute(loaded.model, full, plan.token_ids, 0)
-    full_logits = loaded.model.logits(hidden[plan.stop :])
-    return Setup(loaded.model, rows, plan, full, full_logits)
+def blend_copy(setup: BlendSetup, options: BlendOptions) -> tuple[DenseRows, BlendOutcome]:
+    rows = setup.rows.copy()
+    return rows, run_to_end(blend(setup.model, rows, setup.plan, options))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_what_is_reported_and_spent_never_exceeds_the_budget(
-    setup: Setup, policy: RecomputePolicy, budget: float
+    setup: BlendSetup, policy: RecomputePolicy, budget: float
 ) -> None:
     options = BlendOptions(policy=policy, budget=budget, slice_tokens=16)
     steps = []
@@ -88,7 +60,7 @@ def test_what_is_reported_and_spent_never_exceeds_the_budget(
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p is not RecomputePolicy.NONE])
-def test_the_whole_budget_equals_a_full_prefill(setup: Setup, policy: RecomputePolicy) -> None:
+def test_the_whole_budget_equals_a_full_prefill(setup: BlendSetup, policy: RecomputePolicy) -> None:
     rows = setup.rows.copy()
     run_to_end(blend(setup.model, rows, setup.plan, BlendOptions(policy=policy, budget=1.0)))
     stop = setup.plan.stop
@@ -100,7 +72,7 @@ def test_the_whole_budget_equals_a_full_prefill(setup: Setup, policy: RecomputeP
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p is not RecomputePolicy.FULL])
 def test_no_budget_leaves_every_chunk_row_bit_for_bit(
-    setup: Setup, policy: RecomputePolicy
+    setup: BlendSetup, policy: RecomputePolicy
 ) -> None:
     rows = setup.rows.copy()
     outcome = run_to_end(
@@ -114,6 +86,112 @@ def test_no_budget_leaves_every_chunk_row_bit_for_bit(
         )
 
 
-def test_a_budget_that_is_no_share_is_refused(setup: Setup) -> None:
+def test_a_budget_that_is_no_share_is_refused(setup: BlendSetup) -> None:
     with pytest.raises(ConfigError, match="share"):
         run_to_end(blend(setup.model, setup.rows, setup.plan, BlendOptions(budget=1.5)))
+
+
+def test_what_does_not_drift_leaves_and_is_not_paid_for(setup: BlendSetup) -> None:
+    exact = setup.full.copy()
+    options = BlendOptions(budget=0.5, theta=0.02)
+    outcome = run_to_end(blend(setup.model, exact, setup.plan, options))
+    assert outcome.rows_per_layer[0] > 0
+    assert sum(outcome.rows_per_layer[1:]) == 0
+    assert outcome.cost < 0.3
+
+
+def test_more_budget_brings_the_query_closer_to_a_full_prefill(setup: BlendSetup) -> None:
+    def distance(budget: float) -> float:
+        rows, _ = blend_copy(setup, BlendOptions(budget=budget))
+        return float((setup.query_logits(rows) - setup.full_logits).abs().mean())
+
+    far, near, nearer = distance(0.0), distance(0.4), distance(0.8)
+    assert far > near > nearer > 1e-3
+
+
+def test_the_set_shrinks_with_depth_and_faster_with_more_decay(setup: BlendSetup) -> None:
+    for decay in (0.0, 0.5, 2.0):
+        _, outcome = blend_copy(setup, BlendOptions(budget=0.3, decay=decay, theta=0.0))
+        sizes = outcome.rows_per_layer[:-1]
+        assert list(sizes) == sorted(sizes, reverse=True)
+        if decay == 0.0:
+            assert sizes[0] - sizes[-1] <= 1
+        else:
+            assert sizes[-1] < sizes[0] * 0.8
+
+
+def test_an_exact_chunk_is_left_alone_by_every_policy() -> None:
+    setup = setup_of(is_first_exact=True)
+    first = setup.plan.spans[0]
+    assert first.is_exact
+    for policy in POLICIES:
+        rows, outcome = blend_copy(setup, BlendOptions(policy=policy, budget=0.9, guard_tokens=2))
+        span = slice(first.start, first.stop)
+        assert torch.equal(rows.kv_L2GTD[:, :, :, span], setup.rows.kv_L2GTD[:, :, :, span])
+        assert outcome.drift[0] == 0.0
+
+
+def test_the_guard_names_the_chunk_that_is_wrong(setup: BlendSetup) -> None:
+    rows, wrong = setup.full.copy(), setup.plan.spans[2]
+    rows.kv_L2GTD[:, :, :, wrong.start : wrong.stop] *= 3
+    options = BlendOptions(budget=0.3, guard_tokens=4, guard_limit=0.1, theta=0.0)
+    outcome = run_to_end(blend(setup.model, rows, setup.plan, options))
+    assert outcome.drifted == (2,)
+    assert max(outcome.drift[:2]) < 1e-3
+    assert outcome.drift[2] > 0.5
+    assert outcome.cost <= 0.3
+
+
+def test_probes_fall_away_where_the_budget_cannot_pay_for_them(setup: BlendSetup) -> None:
+    _, outcome = blend_copy(setup, BlendOptions(budget=0.05, guard_tokens=8))
+    assert outcome.drift == ()
+    assert outcome.drifted == ()
+    assert outcome.residual is None
+
+
+def test_what_is_left_of_the_drift_falls_with_the_budget(setup: BlendSetup) -> None:
+    left = []
+    for budget in (0.15, 0.5, 0.9):
+        _, outcome = blend_copy(setup, BlendOptions(budget=budget, guard_tokens=2))
+        assert outcome.residual is not None
+        left.append(outcome.residual)
+    assert left == sorted(left, reverse=True)
+    assert 0 < left[0] <= 10
+
+
+def test_without_a_query_chunk_heads_are_recomputed(setup: BlendSetup) -> None:
+    plan = dataclasses.replace(setup.plan, token_ids=setup.plan.token_ids[: setup.plan.stop])
+    rows, by_heads = setup.rows.copy(), setup.rows.copy()
+    run_to_end(blend(setup.model, rows, plan, BlendOptions(budget=0.4)))
+    lego = BlendOptions(policy=RecomputePolicy.LEGO, budget=0.4)
+    run_to_end(blend(setup.model, by_heads, plan, lego))
+    assert torch.equal(rows.kv_L2GTD, by_heads.kv_L2GTD)
+
+
+def test_a_model_of_one_layer_has_nothing_to_repair() -> None:
+    setup = setup_of(num_layers=1)
+    for policy in POLICIES:
+        rows, _ = blend_copy(setup, BlendOptions(policy=policy, budget=0.1))
+        torch.testing.assert_close(setup.query_logits(rows), setup.full_logits)
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_the_real_model_equals_its_full_prefill() -> None:
+    loaded = load_model(require_real_model())
+    model = loaded.model
+    text = "The cache keeps what attention has computed, so that it need not be computed again. "
+    tokens = tuple(loaded.tokenizer.encode(text * 20))
+    space = ChunkSpace(b"real", tokens[:8], 32)
+    chunks = [Chunk(tokens[at : at + 32], space) for at in (20, 150)]
+    prompt = SegmentedPrompt((Text(tokens[:12]), *chunks, Text(tokens[182:190])))
+    encoded = {chunk: encode_chunk(model, chunk) for chunk in chunks}
+    rows, plan = assemble(model, loaded.config.rope, prompt, encoded)
+    full = DenseRows(torch.zeros_like(rows.kv_L2GTD), plan.stop)
+    hidden_TC = compute(model, full, plan.token_ids, 0)
+    run_to_end(blend(model, rows, plan, BlendOptions(budget=1.0)))
+    hidden_QC = compute(model, rows, plan.token_ids, plan.stop)
+    torch.testing.assert_close(
+        model.logits(hidden_QC), model.logits(hidden_TC[plan.stop :]), rtol=1e-4, atol=1e-4
+    )

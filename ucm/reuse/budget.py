@@ -32,7 +32,7 @@ from .protocols import BlendOutcome, BlendPlan
 GRID_POINTS = 12
 MEMORY = 16
 """Blends that a running mean remembers."""
-TRUST = 3.0
+TRUST = 1.0
 """Blends at a point of the grid after which half of its own correction counts."""
 PROBES = 4
 """Probes a chunk for the target `quality`, where the guard sends none."""

@@ -34,7 +34,7 @@ class BlendOptions:
     """Recomputed share of the chunks' token-layers, every probe included; 0 to 1."""
     decay: float = 0.5
     """Exponent p of the sets' size over depth; 0 keeps it constant."""
-    theta: float = 0.02
+    theta: float = 0.005
     """Relative drift below which a row leaves the set."""
     num_queries: int = 16
     """Last query tokens whose attention says which rows matter."""
