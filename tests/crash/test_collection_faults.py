@@ -23,7 +23,7 @@ from ucm.namespaces import TierFactory
 from ucm.storage.fsck import check_store
 from ucm.storage.nvme import NvmeStore
 from ucm.testing.blocks import TINY_LAYOUT, chain, content, get, put, tiny_spec
-from ucm.testing.collection_conformance import bytes_on_disk, document, names_on_disk
+from ucm.testing.documents import bytes_on_disk, document, names_on_disk
 from ucm.testing.faulty_index import faulty_index
 from ucm.testing.faulty_io import FaultyFileIo, PowerCut
 from ucm.testing.nvme import quick_folder

@@ -24,8 +24,8 @@ from ucm.client import RemoteCache, connect
 from ucm.errors import CapacityError, TierUnavailableError, UcmError
 from ucm.storage.fsck import check_store
 from ucm.testing.blocks import chain, content, get, put, tiny_spec
-from ucm.testing.collection_conformance import bytes_on_disk, document
 from ucm.testing.daemon import DaemonNursery, ForkedDaemon, short_folder, small_settings
+from ucm.testing.documents import bytes_on_disk, document
 from ucm.testing.lanes import IS_DEEP
 from ucm.types import StoreStatus
 

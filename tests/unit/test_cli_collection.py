@@ -18,8 +18,8 @@ from ucm.cli.console import ExitCode
 from ucm.client import RemoteCache, connect
 from ucm.errors import InvalidArgumentError
 from ucm.testing.blocks import chain, loaded, put, tiny_spec
-from ucm.testing.collection_conformance import document
 from ucm.testing.daemon import running_daemon, short_folder, small_config
+from ucm.testing.documents import document
 
 NAMESPACE = tiny_spec().fingerprint()
 

@@ -17,7 +17,7 @@ from ucm.storage.file_io import IoRequest
 from ucm.storage.fsck import FindingKind, check_store
 from ucm.storage.tier import SlotId
 from ucm.testing.blocks import TINY_LAYOUT, chain, content, get, put, tiny_spec
-from ucm.testing.collection_conformance import bytes_on_disk, document, names_on_disk
+from ucm.testing.documents import bytes_on_disk, document, names_on_disk
 from ucm.testing.nvme import quick_folder
 from ucm.testing.stores import FakeStore, wait_until
 from ucm.types import LoadStatus, StoreStatus, SummaryKind, TierKind

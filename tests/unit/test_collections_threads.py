@@ -15,7 +15,7 @@ from ucm.errors import CapacityError, UcmError
 from ucm.manager import Manager
 from ucm.storage.fsck import check_store
 from ucm.testing.blocks import TINY_LAYOUT, chain, content, get, put, tiny_spec
-from ucm.testing.collection_conformance import bytes_on_disk, document, names_on_disk
+from ucm.testing.documents import bytes_on_disk, document, names_on_disk
 from ucm.testing.nvme import quick_folder
 from ucm.testing.stores import wait_until
 from ucm.types import LoadMode
@@ -91,7 +91,10 @@ def operate(cache: EmbeddedCache, handle: NamespaceHandle, seed: int) -> set[int
             answer = cache.collections.remove("docs", [f"{number}"])
             deleted.update([number] if answer.num_documents else [])
         cache.manager.tick()
-    return deleted
+    keys = chain(handle.id, CHAIN_BLOCKS, 0)
+    cache.collections.put_document("docs", document(handle.id, "0", keys))
+    cache.collections.remove("docs", ["0"])
+    return deleted | {0}
 
 
 @pytest.mark.timeout(60)

@@ -7,7 +7,6 @@ class TestEmbeddedCollections(CollectionTests):
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,11 +16,12 @@ import pytest
 
 from ucm.api import CacheApi, NamespaceHandle
 from ucm.checksum import block_checksums
-from ucm.collection_api import CollectionApi, Document, PutOutcome
+from ucm.collection_api import CollectionApi, PutOutcome
 from ucm.errors import BlockNotFoundError, InvalidArgumentError
 from ucm.types import BlockKey, LoadMode, NamespaceId, SourceKind, StoreStatus, TierKind
 
 from .blocks import chain, content, get, loaded, put, tiny_spec
+from .documents import bytes_on_disk, document, names_on_disk, replaced
 from .stores import wait_until
 
 
@@ -45,33 +45,6 @@ class CollectionHarness(Protocol):
 
     def check_integrity(self) -> list[str]:
         """Violated invariants of the store."""
-
-
-def document(
-    namespace: NamespaceId, name: str, *chunks: Sequence[BlockKey], expires_s: float = 0.0
-) -> Document:
-    """A document of these chunks, whose digest follows from them."""
-    packed = b"|".join(b"".join(chunk) for chunk in chunks)
-    return Document(
-        id=name,
-        namespace=namespace,
-        digest=hashlib.sha256(packed).digest(),
-        chunks=tuple(tuple(chunk) for chunk in chunks),
-        num_tokens=sum(map(len, chunks)) * 4,
-        expires_s=expires_s,
-    )
-
-
-def bytes_on_disk(folder: Path, keys: Sequence[BlockKey]) -> list[bool]:
-    """For each block whether a segment file holds the beginning of its first slab anywhere."""
-    data = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.seg")))
-    return [content(key)[:128] in data for key in keys]
-
-
-def names_on_disk(folder: Path, keys: Sequence[BlockKey]) -> list[bool]:
-    """For each block whether a segment file names it in a header anywhere."""
-    data = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.seg")))
-    return [bytes(key) in data for key in keys]
 
 
 class CollectionTests:
@@ -362,7 +335,7 @@ class CollectionTests:
         store("one", keys)
         seeds = iter(range(20, 60))
         while TierKind.MEMORY in cache.lookup(handle.id, keys).tiers:  # out with it
-            put(cache, handle, chain(handle.id, 2, next(seeds)))
+            put(cache, handle, chain(handle.id, 7, next(seeds)))
             assert cache.flush(timeout_s=10)
         plan = cache.begin_load(handle.id, keys, mode=LoadMode.DIRECT, timeout_s=1.0)
         assert {block.source for block in plan.blocks} == {SourceKind.EXTENT}
@@ -508,15 +481,3 @@ class CollectionTests:
             return collections.deletions().num_waiting == 0
 
         wait_until(is_done)
-
-
-def replaced(one: Document, digest: bytes) -> Document:
-    """The document with another digest."""
-    return Document(
-        id=one.id,
-        namespace=one.namespace,
-        digest=digest,
-        chunks=one.chunks,
-        num_tokens=one.num_tokens,
-        expires_s=one.expires_s,
-    )
