@@ -11,8 +11,8 @@ that was made when the block was stored: what is wrong is counted, reported to t
 recomputed. After one call that ran into its deadline, or `failures_to_open` failures in a row, the
 cache is not asked again until the background thread has reconnected.
 
-Envelope: a call costs about 0.5 ms. Two calls a request, of which the engine waits for one; none a
-block, none a layer.
+Envelope: a call costs about 0.5 ms. Two calls a request, of which the engine waits for one, and two
+more a chunk, which is a chain of its own; none a block, none a layer.
 """
 
 from __future__ import annotations

@@ -149,6 +149,7 @@ def test_chunks_leave_nothing_behind_that_grows(make_side: Callable[..., Side]) 
     side.store([3, 9, 0], SPACE.extra_keys)
     assert side.load([7, 1, 5], SPACE.extra_keys) == NUM_BLOCKS
     assert not side.hook.session._chains._requests
+    assert not side.hook.session.loads._unfinished, "no pass ends where a chunk does"
 
 
 def test_it_is_stored_under_its_own_keys(make_side: Callable[..., Side], cache: FakeCache) -> None:

@@ -134,8 +134,8 @@ def _check_supported(raw: Mapping[str, Any], path: Path) -> None:
     for key, supported in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if raw.get(key, supported) != supported:
             raise ConfigError(f"{path}: {key} = {raw[key]!r} is not supported")
-    positions = raw.get("position_embedding_type", "rope")
-    if positions not in ("rope", "rotary"):
+    positions = raw.get("position_embedding_type") or "rope"
+    if str(positions).lower() not in ("rope", "rotary"):
         raise ConfigError(
             f"{path}: positions are {positions!r}, not rotary (RoPE): not supported, and chunks of "
             "such a model could not be reused at other positions"
