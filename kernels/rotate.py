@@ -11,11 +11,12 @@ Invariant: rotate the bytes that were stored, never a rotated copy: then there i
 however often a chunk moves.
 
     implementation   how                                       device   dtypes
-    torch            four products over half heads, in fp32    any      floating
+    torch            two products over whole heads, in fp32    any      floating
     kernel           `cuda/rotate_keys.cu`                     cuda     float32, bfloat16
 
 Envelope: every byte of the keys is read and written once: 256 tokens of SmolLM2-135M in fp32 are
-5.9 MB, 1.5 ms at 8 GB/s.
+5.9 MB, 1.5 ms at 8 GB/s. Layer by layer, as a blend does it, they stay in the core's cache: 30
+times 80 us, of which 10 are the bare copy and 25 the call.
 
 Source: RoFormer (arXiv 2104.09864), equation 34. Shapes: D head size, ... any leading axes.
 """
@@ -123,16 +124,19 @@ def _table(rope: Rope, shift: int) -> Tensor:
 
 
 def _by_torch(keys: Tensor, out: Tensor, table: Tensor, style: RopeStyle) -> None:
+    """Whole heads: k cos + swapped k sin, where the two of a plane have -sine and sine."""
     half = keys.shape[-1] // 2
+    wide, (cos, sin) = keys.float(), table
     if style is RopeStyle.HALF_SPLIT:
-        a, b, to_a, to_b = keys[..., :half], keys[..., half:], out[..., :half], out[..., half:]
+        swapped = torch.cat((wide[..., half:], wide[..., :half]), dim=-1)
+        cos, sin = torch.cat((cos, cos)), torch.cat((-sin, sin))
     else:
-        a, b, to_a, to_b = keys[..., ::2], keys[..., 1::2], out[..., ::2], out[..., 1::2]
-    cos, sin = table
-    a, b = a.float(), b.float()
-    turned_a, turned_b = (a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)
-    to_a.copy_(turned_a)
-    to_b.copy_(turned_b)
+        swapped = torch.stack((wide[..., 1::2], wide[..., ::2]), dim=-1).flatten(-2)
+        cos, sin = cos.repeat_interleave(2), torch.stack((-sin, sin), dim=-1).flatten()
+    if out.dtype is torch.float32:
+        torch.mul(wide, cos, out=out).addcmul_(swapped, sin)
+    else:
+        out.copy_((wide * cos).addcmul_(swapped, sin))
 
 
 def _by_kernel(keys: Tensor, out: Tensor, table: Tensor, style: RopeStyle) -> None:

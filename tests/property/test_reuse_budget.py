@@ -74,7 +74,7 @@ def test_quality_finds_about_the_smallest_budget_that_does(
     drift: float, halving: float, target: float
 ) -> None:
     def residual(budget: float) -> float:
-        return drift * 0.5 ** (budget / halving)
+        return drift * math.pow(0.5, budget / halving)
 
     chooser = controller(ReuseTarget.QUALITY, max_drift=target)
     for _ in range(60):

@@ -142,10 +142,12 @@ def test_the_set_shrinks_with_depth_and_faster_with_more_decay(setup: BlendSetup
         _, outcome = blend_copy(setup, BlendOptions(budget=0.3, decay=decay, theta=0.0))
         sizes = outcome.rows_per_layer[:-1]
         assert list(sizes) == sorted(sizes, reverse=True)
+        # Layer 0 is wider than the schedule says, for one look at the drift.
+        assert sizes[0] > sizes[1]
         if decay == 0.0:
-            assert sizes[0] - sizes[-1] <= 1
+            assert sizes[1] - sizes[-1] <= 1
         else:
-            assert sizes[-1] < sizes[0] * 0.8
+            assert sizes[-1] < sizes[1] * 0.8
 
 
 def test_an_exact_chunk_is_left_alone_by_every_policy() -> None:

@@ -39,6 +39,11 @@ from .progressive import Progressive
 from .protocols import BlendOutcome, BlendPlan, BlendStep, KvRows, LayerwiseModel
 from .row_attention import attend_rows
 
+QUERY_SHARE = 1 / 16
+"""What stage 1 may take of the budget, ..."""
+MIN_QUERIES = 8
+"""... and tokens that it gets in any case, up to a third of the budget."""
+
 Steps = Generator[BlendStep, None, None]
 
 
@@ -179,9 +184,9 @@ class _Blend:
         )
 
     def _importance(self, allowance: Allowance) -> Importance | None:
-        """Stage 1 over as many query tokens as a third of the budget pays for."""
-        plan = self._plan
-        affordable = allowance.constant_rows // 3
+        """Stage 1 over as many query tokens as its share of the budget pays for."""
+        plan, rows = self._plan, allowance.constant_rows
+        affordable = min(max(MIN_QUERIES, int(rows * QUERY_SHARE)), rows // 3)
         count = min(self._options.num_queries, affordable, len(plan.token_ids) - plan.stop)
         if count < 1:
             return None
