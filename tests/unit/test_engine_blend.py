@@ -143,15 +143,6 @@ def test_a_chunk_where_it_was_encoded_is_exact(model: LlamaModel) -> None:
     assert tokens_of(result) == tokens_of(ask(plain, list(prompt.token_ids)))
 
 
-def test_rows_of_exact_chunks_are_not_counted_as_recomputed(model: LlamaModel) -> None:
-    engine = new_engine(model, FULL)
-    result = ask(engine, prompt_of(engine, A, C, prefix=SINK))
-    assert result.reuse is not None
-    assert result.reuse.num_recomputed_tokens == pytest.approx(
-        12 * (3 + model.projection_share) / 4
-    )
-
-
 def test_a_chunk_that_stands_twice_is_kept_once(model: LlamaModel) -> None:
     engine = new_engine(model)
     prompt = prompt_of(engine, A, B, A)
@@ -190,20 +181,6 @@ def test_a_prompt_that_is_cached_to_its_end_needs_no_chunk(model: LlamaModel) ->
     result = ask(engine, prompt)
     assert tokens_of(result) == expected
     assert result.reuse is None or result.reuse.num_chunk_tokens <= BLOCK_TOKENS
-
-
-def test_what_an_exact_prefix_leaves_of_a_chunks_tail_stays_exact(model: LlamaModel) -> None:
-    """Every block of the chunk is found as prefix: its tail is an ordinary prompt's."""
-    engine, plain = new_engine(model), new_engine(model, None)
-    prompt = prompt_of(engine, A[:15], prefix=(*SINK, 40, 41, 42))
-    expected = tokens_of(ask(plain, list(prompt.token_ids)))
-    ask(engine, list(prompt.token_ids[:21]))
-    result = ask(engine, prompt)
-    assert tokens_of(result) == expected
-    assert result.timings.num_local_tokens == 20
-    assert engine.stats.reuse.blended == 0
-    again = ask(engine, list(prompt.token_ids))
-    assert again.timings.num_local_tokens == (len(prompt) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
 
 
 def test_others_are_not_disturbed(model: LlamaModel) -> None:
