@@ -103,6 +103,7 @@ class CollectionDesk:
         self._note_expiry(registry)
         for namespace in doomed:
             self._rounds.erase_closed(namespace)
+        self.tick()
 
     def _open(self, path: Path) -> Registry:
         from ucm.storage.registry import Registry  # needs LMDB, which memory alone does not
@@ -247,7 +248,7 @@ class CollectionDesk:
     def tick(self) -> None:
         """Remove what has expired, and go on with what was held back. Cheap when nothing is.
 
-        A daemon does it all the time; in an embedded store, calls that ask do.
+        A daemon does it all the time; an embedded store when it opens, and in calls that ask.
         """
         if self._closed:
             return
