@@ -16,12 +16,12 @@ from .rag_targets import gold_loss
 
 Result = Mapping[str, Any]
 KEY = """\
-KL, nats   of the next token's distribution, full prefill from reuse; mean: geometric
+KL, nats   of the next token's distribution, full prefill from reuse
 top-1      share of tokens whose likeliest next token is the same
-dNLL       of the text that follows, reuse minus full prefill, nats a token (mean: of |dNLL|)
-cost       recomputed token-layers, all probes included, over those of rows that are not exact
-TTFT       milliseconds to the first token; mean: geometric, of the ratio to full prefill
-gold       log-probability of the answers, less that of full prefill, nats a token
+dNLL       of what follows, reuse minus full prefill, nats a token; mean of |dNLL|
+cost       recomputed token-layers, probes too, over those of rows not exact
+TTFT       milliseconds to the first token; mean: of the ratio to full prefill
+gold       log-probability of answers less that of full prefill, nats a token
 exact      share of questions that are answered rightly
 copy       perplexity of a passage that recurs"""
 

@@ -38,6 +38,8 @@ _log = logging.getLogger(__name__)
 
 PATIENCE_S: Final = 10.0
 """How long a removal waits for the disk, whatever it is told about leases."""
+GRACE_S: Final = 0.2
+"""How long it waits for leases at least: some are over in milliseconds."""
 POLL_S: Final = 0.02
 RETRY_S: Final = 5.0
 """After the disk refused to erase: how long until the next attempt."""
@@ -161,17 +163,25 @@ class DeletionRounds:
     def wait(self, doomed: DoomedKeys, number: int, timeout_s: float) -> int:
         """Wait until all of it is erased, the disk has tried, or time is over; what is left."""
         now_s = time.monotonic()
-        end_s, patience_s = now_s + timeout_s, now_s + PATIENCE_S
+        end_s, patience_s = now_s + max(timeout_s, GRACE_S), now_s + PATIENCE_S
         while True:
             self.advance(doomed)
             with self._state.lock:
-                every = [(self._of(namespace), keys) for namespace, keys in doomed.items()]
-                left = sum(key in each.doomed for each, keys in every for key in keys)
-                was_tried = all(each.settled >= number or each.problem for each, _ in every)
+                left = sum(
+                    key in self._of(name).doomed for name, keys in doomed.items() for key in keys
+                )
+                is_held = not any(self._has_work_locked(name, number) for name in doomed)
                 now_s = time.monotonic()
-                if not left or (now_s >= end_s and (was_tried or now_s >= patience_s)):
+                if not left or (now_s >= end_s and (is_held or now_s >= patience_s)):
                     return left
                 self._changed.wait(POLL_S)
+
+    def _has_work_locked(self, namespace: NamespaceId, number: int) -> bool:
+        """Whether a deletion was not tried yet, or waits for a transfer and not for a lease."""
+        found, progress = self._state.namespaces.get_locked(namespace), self._of(namespace)
+        if progress.problem or progress.settled < number:
+            return not progress.problem
+        return found is not None and self._deletions.has_work_locked(found)
 
     def advance(self, namespaces: Iterable[NamespaceId]) -> None:
         """Begin a round wherever one would get further."""

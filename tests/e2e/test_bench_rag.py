@@ -137,7 +137,7 @@ def test_a_folder_with_too_little_text_is_refused(model: Path, tmp_path: Path) -
 def test_a_quick_run_on_the_real_model() -> None:
     options = RagBenchOptions(model_path=require_real_model()).quick()
     result = run_rag_bench(options)
-    assert [prompt["kind"] for prompt in result["prompts"]] == ["cont", "rag"]
+    assert [prompt["kind"] for prompt in result["prompts"]] == ["rag"]
     assert not result["warnings"]
     kl = result["geomean_kl"]
     assert kl["full"]["0.18"] < 1e-6

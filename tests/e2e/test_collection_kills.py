@@ -29,7 +29,7 @@ from ucm.testing.documents import bytes_on_disk, document
 from ucm.testing.lanes import IS_DEEP
 from ucm.types import StoreStatus
 
-NUM_KILLS: Final = 200 if IS_DEEP else 6
+NUM_KILLS: Final = 200 if IS_DEEP else 5
 CHAIN_BLOCKS: Final = 3
 MAX_LIFE_S: Final = 0.6
 DEADLINE_S: Final = 20.0

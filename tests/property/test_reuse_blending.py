@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from ucm.reuse.blending import blend
 from ucm.reuse.dense_rows import run_to_end
 from ucm.reuse.options import BlendOptions, RecomputePolicy
 from ucm.testing.blend_setup import BlendSetup, RecordingRows, blend_setup
+
+pytestmark = pytest.mark.timeout(60)
 
 setup_of = functools.cache(blend_setup)
 
@@ -37,7 +40,7 @@ def positions_of(setup: BlendSetup) -> tuple[set[int], set[int]]:
     return held - exact, set(range(setup.plan.start, setup.plan.stop)) - held
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(options, st.booleans())
 def test_sets_are_nested_paid_for_and_written_once(
     chosen: BlendOptions, is_first_exact: bool
@@ -62,7 +65,7 @@ def test_sets_are_nested_paid_for_and_written_once(
         assert outcome.cost <= chosen.budget + 1e-9
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(options)
 def test_a_layer_is_announced_before_it_is_read(chosen: BlendOptions) -> None:
     setup = setup_of()
@@ -78,7 +81,7 @@ def test_a_layer_is_announced_before_it_is_read(chosen: BlendOptions) -> None:
             assert max(seen) <= layer + ahead
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(options, st.integers(1, 300))
 def test_slices_of_any_size_give_the_same_rows(chosen: BlendOptions, size: int) -> None:
     setup = setup_of()
@@ -93,7 +96,7 @@ def test_slices_of_any_size_give_the_same_rows(chosen: BlendOptions, size: int) 
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(options, options, st.lists(st.booleans(), max_size=200))
 def test_other_work_between_steps_changes_nothing(
     first: BlendOptions, second: BlendOptions, turns: list[bool]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from ucm.testing.blocks import TINY_LAYOUT, chain, content, get, put, tiny_spec
 from ucm.testing.documents import bytes_on_disk, document, names_on_disk
 from ucm.testing.nvme import quick_folder
 from ucm.testing.stores import FakeStore, wait_until
-from ucm.types import LoadStatus, StoreStatus, SummaryKind, TierKind
+from ucm.types import BlockKey, LoadStatus, StoreStatus, SummaryKind, TierKind
 
 
 def config(path: Path | None, num_segments: int = 8) -> Config:
@@ -62,10 +62,12 @@ def fake() -> Iterator[FakeStore]:
     store.close()
 
 
-def out_of_memory(cache: EmbeddedCache, handle: NamespaceHandle) -> None:
-    for seed in range(90, 95):
-        put(cache, handle, chain(handle.id, 2, seed))
-    assert cache.flush(timeout_s=10)
+def out_of_memory(cache: EmbeddedCache, handle: NamespaceHandle, keys: Sequence[BlockKey]) -> None:
+    """Store others until `keys` are on NVMe only."""
+    seeds = iter(range(60, 99))
+    while TierKind.MEMORY in cache.lookup(handle.id, keys).tiers:
+        put(cache, handle, chain(handle.id, 4, next(seeds)))
+        assert cache.flush(timeout_s=10)
 
 
 # ------------------------------------------------------------- in other states
@@ -92,7 +94,8 @@ def test_a_quarantined_block_is_erased(
     keys = chain(handle.id, 3, 1)
     cache.collections.put_document("docs", document(handle.id, "one", keys))
     put(cache, handle, keys)
-    out_of_memory(cache, handle)
+    assert cache.flush(timeout_s=10)
+    out_of_memory(cache, handle, keys)
     damage(folder, content(keys[1])[:64])
     assert len(get(cache, handle, keys)) == 1
     assert cache.manager.status().tiers[1].quarantined_slots == 1
@@ -476,5 +479,5 @@ def test_free_slots_are_free_again(cache: EmbeddedCache, handle: NamespaceHandle
     others = chain(handle.id, 3, 2)
     put(cache, handle, others)
     assert cache.flush(timeout_s=10)
-    out_of_memory(cache, handle)
+    out_of_memory(cache, handle, others)
     assert get(cache, handle, others) == [content(key) for key in others]

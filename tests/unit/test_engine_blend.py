@@ -19,8 +19,9 @@ from ucm.engine.scheduler import SchedulerOptions
 from ucm.errors import ConfigError, InvalidArgumentError
 from ucm.kernels.block_scores import Budget
 from ucm.reuse.blending import blend
+from ucm.reuse.budget import BlendWork
 from ucm.reuse.dense_rows import encode_chunk
-from ucm.reuse.options import BlendOptions, ReuseOptions
+from ucm.reuse.options import BlendOptions, ReuseOptions, ReuseTarget
 from ucm.reuse.protocols import BlendOutcome, BlendPlan, BlendStep, KvRows, LayerwiseModel
 from ucm.reuse.segments import Chunk, SegmentedPrompt, Text
 from ucm.sparse.offload import OffloadOptions
@@ -322,6 +323,8 @@ def test_drift_above_the_limit_means_full_compute(model: LlamaModel) -> None:
     assert result.reuse.fallback is FallbackReason.DRIFTED
     assert tokens_of(result) == tokens_of(ask(plain, list(prompt.token_ids)))
     assert engine.stats.reuse.fallbacks == {FallbackReason.DRIFTED: 1}
+    assert result.reuse.drift is not None
+    assert result.reuse.num_saved_tokens <= 0.0
 
 
 def test_one_drifted_chunk_is_computed_in_full(
@@ -432,3 +435,44 @@ def test_spans_tell_what_they_need(model: LlamaModel) -> None:
     assert span is not None
     assert (span.start, span.stop) == (len(PREFIX), len(PREFIX) + 16 + 22 + 16)
     assert span.num_extra_blocks == -(-(16 + 20 + len(SINK) + 20) // BLOCK_TOKENS)
+
+
+# Budgets
+
+
+def test_a_budget_is_chosen_for_the_target(model: LlamaModel) -> None:
+    """Nothing to spend, or nothing to gain: the smallest; the other way round the largest."""
+    targets = (
+        (ReuseTarget.LATENCY, {"max_blend_s": 1e-9}, 0.1),
+        (ReuseTarget.LATENCY, {"max_blend_s": 1e6}, 0.6),
+        (ReuseTarget.QUALITY, {"max_drift": 1e9}, 0.1),
+        (ReuseTarget.QUALITY, {"max_drift": 1e-9}, 0.6),
+    )
+    for target, aim, budget in targets:
+        reuse = ReuseOptions(
+            sink_tokens=SINK,
+            target=target,
+            blend=BlendOptions(guard_limit=1e9),
+            min_budget=0.1,
+            max_budget=0.6,
+            **aim,  # type: ignore[arg-type]
+        )
+        options = EngineOptions(num_blocks=128, block_tokens=BLOCK_TOKENS, reuse=reuse)
+        engine = Engine(model, None, options)
+        result = ask(engine, prompt_of(engine, A, B, C))
+        assert result.reuse is not None
+        assert result.reuse.budget == pytest.approx(budget)
+        assert result.reuse.cost <= budget + 1e-6
+
+
+def test_what_a_blend_took_is_learnt(model: LlamaModel) -> None:
+    engine = new_engine(model, BlendOptions(budget=0.4, guard_tokens=1, guard_limit=1e9))
+    blends = engine._runner.blends
+    assert blends is not None
+    budgets = blends.parts.budgets
+    work = BlendWork(num_layers=4, num_rows=48, num_fresh=2)
+    before = budgets.expected_residual(0.4)
+    for number in range(3):
+        ask(engine, prompt_of(engine, A, B, C, prefix=text_of(30 + number, 9)))
+    assert budgets.expected_residual(0.4) != before
+    assert budgets.expected_seconds(work, 0.4) > 0

@@ -233,7 +233,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(events=EVENTS)
 def test_counts_and_bars_agree_with_a_dictionary(
     events: list[tuple[str, int, int, list[int]]],

@@ -28,7 +28,7 @@ class RagOptions:
 
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Two prompts of short chunks, less of all else; below 50 s."),
+        typer.Option("--quick", help="One prompt of short chunks, less of all else; below 50 s."),
     ] = False
     documents: Annotated[
         Path | None,

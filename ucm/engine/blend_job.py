@@ -158,8 +158,9 @@ class BlendJob:
 
     def fall_back(self, reason: FallbackReason) -> None:
         """Have the sequence prefilled as any other."""
+        done = ReuseReport() if self._first is None else self._spent(self._first)
         self._abandon()
-        self._span.report = self._report(ReuseReport())
+        self._span.report = self._report(done)
         self._span.fall_back(reason)
 
     # The originals
@@ -338,17 +339,22 @@ class BlendJob:
         self._span.is_over = True
         self._steps = self._rows = None
 
-    def _repaired(self, outcome: BlendOutcome) -> ReuseReport:
+    def _spent(self, outcome: BlendOutcome) -> ReuseReport:
         assert self._options is not None
-        exact = [chunk for chunk in self._live_chunks() if chunk.is_exact]
-        start = self.sequence.num_computed
         return ReuseReport(
-            num_chunk_tokens=self.num_chunk_tokens,
-            num_exact_tokens=sum(chunk.stop - max(chunk.start, start) for chunk in exact),
-            num_fresh_tokens=self.num_fresh_tokens,
             budget=self._options.budget,
             cost=outcome.cost,
             drift=max(outcome.drift, default=None),
+        )
+
+    def _repaired(self, outcome: BlendOutcome) -> ReuseReport:
+        exact = [chunk for chunk in self._live_chunks() if chunk.is_exact]
+        start = self.sequence.num_computed
+        return replace(
+            self._spent(outcome),
+            num_chunk_tokens=self.num_chunk_tokens,
+            num_exact_tokens=sum(chunk.stop - max(chunk.start, start) for chunk in exact),
+            num_fresh_tokens=self.num_fresh_tokens,
             num_guarded=self._num_guarded,
         )
 

@@ -38,7 +38,7 @@ PROBES = 4
 """Probes a chunk for the target `quality`, where the guard sends none."""
 MAX_LOG = 6.0
 """Largest logarithm of seen over expected that is believed of one blend."""
-START_DRIFT = 0.3
+START_DRIFT = 0.1
 """Believed before anything was seen: the residual drift of a budget of 0 ..."""
 HALVING = 0.2
 """... and the budget that halves it."""

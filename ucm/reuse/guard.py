@@ -4,6 +4,9 @@
                         stored, and with that for the rows beside it, which were kept
     drift of a chunk    the median of its probes: chunk heads drift far in every prompt, and are few
 
+What a probe attends to is repaired in part only, so that its drift understates a little, and less
+with a larger budget.
+
 A chunk above the limit is named, and whoever called computes it in full. Probes are recomputed
 rows like any others: they are written, and they are paid for, before the policy gets the rest.
 

@@ -42,8 +42,9 @@ class BlendOptions:
     """How many layers that attention runs ahead of the recompute; None: all of them first."""
     guard_tokens: int = 0
     """Probes a chunk that say how far what was kept has drifted; 0: no quality guard."""
-    guard_limit: float = 0.3
-    """Median relative drift of a chunk's probes above which it is computed in full."""
+    guard_limit: float = 0.6
+    """Median drift of a chunk's probes (of keys and of values, added) above which it is computed in
+    full; chunks of ordinary prompts have .1 to .5, more where more stands before them."""
     slice_tokens: int = 512
     """Rows computed between two steps."""
     seed: int = 0
@@ -58,8 +59,9 @@ class ReuseOptions:
     """What every chunk is encoded behind: the system prompt, or the first tokens of it; >= 4."""
     blend: BlendOptions = field(default_factory=BlendOptions)
     target: ReuseTarget = ReuseTarget.FIXED
-    max_drift: float = 0.15
-    """QUALITY: the probes' median relative drift that is aimed at."""
+    max_drift: float = 0.05
+    """QUALITY: what may be left of the drift (`BlendOutcome.residual`); about what a budget of .18
+    leaves in ordinary prompts."""
     max_blend_s: float = 0.5
     """LATENCY: what repairing a request's chunks may take, in seconds."""
     min_budget: float = 0.05
