@@ -48,6 +48,9 @@ class MemoryTier:
         self._arena = Arena(layout, num_slots, ArenaKind.READ_ONLY)
         self._checksum_bytes = self._arena.checksums.view(np.uint8).reshape(-1).data
         self._keys = np.zeros((num_slots, KEY_BYTES), np.uint8)
+        """Of the block in each slot, or of the last one that was there."""
+        self._is_mixed = np.zeros(num_slots, np.bool_)
+        """Slots that were freed before they held a block: of whatever part was written."""
         self._lossy = np.zeros(num_slots, np.bool_)
 
     def __repr__(self) -> str:
@@ -111,6 +114,7 @@ class MemoryTier:
 
     def free(self, slots: Sequence[SlotId]) -> None:
         """See `Tier.free`."""
+        self._is_mixed[slots] = True
         self._arena.slots.change(slots, SlotState.ALLOCATED, SlotState.FREE)
 
     def write(self, items: Sequence[SlotWrite]) -> list[IoStatus]:
@@ -137,6 +141,7 @@ class MemoryTier:
         self._arena.checksums[slot] = checksums
         self._lossy[slot] = is_lossy
         self._keys[slot] = np.frombuffer(key, np.uint8)
+        self._is_mixed[slot] = False
         self._arena.slots.change([slot], SlotState.ALLOCATED, SlotState.USED)
 
     def was_lossy(self, slot: SlotId) -> bool:
@@ -165,15 +170,34 @@ class MemoryTier:
             view = self._arena.view(slot)
             view[:] = bytes(len(view))
 
-    def quarantined_with(self, keys: Collection[BlockKey]) -> list[SlotId]:
-        """Quarantined slots that held one of `keys`."""
-        barred = self._arena.slots.in_state(SlotState.QUARANTINED)
-        return [slot for slot in barred if self._keys[slot].tobytes() in keys]
+    def erase_left(self, keys: Collection[BlockKey]) -> None:
+        """Write zeros over what is left of `keys` in slots that hold no block.
+
+        That is where eviction left one, where a transfer ended early (nobody knows of whose bytes)
+        and what is quarantined. Slots that somebody is about to write are theirs.
+        """
+        table = self._arena.slots
+        self.erase(self._with_one_of(keys, table.in_state(SlotState.QUARANTINED)))
+        free = self._with_one_of(keys, table.in_state(SlotState.FREE))
+        held = table.change(free, SlotState.FREE, SlotState.ALLOCATED)
+        try:
+            self.erase(held)
+            self._keys[held] = 0
+            self._is_mixed[held] = False
+        finally:
+            table.change(held, SlotState.ALLOCATED, SlotState.FREE)
+
+    def _with_one_of(self, keys: Collection[BlockKey], slots: list[SlotId]) -> list[SlotId]:
+        held = self._keys[slots].tobytes()
+        return [
+            slot
+            for number, slot in enumerate(slots)
+            if self._is_mixed[slot] or held[number * KEY_BYTES : (number + 1) * KEY_BYTES] in keys
+        ]
 
     def delete(self, items: Sequence[tuple[SlotId, BlockKey]]) -> None:
-        """See `Tier.delete`. Items that are not in the tier are ignored."""
+        """See `Tier.delete`. Items that are not in the tier are ignored. The bytes stay."""
         held = [slot for slot, key in items if self._holds(slot, key)]
-        self._keys[held] = 0
         self._arena.slots.change(held, SlotState.USED, SlotState.FREE)
 
     def usage(self) -> TierUsage:
@@ -209,11 +233,10 @@ class MemoryTier:
     def check_integrity(self) -> list[str]:
         """See `Tier.check_integrity`."""
         problems = self._arena.slots.check_integrity()
-        named = int(np.count_nonzero(self._keys.any(axis=1)))
-        used = self._arena.slots.count(SlotState.USED)
-        quarantined = self._arena.slots.count(SlotState.QUARANTINED)
-        if not used <= named <= used + quarantined:
-            problems.append(f"{used} used slots, but {named} of them have a key")
+        used = self._arena.slots.in_state(SlotState.USED)
+        named = int(np.count_nonzero(self._keys[used].any(axis=1)))
+        if named != len(used):
+            problems.append(f"{len(used)} used slots, but {named} of them have a key")
         return problems
 
     def close(self) -> None:

@@ -414,12 +414,16 @@ class Registry:
             self._closed = True
             if self._env is None:
                 return
+            vouch = clean and not self._failed
             try:
-                if clean and not self._failed:
+                if vouch:
                     self._env.sync(True)
+            except lmdb.Error as error:
+                vouch = False
+                log.warning("the registry %s has no clean end: %s", self._folder, error)
             finally:
                 self._env.close()
-            if clean and not self._failed:
+            if vouch:
                 with contextlib.suppress(OSError):  # without it the next opening verifies
                     clean_mark.vouch(self._folder, None)
 

@@ -14,7 +14,12 @@ import grpc
 
 from .collection_api import CollectionApi
 from .collection_client import RemoteCollections
-from .errors import PermissionDeniedError, TierUnavailableError, UcmError
+from .errors import (
+    InvalidArgumentError,
+    PermissionDeniedError,
+    TierUnavailableError,
+    UcmError,
+)
 from .grants import ManagerStatus
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
@@ -108,6 +113,11 @@ class AdminClient:
         if "Permission denied" in details:
             return PermissionDeniedError(
                 f"{self._path} belongs to another user; ask as the daemon's user"
+            )
+        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "message" in details:
+            return InvalidArgumentError(
+                f"too large for the daemon ({details}): send less at once, or raise "
+                "service.max_message_bytes"
             )
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and self._path.exists():
             return TierUnavailableError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,21 @@ class Columns:
     def is_resident(self, row: int) -> bool:
         """Whether the row has a copy in any tier."""
         return self.slots[0][row] >= 0 or self.slots[1][row] >= 0
+
+
+def leading(rows: Sequence[int], end: Collection[int]) -> int:
+    """How many of `rows` stand before the first that is in `end`."""
+    return next((count for count, row in enumerate(rows) if row in end), len(rows))
+
+
+def with_descendants(
+    every: Collection[int], parents: array[int], child_rows: array[int], rows: Iterable[int]
+) -> set[int]:
+    """`rows` and all of `every` row that hang on them."""
+    found = set(rows)
+    while sum(child_rows[row] for row in found) > sum(parents[row] in found for row in found):
+        found.update(row for row in every if parents[row] in found)
+    return found
 
 
 def find_problems(columns: Columns, num_copies: Sequence[int], num_unqueued: int) -> list[str]:

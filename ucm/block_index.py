@@ -44,8 +44,10 @@ from .block_columns import (
     depths_of,
     find_problems,
     follow,
+    leading,
     run_starts_of,
     walk_up,
+    with_descendants,
 )
 from .eviction import EvictionPolicy, LruPolicy
 from .hashing import CheckedKeys, check_keys
@@ -80,6 +82,7 @@ class BlockIndex:
         """First of the neighbouring rows up to a row that each follow the one before."""
         self._flags = bytearray()
         self._free_rows = array("i")
+        self._hidden: set[int] = set()
         self._num_copies = [0, 0]
         self._num_unqueued = 0
         self._pending = [NO_ROW, NO_ROW]
@@ -161,7 +164,7 @@ class BlockIndex:
     def usable(self, row: int) -> bool:
         """Whether the row and all its ancestors are in some tier. O(depth)."""
         while row != NO_ROW:
-            if not self.resident(row):
+            if not self.resident(row) or row in self._hidden:
                 return False
             row = self._parents[row]
         return True
@@ -174,11 +177,10 @@ class BlockIndex:
         return list(self.prefix(keys)[0])
 
     def prefix(self, keys: Sequence[BlockKey]) -> tuple[Sequence[int], tuple[TierKind, ...]]:
-        """`usable_prefix`, and `fastest` of each row.
-
-        O(prefix), but only O(log) of it look-ups of keys.
-        """
+        """`usable_prefix`, and `fastest` of each row; O(log) look-ups of keys."""
         rows = self._linked_rows(check_keys(keys))
+        if self._hidden:
+            rows = rows[: leading(rows, self._hidden)]
         if not rows or not self.usable(self._parents[rows[0]]):
             return (), ()
         where: Any = slice(rows[0], rows[-1] + 1)
@@ -220,12 +222,12 @@ class BlockIndex:
 
     def with_descendants(self, rows: Iterable[int]) -> list[int]:
         """`rows` and all that hang on them, children first. O(all rows) if others than these do."""
-        found, parents = set(rows), self._parents
-        while sum(self._child_rows[row] for row in found) > sum(
-            parents[row] in found for row in found
-        ):
-            found.update(row for row in self._rows.values() if parents[row] in found)
+        found = with_descendants(self._rows.values(), self._parents, self._child_rows, rows)
         return sorted(found, key=self._depths.__getitem__, reverse=True)
+
+    def hide(self, row: int, *, is_hidden: bool = True) -> None:
+        """Let nobody find the row, nor what follows it, until it is shown again or dropped."""
+        (self._hidden.add if is_hidden else self._hidden.discard)(row)
 
     def lacking(self, rows: Sequence[int], tier: TierKind) -> list[int]:
         """Those of `rows` that have no copy in `tier`, in order."""
@@ -403,10 +405,7 @@ class BlockIndex:
         return NO_ROW if row is None else row
 
     def load(self, entries: Iterable[TierEntry], tier: TierKind) -> None:
-        """Fill an index from what a tier holds: parents before children, oldest first.
-
-        The order becomes the order of last use, before anything that a clock gives.
-        """
+        """Fill an index from what a tier holds: parents first, in their order of last use."""
         if isinstance(entries, EntryTable) and not self._keys:
             self._load_table(entries, POSITION[tier])
             return
@@ -472,6 +471,7 @@ class BlockIndex:
 
     def _drop_row(self, row: int) -> int:
         del self._rows[self.key(row)]
+        self._hidden.discard(row)
         self._keys[row] = None
         self._free_rows.append(row)
         parent = self._parents[row]

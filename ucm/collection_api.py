@@ -39,6 +39,9 @@ DIGEST_BYTES: Final = 32
 MAX_DOCUMENT_ID_BYTES: Final = 4096
 """Of its UTF-8: any path."""
 
+MAX_TIME_S: Final = 253_402_300_799
+"""The last second of the year 9999; later ones no calendar shows."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -263,12 +266,23 @@ def check_document(document: Document, max_keys: int) -> Document:
         raise InvalidArgumentError(f"document {document.id!a} has a chunk without blocks")
     for chunk in document.chunks:
         _check_chunk(document.id, chunk)
-    if document.num_tokens < 0 or not 0 <= document.expires_s < 1e12:
-        raise InvalidArgumentError(
-            f"document {document.id!a}: {document.num_tokens} tokens, expires at "
-            f"{document.expires_s}: neither may be negative"
-        )
+    if document.num_tokens < 0:
+        raise InvalidArgumentError(f"document {document.id!a} has {document.num_tokens} tokens")
+    check_time(document.expires_s)
     return document
+
+
+def check_time(unix_s: float) -> float:
+    """Return a time at which documents may expire.
+
+    Raises:
+        InvalidArgumentError: it is negative, beyond the year 9999, or no number.
+    """
+    if not 0 <= unix_s <= MAX_TIME_S:
+        raise InvalidArgumentError(
+            f"documents cannot expire at {unix_s}: give UNIX time up to the year 9999, or 0"
+        )
+    return unix_s
 
 
 def _check_chunk(name: str, chunk: Sequence[BlockKey]) -> None:

@@ -5,18 +5,23 @@ Made by `AdminClient`; every call has a deadline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import grpc
 
 from .collection_api import (
     CollectionInfo,
+    Deletion,
     DeletionStatus,
     Document,
     DocumentInfo,
     PutAnswer,
     RemoveAnswer,
+    check_collection_name,
+    check_document,
+    check_document_id,
 )
 from .collection_wire import (
     collection_from_wire,
@@ -30,6 +35,9 @@ from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
 from .types import BlockKey, NamespaceId
 from .wire import keys_to_wire
+
+BATCH_BYTES: Final = 1 << 20
+"""Of names in one call: it stays well below `service.max_message_bytes`."""
 
 Call = Callable[[Any, object, float], Any]  # generated code carries no types
 
@@ -47,6 +55,8 @@ class RemoteCollections:
 
     def put_document(self, collection: str, document: Document) -> PutAnswer:
         """See `CollectionApi.put_document`."""
+        check_collection_name(collection)
+        check_document(document, sys.maxsize)  # the limit of keys is the daemon's
         request = document_to_wire(collection, document)
         return put_from_wire(self._call(self._stub.PutDocument, request, COMMIT_TIMEOUT_S))
 
@@ -58,6 +68,7 @@ class RemoteCollections:
 
     def list_documents(self, collection: str) -> tuple[DocumentInfo, ...]:
         """See `CollectionApi.list_documents`. A change between two pages may show or hide some."""
+        check_collection_name(collection)
         found: list[DocumentInfo] = []
         while True:
             request = pb.ListDocumentsRequest(collection=collection, first=len(found))
@@ -69,24 +80,28 @@ class RemoteCollections:
     def remove(
         self, collection: str, ids: Sequence[str] | None = None, *, timeout_s: float = 0.0
     ) -> RemoveAnswer:
-        """See `CollectionApi.remove`."""
-        if ids is not None and not ids:
-            return RemoveAnswer()
-        request = pb.RemoveDocumentsRequest(
-            collection=collection, ids=ids, all=ids is None, timeout_s=timeout_s
-        )
-        reply = self._call(self._stub.RemoveDocuments, request, timeout_s + COMMIT_TIMEOUT_S)
-        return removal_from_wire(reply)
+        """See `CollectionApi.remove`. Thousands of long names go in several calls."""
+        check_collection_name(collection)
+        answers = []
+        for batch in batches_of(ids):
+            request = pb.RemoveDocumentsRequest(
+                collection=collection, ids=batch, all=ids is None, timeout_s=timeout_s
+            )
+            reply = self._call(self._stub.RemoveDocuments, request, timeout_s + COMMIT_TIMEOUT_S)
+            answers.append(removal_from_wire(reply))
+        return sum_of(answers)
 
     def expire(self, collection: str, ids: Sequence[str] | None, at_s: float) -> int:
-        """See `CollectionApi.expire`."""
-        if ids is not None and not ids:
-            return 0
-        request = pb.ExpireDocumentsRequest(
-            collection=collection, ids=ids, all=ids is None, at_s=at_s
-        )
-        reply = self._call(self._stub.ExpireDocuments, request, COMMIT_TIMEOUT_S)
-        return int(reply.num_documents)
+        """See `CollectionApi.expire`. Thousands of long names go in several calls."""
+        check_collection_name(collection)
+        count = 0
+        for batch in batches_of(ids):
+            request = pb.ExpireDocumentsRequest(
+                collection=collection, ids=batch, all=ids is None, at_s=at_s
+            )
+            reply = self._call(self._stub.ExpireDocuments, request, COMMIT_TIMEOUT_S)
+            count += reply.num_documents
+        return count
 
     def remove_blocks(
         self, namespace: NamespaceId, keys: Sequence[BlockKey], *, timeout_s: float = 0.0
@@ -102,3 +117,35 @@ class RemoteCollections:
         """See `CollectionApi.deletions`."""
         reply = self._call(self._stub.Deletions, pb.DeletionsRequest(), COMMIT_TIMEOUT_S)
         return deletions_from_wire(reply)
+
+
+def batches_of(ids: Sequence[str] | None) -> Iterator[Sequence[str] | None]:
+    """`ids`, checked, each once, in lists that one call can carry; None, for all, as it is."""
+    if ids is None:
+        yield None
+        return
+    batch: list[str] = []
+    num_bytes = 0
+    for each in dict.fromkeys(ids):
+        size = len(check_document_id(each).encode())
+        if batch and num_bytes + size > BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(each)
+        num_bytes += size
+    if batch:
+        yield batch
+
+
+def sum_of(answers: Sequence[RemoveAnswer]) -> RemoveAnswer:
+    """Several removals as one."""
+    deletions = [answer.deletion for answer in answers]
+    return RemoveAnswer(
+        num_documents=sum(answer.num_documents for answer in answers),
+        missing=tuple(each for answer in answers for each in answer.missing),
+        deletion=Deletion(
+            num_blocks=sum(each.num_blocks for each in deletions),
+            num_kept=sum(each.num_kept for each in deletions),
+            num_waiting=sum(each.num_waiting for each in deletions),
+        ),
+    )

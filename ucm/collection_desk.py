@@ -32,10 +32,11 @@ from .collection_api import (
     check_collection_name,
     check_document,
     check_document_id,
+    check_time,
 )
 from .collection_lists import collection_infos, document_info, record_of
 from .deletion_rounds import RETRY_S, DeletionRounds, ErasedDisk
-from .errors import BlockNotFoundError, InvalidArgumentError, TierUnavailableError, UcmError
+from .errors import BlockNotFoundError, TierUnavailableError, UcmError
 from .hashing import check_key
 from .manager_state import MAX_WAIT_S, US_PER_S, ManagerState
 from .namespaces import NvmeStoreLike
@@ -103,6 +104,7 @@ class CollectionDesk:
         self._note_expiry(registry)
         for namespace in doomed:
             self._rounds.erase_closed(namespace)
+        self.tick()
 
     def _open(self, path: Path) -> Registry:
         from ucm.storage.registry import Registry  # needs LMDB, which memory alone does not
@@ -164,8 +166,7 @@ class CollectionDesk:
     def expire(self, collection: str, ids: Sequence[str] | None, at_s: float) -> int:
         """See `CollectionApi.expire`. What is due already goes with the next tick."""
         self._check_names(collection, ids)
-        if not 0 <= at_s < 1e12:
-            raise InvalidArgumentError(f"documents cannot expire at {at_s}: give UNIX time, or 0")
+        check_time(at_s)
         if ids is not None and not ids:
             return 0
         with self._lock:
@@ -247,7 +248,7 @@ class CollectionDesk:
     def tick(self) -> None:
         """Remove what has expired, and go on with what was held back. Cheap when nothing is.
 
-        A daemon does it all the time; in an embedded store, calls that ask do.
+        A daemon does it all the time; an embedded store when it opens, and in calls that ask.
         """
         if self._closed:
             return

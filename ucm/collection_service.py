@@ -9,12 +9,13 @@ wait for leases.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Final
 
 import grpc
 
 from .call_guard import translated
-from .collection_api import CollectionApi
+from .collection_api import CollectionApi, DocumentInfo
 from .collection_wire import (
     collection_to_wire,
     deletions_to_wire,
@@ -30,7 +31,10 @@ from .types import NamespaceId
 from .wire import keys_from_wire
 
 PAGE_DOCUMENTS: Final = 1000
-"""Documents in one answer: well below the largest message."""
+"""Documents in one answer."""
+
+PAGE_BYTES: Final = 1 << 20
+"""And of all their names: an answer stays well below the 4 MiB that clients of gRPC take."""
 
 MAX_WAIT_S: Final = 60.0
 """Longest that a removal holds a thread; the blocks go anyway."""
@@ -65,10 +69,10 @@ class CollectionService(pb_grpc.CollectionsServicer):
         """A page of a collection."""
         with translated(context):
             found = self._collections.list_documents(request.collection)
-            end = request.first + PAGE_DOCUMENTS
-            page = itertools.islice(found, request.first, end)
+            page = page_of(found[request.first : request.first + PAGE_DOCUMENTS])
             return pb.ListDocumentsReply(
-                documents=map(document_info_to_wire, page), has_more=end < len(found)
+                documents=map(document_info_to_wire, page),
+                has_more=request.first + len(page) < len(found),
             )
 
     def RemoveDocuments(
@@ -105,6 +109,13 @@ class CollectionService(pb_grpc.CollectionsServicer):
         """How far deletions are."""
         with translated(context):
             return deletions_to_wire(self._collections.deletions())
+
+
+def page_of(documents: Sequence[DocumentInfo]) -> Sequence[DocumentInfo]:
+    """The first of `documents`, at least one, whose names fit into an answer."""
+    sizes = itertools.accumulate(len(each.id.encode()) for each in documents)
+    count = sum(size <= PAGE_BYTES for size in sizes)
+    return documents[: max(1, count)]
 
 
 def _ids(request: pb.RemoveDocumentsRequest | pb.ExpireDocumentsRequest) -> list[str] | None:

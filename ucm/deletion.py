@@ -1,8 +1,9 @@
 """Deleting blocks from every tier of an open namespace: never under a reader, never half.
 
     hide     lock: a doomed block, and all behind it in its chain, leaves the index: a miss from now
-             on. One that a transfer moves just now is hidden when that has ended.
+             on. One that a transfer moves just now is only hidden, and leaves when that has ended.
     memory   no lock: zeros over the slot | lock: the slot is free     when no lease holds it
+             likewise free slots in which eviction or a transfer that failed left it
     NVMe     index, headers, then the bytes (`storage.erase`)          likewise
     settle   what has no copy left anywhere is noted as erased, durably
 
@@ -57,7 +58,7 @@ class Deletions:
     # -------------------------------------------------------------- hiding
 
     def hide_locked(self, found: Namespace) -> None:
-        """Take every doomed block that nothing moves out of the index, with all behind it."""
+        """Take every doomed block out of the index, with all behind it; what moves is hidden."""
         index = found.index
         rows = [row for key in found.doomed if (row := index.find(key)) != NO_ROW]
         if not rows:
@@ -65,6 +66,7 @@ class Deletions:
         rows = index.with_descendants(rows)
         self._unpin_locked(found, set(rows))
         for row in rows:
+            index.hide(row, is_hidden=index.in_flight(row))
             if index.in_flight(row) or not index.resident(row):
                 continue
             key, is_held = index.key(row), index.pins(row) > 0
@@ -74,6 +76,14 @@ class Deletions:
             found.detached.append(Detached(key, row if is_held else NO_ROW, copies))
             if found.summaries is not None:
                 found.summaries.forget(key)
+
+    def show_locked(self, found: Namespace, keys: Iterable[BlockKey]) -> None:
+        """Let blocks be found again that are not deleted any more, with all behind them."""
+        index = found.index
+        rows = [row for key in keys if (row := index.find(key)) != NO_ROW]
+        for row in index.with_descendants(rows):
+            index.hide(row, is_hidden=False)
+        self.hide_locked(found)
 
     def _unpin_locked(self, found: Namespace, rows: set[int]) -> None:
         """Let pins and stores go of rows: they keep blocks from eviction, nobody reads there."""
@@ -123,15 +133,15 @@ class Deletions:
     def _erase_in_memory(self, found: Namespace) -> None:
         """Zeros over every slot that nobody reads any more."""
         with self._state.lock:
-            keys = {each.key: each for each in found.detached}
             free = [each for each in found.detached if not is_held(found, each)]
             slots = [
                 (slot, each.key)
                 for each in free
                 if (slot := each.copies.pop(TierKind.MEMORY, None)) is not None
             ]
-            quarantined = found.memory.quarantined_with({*keys, *found.doomed})
-        found.memory.erase([*(slot for slot, _ in slots), *quarantined])
+            gone = {*(each.key for each in found.detached), *found.doomed}
+        found.memory.erase([slot for slot, _ in slots])
+        found.memory.erase_left(gone)
         with self._state.lock:
             found.memory.delete(slots)
             found.detached[:] = [each for each in found.detached if each.copies]

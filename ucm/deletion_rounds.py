@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -110,12 +110,15 @@ class DeletionRounds:
         """Let no store bring blocks back."""
         self._of(namespace).barred.update(keys)
 
-    def lift_locked(self, namespace: NamespaceId, keys: Iterable[BlockKey]) -> None:
+    def lift_locked(self, namespace: NamespaceId, keys: Collection[BlockKey]) -> None:
         """Let blocks be stored again; what was doomed of them need not go any more."""
         progress = self._of(namespace)
         for key in keys:
             progress.barred.discard(key)
             progress.doomed.pop(key, None)
+        found = self._state.namespaces.get_locked(namespace)
+        if found is not None:
+            self._deletions.show_locked(found, keys)
         self._gauge_locked()
 
     def lift_all_locked(self, keys: DoomedKeys) -> None:

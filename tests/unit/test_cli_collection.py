@@ -132,6 +132,8 @@ def test_expire(ucm: Runner, cache: RemoteCache) -> None:
     assert found["expires_s"] == pytest.approx(time.time() + 7200, abs=60)
     assert "1 documents never expire" in ucm("expire", "docs", "never", "a.txt").out
     assert "UTC" in ucm("expire", "docs", "10d", "c.txt").out
+    outcome = ucm("expire", "docs", "10d", "c.txt", "none.txt")
+    assert (outcome.code, outcome.out[:11]) == (ExitCode.CHECK_FAILED, "1 documents")
     assert "never" in ucm("ls", "docs").out
 
 
@@ -143,7 +145,9 @@ def test_times(text: str, seconds: float) -> None:
     assert parse_when("never", 1000.0) == 0
 
 
-@pytest.mark.parametrize("text", ["", "5", "-5s", "1e9d", "5 d", "inf", "\u0661s", "9999999999s"])
+@pytest.mark.parametrize(
+    "text", ["", "5", "-5s", "1e9d", "5 d", "inf", "\u0661s", "9999999999s", "9999999d"]
+)
 def test_what_is_no_time(text: str) -> None:
     with pytest.raises(InvalidArgumentError):
         parse_when(text, 0.0)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ucm.collection_api import check_time
 from ucm.errors import InvalidArgumentError
 
 from . import collection_add
@@ -204,7 +205,10 @@ def _show_removal(answer: RemoveAnswer, problems: tuple[str, ...]) -> None:
 @command.command("expire")
 @takes_options(_Expiry)
 def expire_command(options: _Expiry) -> None:
-    """Have documents deleted at some time, as `rm` would do it then."""
+    """Have documents deleted at some time, as `rm` would do it then.
+
+    Exits with 1 when the collection has not all that were named.
+    """
     at_s = parse_when(options.when, time.time())
     ids = _chosen(options.documents, whole=options.whole)
     with options.connect() as client:
@@ -214,6 +218,8 @@ def expire_command(options: _Expiry) -> None:
     else:
         text = f"expire at {_time_text(at_s)} UTC" if at_s else "never expire"
         print(f"{count} documents {text}")
+    if ids and count < len(set(ids)):
+        raise typer.Exit(ExitCode.CHECK_FAILED)
 
 
 def _chosen(documents: list[str] | None, *, whole: bool) -> list[str] | None:
@@ -231,7 +237,7 @@ def parse_when(text: str, now_s: float) -> float:
     """UNIX time of `90s`, `30m`, `12h` or `7d` from now, of `now`, or 0 for `never`.
 
     Raises:
-        InvalidArgumentError: it is none of these.
+        InvalidArgumentError: it is none of these, or beyond the year 9999.
     """
     if text == "never":
         return 0.0
@@ -240,4 +246,4 @@ def parse_when(text: str, now_s: float) -> float:
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([smhd])", text)
     if match is None:
         raise InvalidArgumentError(f"{text!a} is no time: write 90s, 30m, 12h, 7d, now or never")
-    return now_s + float(match[1]) * _UNITS_S[match[2]]
+    return check_time(now_s + float(match[1]) * _UNITS_S[match[2]])
