@@ -10,8 +10,10 @@ from ucm.engine.model import LlamaModel
 from ucm.testing.blend_engines import (
     BLOCK_TOKENS,
     FULL,
+    GREEDY,
     SINK,
     ask,
+    finish,
     new_engine,
     prompt_of,
     text_of,
@@ -35,6 +37,26 @@ def test_rows_of_exact_chunks_are_not_counted_as_recomputed(model: LlamaModel) -
     assert result.reuse.num_recomputed_tokens == pytest.approx(
         12 * (3 + model.projection_share) / 4
     )
+
+
+def test_no_token_is_counted_twice_after_a_preemption(model: LlamaModel) -> None:
+    """At first a prefix covers the chunks; when the request comes back they stand in for it."""
+    engine = new_engine(model)
+    prompt = prompt_of(engine, A, C)
+    ask(engine, list(prompt.token_ids[:36]))
+    request_id = engine.add_request(prompt, GREEDY)
+    while not engine.step():
+        pass
+    runner = engine._runner
+    runner._preempt(runner.running[0])
+    engine.reset_cache()
+    (result,) = finish(engine, request_id)
+    timings = result.timings
+    assert (timings.num_local_tokens, timings.num_preemptions) == (36, 1)
+    assert result.reuse is not None
+    assert result.reuse.num_chunk_tokens == 28
+    assert timings.num_computed_tokens == 0
+    assert timings.num_reused_tokens == len(prompt) - 36
 
 
 def test_what_an_exact_prefix_leaves_of_a_chunks_tail_stays_exact(model: LlamaModel) -> None:
