@@ -45,7 +45,7 @@ def store_chunks(
 
     Raises:
         ConfigError: there is no cache.
-        CapacityError: the engine's pool is too small for a chunk.
+        InvalidArgumentError: the engine's pool is too small for a chunk.
     """
     unique = [chunk for chunk in dict.fromkeys(chunks) if chunk.num_blocks]
     missing = []
@@ -55,6 +55,8 @@ def store_chunks(
         else:
             missing.append(chunk)
     for chunk in missing:
+        if not _may_pin(cached, chunk):
+            cached.flush(FLUSH_TIMEOUT_S)
         _compute(cached, chunk)
         advance(len(chunk))
     if missing:
@@ -77,6 +79,14 @@ def is_stored(cached: CachedEngine, chunk: Chunk) -> bool:
         raise ConfigError("there is no cache to store chunks in: open the engine with one")
     extra_keys = chunk.space.extra_keys
     return cached.session.match(chunk.token_ids, 0, extra_keys) >= chunk.num_blocks
+
+
+def _may_pin(cached: CachedEngine, chunk: Chunk) -> bool:
+    """Whether the engine would offer the chunk now; it offers nothing that it may not pin."""
+    options, pool = cached.engine.options, cached.engine.pool
+    pool.drain()
+    max_pinned = int(options.num_blocks * options.max_pinned_share)
+    return pool.num_pinned + chunk.num_blocks <= max_pinned
 
 
 def _compute(cached: CachedEngine, chunk: Chunk) -> None:

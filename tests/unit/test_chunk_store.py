@@ -69,6 +69,25 @@ def test_what_the_cache_does_not_take_is_counted(loaded: LoadedModel, tmp_path: 
         assert not any(is_stored(cached, chunk) for chunk in chunks)
 
 
+def test_a_store_that_lags_behind_is_waited_for(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the pool may be pinned, and is, until somebody waits for the stores."""
+    with opened(loaded, tmp_path / "store") as (cached, prompts):
+        pool = cached.engine.pool
+        blocks = pool.blocks.allocate(60)
+        release, flush = pool.pin(blocks), cached.flush
+        pool.blocks.release(blocks)
+
+        def flush_all(timeout_s: float) -> bool:
+            release()
+            return flush(timeout_s)
+
+        monkeypatch.setattr(cached, "flush", flush_all)
+        stored = store_chunks(cached, prompts.chunks_of(TEXT, cached.engine.chunk_space))
+        assert stored.num_unstored == 0
+
+
 def test_a_chunk_of_other_weights_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
     other = load_model(write_tiny_model(tmp_path / "other", seed=1))
     with opened(loaded, None) as (cached, prompts), opened(other, None) as (foreign, _):

@@ -139,6 +139,7 @@ def test_a_chunk_where_it_was_encoded_is_exact(model: LlamaModel) -> None:
     result = ask(engine, prompt)
     assert result.reuse is not None
     assert result.reuse.num_exact_tokens == 16
+    assert result.reuse.num_recomputed_tokens == 0
     assert tokens_of(result) == tokens_of(ask(plain, list(prompt.token_ids)))
 
 
@@ -351,6 +352,9 @@ def test_one_drifted_chunk_is_computed_in_full(
     assert result.reuse is not None
     assert result.reuse.num_guarded == 1
     assert plans[1].start == len(PREFIX) + len(A)
+    every_layer = (3 + model.projection_share) / 4
+    assert result.reuse.cost == pytest.approx(20 / 48 * every_layer)
+    assert result.reuse.num_recomputed_tokens == pytest.approx(20 * every_layer)
 
 
 # What fails
@@ -422,6 +426,12 @@ def test_a_model_without_rope_is_refused() -> None:
     options = EngineOptions(reuse=ReuseOptions(sink_tokens=SINK))
     with pytest.raises(ConfigError, match="RoPE"):
         Engine(FakeModel(), None, options)
+
+
+def test_a_sink_prefix_outside_the_vocabulary_is_refused(model: LlamaModel) -> None:
+    reuse = ReuseOptions(sink_tokens=(1, 2, 3, model.config.vocab_size))
+    with pytest.raises(InvalidArgumentError, match="vocabulary"):
+        Engine(model, None, EngineOptions(block_tokens=BLOCK_TOKENS, reuse=reuse))
 
 
 def test_options_of_another_kind_are_refused() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from ucm.clock import SimClock
+from ucm.engine.hook import LoadRequest, LoadStart
 from ucm.engine.loading import load_model
 from ucm.engine.model import LlamaModel
 from ucm.engine.reuse_report import FallbackReason
@@ -227,6 +230,28 @@ def test_whatever_a_load_does(model: LlamaModel, script: LoadScript) -> None:
     if not served.hook.lost:
         assert tokens_of(ask(served.engine, other)) == [blended_tokens(model, other)]
     served.close()
+
+
+def test_an_answer_that_does_not_fit_the_question_loads_nothing(model: LlamaModel) -> None:
+    """A load that says that it begins elsewhere: nobody knows what it wrote where."""
+
+    class Shifted(DictHook):
+        def start_load(self, request: LoadRequest) -> LoadStart:
+            start = super().start_load(request)
+            assert self.pool is not None
+            self.pool[:, list(request.block_ids)] = 1.0
+            return dataclasses.replace(start, first_block=start.first_block + 1)
+
+    hook = DictHook()
+    first = new_engine(model, hook=hook)
+    ask(first, prompt_of(first, A, B))
+    hook.settle()
+    second = new_engine(model, hook=Shifted(blocks=hook.blocks))
+    prompt = prompt_of(second, B, A, prefix=text_of(7, 9))
+    result = ask(second, prompt)
+    assert tokens_of(result) == [blended_tokens(model, prompt)]
+    assert result.reuse is not None
+    assert (result.reuse.num_loaded_tokens, result.reuse.num_encoded_tokens) == (0, 40)
 
 
 def test_others_decode_while_a_chunk_is_loaded(model: LlamaModel) -> None:

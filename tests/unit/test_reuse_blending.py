@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from ucm.engine.loading import load_model
 from ucm.errors import ConfigError
 from ucm.reuse.blending import blend
 from ucm.reuse.dense_rows import DenseRows, assemble, compute, encode_chunk, run_to_end
-from ucm.reuse.options import BlendOptions, RecomputePolicy
+from ucm.reuse.options import BlendOptions, RecomputePolicy, ReuseOptions, ReuseTarget
 from ucm.reuse.protocols import BlendOutcome
 from ucm.reuse.segments import Chunk, ChunkSpace, SegmentedPrompt, Text
 from ucm.testing.blend_setup import BlendSetup, blend_setup
@@ -60,9 +62,13 @@ def test_what_is_reported_and_spent_never_exceeds_the_budget(
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p is not RecomputePolicy.NONE])
-def test_the_whole_budget_equals_a_full_prefill(setup: BlendSetup, policy: RecomputePolicy) -> None:
-    rows = setup.rows.copy()
-    run_to_end(blend(setup.model, rows, setup.plan, BlendOptions(policy=policy, budget=1.0)))
+@pytest.mark.parametrize("guard_tokens", [0, 8])
+def test_the_whole_budget_equals_a_full_prefill(
+    setup: BlendSetup, policy: RecomputePolicy, guard_tokens: int
+) -> None:
+    options = BlendOptions(policy=policy, budget=1.0, guard_tokens=guard_tokens, guard_limit=0.0)
+    rows, outcome = blend_copy(setup, options)
+    assert outcome.drifted == (), "no row was kept that could have drifted"
     stop = setup.plan.stop
     torch.testing.assert_close(
         rows.kv_L2GTD[:, :, :, :stop], setup.full.kv_L2GTD[:, :, :, :stop], rtol=1e-4, atol=1e-4
@@ -86,9 +92,31 @@ def test_no_budget_leaves_every_chunk_row_bit_for_bit(
         )
 
 
-def test_a_budget_that_is_no_share_is_refused(setup: BlendSetup) -> None:
-    with pytest.raises(ConfigError, match="share"):
-        run_to_end(blend(setup.model, setup.rows, setup.plan, BlendOptions(budget=1.5)))
+def test_a_policy_goes_by_its_name(setup: BlendSetup) -> None:
+    _, outcome = blend_copy(setup, BlendOptions(policy="none", budget=0.5))  # type: ignore[arg-type]
+    assert outcome.cost == 0.0
+    assert ReuseOptions(sink_tokens=(1,), target="latency").target is ReuseTarget.LATENCY  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="one of none, cacheblend"):
+        BlendOptions(policy="best")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"budget": 1.5}, "share"),
+        ({"budget": math.nan}, "share"),
+        ({"theta": math.nan}, "theta"),
+        ({"guard_limit": -1.0}, "guard_limit"),
+        ({"decay": math.inf}, "decay"),
+        ({"num_queries": 0}, "num_queries"),
+        ({"importance_layers": 0}, "importance_layers"),
+        ({"guard_tokens": -1}, "guard_tokens"),
+        ({"slice_tokens": 0}, "slice_tokens"),
+    ],
+)
+def test_options_that_no_blend_can_have(setting: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        BlendOptions(**setting)
 
 
 def test_what_does_not_drift_leaves_and_is_not_paid_for(setup: BlendSetup) -> None:

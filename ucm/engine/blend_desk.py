@@ -75,11 +75,14 @@ class BlendDesk:
     def admit(self, sequence: TokenSequence) -> None:
         """A sequence was given its blocks: get its chunks, if it has any to come."""
         span = sequence.blend
-        if span is None or span.is_over or sequence.num_computed >= span.stop:
+        if span is None or span.is_over:
             return
         opened: dict[tuple[int, ...], Original] = {}
         arrival = (sequence.arrival[0], _ENCODER_INDEX)
         chunks = [chunk for chunk in span.chunks if chunk.stop > sequence.num_computed]
+        if not chunks:
+            span.is_over = True
+            return
         for chunk in chunks:
             if chunk.token_ids in opened:
                 continue

@@ -93,6 +93,8 @@ class BlendJob:
         self._num_losses = 0
         self._num_restarts = 0
         self._num_guarded = 0
+        self._guard_cost = 0.0
+        """What computing drifted chunks in full adds to the cost."""
         self._outcome: BlendOutcome | None = None
         """Of the last repair, which left rows to be put in their place."""
         self._first: BlendOutcome | None = None
@@ -135,7 +137,7 @@ class BlendJob:
         """
         if self.is_over or not self.is_due:
             return 0.0
-        if self.sequence.num_computed >= self._span.stop:
+        if not self._live_chunks():  # an exact prefix covers them; ordinary passes do the rest
             self._span.report = self._report(ReuseReport())
             self._span.is_over = True
             return 0.0
@@ -149,7 +151,8 @@ class BlendJob:
         Returns:
             False when it waits for something else.
         """
-        loading = [item for _, item in self.originals if item.state is OriginalState.LOADING]
+        originals = self._live_originals()
+        loading = [item for item in originals if item.state is OriginalState.LOADING]
         if self.is_over or not self.is_due or not loading:
             return False
         for original in loading:
@@ -174,10 +177,13 @@ class BlendJob:
         start = self.sequence.num_computed
         return [chunk for chunk, _ in self.originals if chunk.stop > start]
 
+    def _live_originals(self) -> list[Original]:
+        start = self.sequence.num_computed
+        return [original for chunk, original in self.originals if chunk.stop > start]
+
     def _has_originals(self) -> bool:
         """Whether every chunk is there or coming; begins anew, or gives up, where one is not."""
-        start = self.sequence.num_computed
-        originals = [original for chunk, original in self.originals if chunk.stop > start]
+        originals = self._live_originals()
         if any(original.state is OriginalState.FAILED for original in originals):
             self.fall_back(FallbackReason.NO_ROOM)
             return False
@@ -187,7 +193,7 @@ class BlendJob:
         return all(original.is_readable for original in originals)
 
     def _count_losses(self) -> int:
-        return sum(original.num_losses for _, original in self.originals)
+        return sum(original.num_losses for original in self._live_originals())
 
     def _restart(self) -> None:
         """Rows were read that did not come."""
@@ -202,6 +208,7 @@ class BlendJob:
             self._steps.close()
         self._steps = self._rows = self._plan = self._outcome = self._first = None
         self._next_layer = self._num_guarded = 0
+        self._guard_cost = 0.0
 
     # The steps
 
@@ -221,7 +228,7 @@ class BlendJob:
         if self.is_over or self._steps is None:
             return False
         shelf, layer = self._parts.shelf, self._wanted_layer
-        has_all = all(shelf.has_layer(original, layer) for _, original in self.originals)
+        has_all = all(shelf.has_layer(original, layer) for original in self._live_originals())
         return has_all and self._has_originals()
 
     def _begin(self) -> None:
@@ -315,6 +322,7 @@ class BlendJob:
             self.fall_back(FallbackReason.DRIFTED)
             return
         self._num_guarded = len(outcome.drifted)
+        self._guard_cost = self._cost_of([spans[i] for i in outcome.drifted])
         start = spans[min(outcome.drifted)].start
         plan = BlendPlan(
             token_ids=self._plan.token_ids,
@@ -324,6 +332,13 @@ class BlendJob:
         )
         options = replace(self._options, policy=RecomputePolicy.NONE, guard_tokens=0)
         self._steps = parts.blend(parts.model, self._rows, plan, options)
+
+    def _cost_of(self, spans: Sequence[ChunkSpan]) -> float:
+        """Of all rows of these, in every layer, as `BlendOutcome.cost` counts."""
+        assert self._work is not None
+        num_layers, share = self._work.num_layers, self._parts.model.projection_share
+        num_rows = sum(span.stop - span.start for span in spans)
+        return num_rows * (num_layers - 1 + share) / (num_layers * self._work.num_rows)
 
     def _complete(self) -> None:
         """All rows are in place: the sequence goes on behind them."""
@@ -343,7 +358,7 @@ class BlendJob:
         assert self._options is not None
         return ReuseReport(
             budget=self._options.budget,
-            cost=outcome.cost,
+            cost=outcome.cost + self._guard_cost,
             drift=max(outcome.drift, default=None),
         )
 

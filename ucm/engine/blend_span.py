@@ -13,7 +13,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from ucm.errors import InvalidArgumentError
 from ucm.hashing import FORMAT_VERSION, Encodable, encode
+from ucm.reuse.chunks import as_tokens
 from ucm.reuse.options import ReuseOptions
 from ucm.reuse.segments import Chunk, ChunkSpace, SegmentedPrompt
 
@@ -89,9 +91,15 @@ def chunk_space_of(model: DecoderModel, options: ReuseOptions, block_tokens: int
     """Where an engine's chunks mean the same.
 
     Raises:
-        InvalidArgumentError: the sink prefix is too short, or too long for the model.
+        InvalidArgumentError: the sink prefix is too short, too long for the model, or not of its
+            vocabulary.
     """
     config = model.config
+    if max(as_tokens(options.sink_tokens, "the sink prefix"), default=0) >= config.vocab_size:
+        raise InvalidArgumentError(
+            f"the sink prefix has a token outside the vocabulary; ids are 0 to "
+            f"{config.vocab_size - 1}"
+        )
     described: list[Encodable] = [
         *("ucm.chunk.model", FORMAT_VERSION, options.model_digest, str(model.dtype)),
         *(config.num_layers, config.num_kv_heads, config.head_dim, config.vocab_size),

@@ -260,7 +260,7 @@ class ChunkShelf:
         original.state = OriginalState.LOADING
         original.started_us = self.parts.clock.now_us()
         if start.num_blocks != len(block_ids) or start.first_block != first:
-            self._end_load(original)
+            self._end_load(original, is_void=True)
 
     def _follow(self, original: Original) -> None:
         """See how far a load is; end it when it is done, hopeless or overdue."""
@@ -276,14 +276,14 @@ class ChunkShelf:
             num_ready = max(original.num_layers_ready, state.num_layers_ready)
             original.num_layers_ready = num_ready
 
-    def _end_load(self, original: Original) -> None:
-        """End a load: the original is ready then, or must be computed."""
+    def _end_load(self, original: Original, *, is_void: bool = False) -> None:
+        """End a load: the original is ready then, or, as if it is void, must be computed."""
         load, blocks = original.load, self.parts.pool.blocks
         assert load is not None
         asked_for = original.block_ids[original.num_found :]
         num_good = self._stop(original)
         is_held = any(self.parts.pool.is_held(block_id) for block_id in asked_for)
-        if num_good == len(asked_for) == load.num_blocks and not is_held:
+        if num_good == len(asked_for) and not is_held and not is_void:
             original.num_loaded, original.is_offered = num_good, True
             self._count_loaded(num_good)
             self._make_ready(original)

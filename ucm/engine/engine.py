@@ -3,7 +3,9 @@
     add_request -> step, step, ... -> TokenEvent ... -> the last one carries the RequestResult
 
 The engine and everything in it belong to one thread. What a request produces does not depend on
-what else runs: see `sampling`. It knows no cache beyond its own pool; a `KvHook` may know one.
+what else runs: see `sampling`; but a chunk's budget may be learnt from the requests before it, and
+what is repaired of chunks depends on how far an exact prefix reaches. It knows no cache beyond its
+own pool; a `KvHook` may know one.
 """
 
 from __future__ import annotations

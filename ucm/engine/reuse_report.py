@@ -41,7 +41,8 @@ class ReuseReport:
     budget: float = 0.0
     """Share of the chunks' token-layers that might be recomputed."""
     cost: float = 0.0
-    """The share that was, every probe included."""
+    """The share that was, every probe and what the guard had computed included. Rows of exact
+    chunks have none."""
     drift: float | None = None
     """Of kept rows, as the probes saw it: the median of the worst chunk; None without probes."""
     num_guarded: int = 0
@@ -56,7 +57,7 @@ class ReuseReport:
     @property
     def num_recomputed_tokens(self) -> float:
         """Recomputed token-layers of chunk rows, in whole tokens' worth."""
-        return self.cost * self.num_chunk_tokens
+        return self.cost * (self.num_chunk_tokens - self.num_exact_tokens)
 
     @property
     def num_saved_tokens(self) -> float:

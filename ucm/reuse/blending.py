@@ -21,8 +21,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ucm.errors import ConfigError
-
 from .candidates import Allowance, CandidateRows, fresh_positions
 from .drift import relative_drift
 from .guard import KeptAttention, choose_probes, median_drifts
@@ -65,9 +63,6 @@ def blend(
 
     Returns:
         What it did.
-
-    Raises:
-        ConfigError: the budget is outside 0 to 1.
     """
     job = _Blend(model, rows, plan, options)
     yield from job.run()
@@ -95,8 +90,6 @@ class _Blend:
     def __init__(
         self, model: LayerwiseModel, rows: KvRows, plan: BlendPlan, options: BlendOptions
     ) -> None:
-        if not 0 <= options.budget <= 1:
-            raise ConfigError(f"a blend's budget is {options.budget}; it is a share, 0 to 1")
         self._model = model
         self._kv = rows
         self._plan = plan
@@ -104,7 +97,10 @@ class _Blend:
         self._device = model.embed([]).device
         self._candidates = CandidateRows.of(plan, self._device)
         self._fresh = fresh_positions(plan, self._device)
-        self._allowance, self._is_probe = self._draw_probes(self._whole_allowance())
+        whole = self._whole_allowance()
+        # Probes are rows like any others: a budget that pays for every row pays for them too.
+        self._is_whole = whole.constant_rows >= len(self._candidates)
+        self._allowance, self._is_probe = self._draw_probes(whole)
         self._kept = KeptAttention(self._candidates)
         self._drift: tuple[float, ...] = ()
         self._num_read = 0
@@ -131,13 +127,16 @@ class _Blend:
     def outcome(self) -> BlendOutcome:
         """What was done; after `run`."""
         all_token_layers = max(1, self._model.num_layers * len(self._candidates))
+        has_kept = not self._is_whole or self._options.policy is RecomputePolicy.NONE
         return BlendOutcome(
             cost=self._spent / all_token_layers,
             rows_per_layer=tuple(self._rows_per_layer),
             num_fresh=len(self._fresh),
             drift=self._drift,
             drifted=tuple(
-                i for i, drift in enumerate(self._drift) if drift > self._options.guard_limit
+                i
+                for i, drift in enumerate(self._drift)
+                if has_kept and drift > self._options.guard_limit
             ),
             residual=self._kept.residual(self._drift) if self._drift else None,
         )
@@ -149,7 +148,7 @@ class _Blend:
         kind, candidates, allowance = self._options.policy, self._candidates, self._allowance
         if kind is RecomputePolicy.NONE or allowance.constant_rows == 0:
             return no_rows(candidates), None
-        if kind is RecomputePolicy.FULL or allowance.constant_rows >= len(candidates):
+        if self._is_whole:
             return all_rows(candidates), None
         if self._model.num_layers == 1:
             return no_rows(candidates), None

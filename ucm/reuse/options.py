@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
+
+from ucm.enum_words import word_of
+from ucm.errors import ConfigError
 
 
 class RecomputePolicy(enum.StrEnum):
@@ -50,6 +54,26 @@ class BlendOptions:
     seed: int = 0
     """Of the choice of probes."""
 
+    def __post_init__(self) -> None:
+        """Refuse here what would fail in the middle of a request.
+
+        Raises:
+            ConfigError: which option, and what it may be.
+        """
+        policy = word_of(RecomputePolicy, self.policy, "reuse: policy", ConfigError)
+        object.__setattr__(self, "policy", policy)
+        if not 0 <= self.budget <= 1:
+            raise ConfigError(f"reuse: a blend's budget is {self.budget}; it is a share, 0 to 1")
+        for name in ("decay", "theta", "guard_limit"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"reuse: {name} is {getattr(self, name)}, must be >= 0")
+        least = {"num_queries": 1, "guard_tokens": 0, "slice_tokens": 1}
+        if self.importance_layers is not None:
+            least["importance_layers"] = 1
+        for name, limit in least.items():
+            if getattr(self, name) < limit:
+                raise ConfigError(f"reuse: {name} is {getattr(self, name)}, must be >= {limit}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReuseOptions:
@@ -68,3 +92,12 @@ class ReuseOptions:
     max_budget: float = 0.5
     model_digest: str = ""
     """What names the weights (`LoadedModel.weights_digest`): a chunk of others is refused."""
+
+    def __post_init__(self) -> None:
+        """Take the target's name for it, too.
+
+        Raises:
+            ConfigError: there is no such target.
+        """
+        target = word_of(ReuseTarget, self.target, "reuse: target", ConfigError)
+        object.__setattr__(self, "target", target)
