@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import lmdb
@@ -77,8 +77,9 @@ def test_bytes_that_eviction_left_in_memory_go_too(folder: Path) -> None:
 
 
 def test_a_block_that_is_being_promoted_is_a_miss_once_its_document_is_removed(
-    fake: FakeStore,
+    fake: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ucm.deletion_rounds.PATIENCE_S", 0.05)  # the disk hangs for longer
     keys = chain(fake.handle.id, 3, 1)
     put(fake.cache, fake.handle, keys)
     assert fake.cache.flush(timeout_s=5)
@@ -185,3 +186,35 @@ def out_of_memory(cache: EmbeddedCache, handle: NamespaceHandle, keys: list[Bloc
     while TierKind.MEMORY in cache.lookup(handle.id, keys).tiers:
         put(cache, handle, chain(handle.id, 5, next(seeds)))
         assert cache.flush(timeout_s=10)
+
+
+def test_waiting_for_a_reader_does_not_erase_the_disk_over_and_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader holds a block behind the deleted ones, so all of them wait for it."""
+    with EmbeddedCache(Manager(config(folder))) as cache:
+        handle = cache.open_namespace(tiny_spec())
+        keys = chain(handle.id, 4, 1)
+        cache.collections.put_document("docs", document(handle.id, "one", keys[:2]))
+        put(cache, handle, keys)
+        assert cache.flush(timeout_s=10)
+        found = cache.manager._state.namespaces.get_locked(handle.id)
+        assert found is not None
+        assert found.nvme is not None
+        assert found.nvme.eraser is not None
+        rounds: list[object] = []
+        real = found.nvme.eraser.erase
+
+        def counted(gone: Container[BlockKey]) -> None:
+            rounds.append(gone)
+            real(gone)
+
+        monkeypatch.setattr(found.nvme.eraser, "erase", counted)
+        lease = cache.prepare_load(handle.id, keys[3:], timeout_s=1)
+        assert cache.collections.remove("docs", timeout_s=0.5).deletion.num_waiting == 2
+        cache.manager.tick()
+        assert cache.flush(timeout_s=10)
+        assert len(rounds) <= 2
+        cache.complete_load(lease.id)
+        wait_until(lambda: cache.collections.deletions().num_waiting == 0)
+        assert not any(bytes_on_disk(folder, keys))
