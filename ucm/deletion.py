@@ -99,9 +99,16 @@ class Deletions:
             found.index.unpin_all(gone)
 
     def has_work_locked(self, found: Namespace) -> bool:
-        """Whether a round would get further now: something is doomed and not just held."""
-        held = {each.key for each in found.detached if is_held(found, each)}
-        return bool(found.doomed.keys() - held) or len(held) < len(found.detached)
+        """Whether a round would get further now: something is left that no lease holds."""
+        if not found.detached:
+            return bool(found.doomed)
+        if found.undeleted or not all(is_held(found, each) for each in found.detached):
+            return True
+        index = found.index
+        rows = (index.find(key) for key in found.doomed)
+        return any(
+            row != NO_ROW and index.resident(row) and not index.in_flight(row) for row in rows
+        )
 
     # -------------------------------------------------------------- erasing
 

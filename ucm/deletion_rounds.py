@@ -41,6 +41,8 @@ PATIENCE_S: Final = 10.0
 GRACE_S: Final = 0.2
 """How long it waits for leases at least: some are over in milliseconds."""
 POLL_S: Final = 0.02
+MAX_POLL_S: Final = 0.25
+"""Between looks for leases that have ended: soon at first, as most end soon."""
 RETRY_S: Final = 5.0
 """After the disk refused to erase: how long until the next attempt."""
 
@@ -164,6 +166,7 @@ class DeletionRounds:
         """Wait until all of it is erased, the disk has tried, or time is over; what is left."""
         now_s = time.monotonic()
         end_s, patience_s = now_s + max(timeout_s, GRACE_S), now_s + PATIENCE_S
+        poll_s = POLL_S
         while True:
             self.advance(doomed)
             with self._state.lock:
@@ -174,7 +177,8 @@ class DeletionRounds:
                 now_s = time.monotonic()
                 if not left or (now_s >= end_s and (is_held or now_s >= patience_s)):
                     return left
-                self._changed.wait(POLL_S)
+                self._changed.wait(poll_s)
+            poll_s = min(1.5 * poll_s, MAX_POLL_S)
 
     def _has_work_locked(self, namespace: NamespaceId, number: int) -> bool:
         """Whether a deletion was not tried yet, or waits for a transfer and not for a lease."""

@@ -148,7 +148,7 @@ one, so an alert would miss the first corrupt block."""
 
 KNOWN_REASONS: Final[Mapping[str, tuple[str, ...]]] = {
     "ucm_load_failures_total": tuple(each for each in LoadStatus if each is not LoadStatus.READY),
-    "ucm_dropped_writes_total": ("orphan", "queue_full", "closing", "no_space", "lost"),
+    "ucm_dropped_writes_total": ("orphan", "queue_full", "closing", "no_space", "lost", "held"),
 }
 """Likewise for the label `reason`, which means something else in each metric."""
 

@@ -278,11 +278,18 @@ class WriteBehind:
                 found.index.unpin(parent)
 
     def _plan_locked(self, found: Namespace, rows: list[int]) -> tuple[list[int], list[Victim]]:
-        """Rows to write, in order, and copies to delete before."""
+        """Rows to write, in order, and copies to delete before.
+
+        What was deleted is not written; nor is what came back, while somebody still reads its
+        deleted copy: writing it again would free the slot under him.
+        """
         held = [row for row in rows if found.index.has(row, TierKind.MEMORY)]
         self._drop_locked(len(rows) - len(held), "lost")
-        writable, refused = plan_commit(found.index, _without_barred(found, held))
+        read = {each.key for each in found.detached if TierKind.NVME in each.copies}
+        read -= found.barred
+        writable, refused = plan_commit(found.index, _without_deleted(found, held, read))
         self._drop_locked(len(refused), "orphan")
+        self._drop_locked(sum(found.index.key(row) in read for row in held), "held")
         assert found.nvme is not None
         usage = found.nvme.usage()
         if 0 <= found.full_at_slots < usage.total_slots:  # the disk has room again
@@ -428,12 +435,12 @@ class WriteBehind:
             _log.info("the disk takes writes again")
 
 
-def _without_barred(found: Namespace, rows: list[int]) -> list[int]:
-    """Those of `rows`, parents first, that are not deleted, nor behind one that is."""
-    if not found.barred:
+def _without_deleted(found: Namespace, rows: list[int], read: set[BlockKey]) -> list[int]:
+    """Those of `rows`, parents first, that are not deleted nor in `read`, nor behind such."""
+    if not found.barred and not read:
         return rows
-    index, gone = found.index, set[int]()
-    gone.update(row for row in rows if index.key(row) in found.barred)
+    index = found.index
+    gone = {row for row in rows if index.key(row) in found.barred or index.key(row) in read}
     for row in rows:
         if index.parent(row) in gone:
             gone.add(row)

@@ -128,3 +128,20 @@ def test_without_a_cache_there_is_no_collection(loaded: LoadedModel, tmp_path: P
         with pytest.raises(ConfigError, match="no cache"):
             store_chunks(cached, chunks)
         assert cached.flush(1.0)
+
+
+def test_no_block_of_a_document_outlives_it(loaded: LoadedModel, tmp_path: Path) -> None:
+    """Nor under the keys of the prompts that it was computed with."""
+    with ucm.open(tmp_path / "store") as store:
+        with opened(loaded, store) as (cached, prompts):
+            ingest = CollectionIngest(cached, store.collections, "c", prompts)
+            added = ingest.add("a", TEXT)
+            assert added.stored.num_unstored == 0
+            assert cached.session is not None
+            namespace = cached.session.spec.fingerprint()
+            found = store.manager._state.namespaces.get_locked(namespace)
+            assert found is not None
+            num_opening = len(prompts.sink_tokens) // found.layout.block_tokens
+            assert len(found.index) > num_opening
+        assert store.collections.remove("c").deletion.num_waiting == 0
+        assert len(found.index) <= num_opening, "what all prompts begin with"
