@@ -8,11 +8,14 @@ import torch
 from ucm.engine.chunk_rows import gather_rows
 from ucm.engine.loading import load_model
 from ucm.engine.model import LlamaModel
+from ucm.engine.scheduler import SchedulerOptions
 from ucm.reuse.dense_rows import DenseRows, assemble, compute
+from ucm.reuse.options import BlendOptions
 from ucm.testing.blend_engines import (
     BLOCK_TOKENS,
     FULL,
     GREEDY,
+    NONE,
     SINK,
     ask,
     finish,
@@ -21,6 +24,7 @@ from ucm.testing.blend_engines import (
     text_of,
     tokens_of,
 )
+from ucm.testing.fake_hook import DictHook
 from ucm.testing.models import write_tiny_model
 
 A, C = text_of(1, 16), text_of(3, 12)
@@ -58,6 +62,25 @@ def test_a_prefix_that_ends_inside_a_chunk_leaves_the_chunks_later_rows(model: L
         there = torch.empty_like(rows.read(layer))
         gather_rows(engine.pool.tensor[layer], sequence.block_ids, range(plan.stop), there)
         torch.testing.assert_close(there, rows.read(layer), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("options", [NONE, BlendOptions(budget=0.5)])
+def test_what_a_blend_computes_in_front_of_chunks_is_stored_exact(
+    model: LlamaModel, options: BlendOptions
+) -> None:
+    """Passes of 3 tokens leave the prefix's last rows, two of a full block, to the blend."""
+    hook = DictHook()
+    scheduler = SchedulerOptions(prefill_chunk_tokens=3)
+    engine = new_engine(model, options, hook=hook, scheduler=scheduler)
+    prompt = prompt_of(engine, A, C, prefix=(*SINK, 40, 41, 42, 43))
+    ask(engine, prompt)
+    hook.settle()
+    keys = hook._keys(prompt.token_ids)
+    assert [key in hook.blocks for key in keys[:3]] == [True, True, False]
+    exact = DenseRows(torch.zeros(model.num_layers, 2, *engine.pool.tensor.shape[3:4], 8, 16), 8)
+    compute(model, exact, prompt.token_ids[:8], 0)
+    stored = torch.stack([hook.blocks[key] for key in keys[:2]], dim=3).flatten(3, 4)
+    torch.testing.assert_close(stored, exact.kv_L2GTD, atol=2e-5, rtol=2e-5)
 
 
 def test_no_token_is_counted_twice_after_a_preemption(model: LlamaModel) -> None:
