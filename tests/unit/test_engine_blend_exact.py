@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ucm.engine.chunk_rows import gather_rows
 from ucm.engine.loading import load_model
 from ucm.engine.model import LlamaModel
+from ucm.reuse.dense_rows import DenseRows, assemble, compute
 from ucm.testing.blend_engines import (
     BLOCK_TOKENS,
     FULL,
@@ -37,6 +39,25 @@ def test_rows_of_exact_chunks_are_not_counted_as_recomputed(model: LlamaModel) -
     assert result.reuse.num_recomputed_tokens == pytest.approx(
         12 * (3 + model.projection_share) / 4
     )
+
+
+def test_a_prefix_that_ends_inside_a_chunk_leaves_the_chunks_later_rows(model: LlamaModel) -> None:
+    engine = new_engine(model)
+    prompt = prompt_of(engine, A, C)
+    ask(engine, list(prompt.token_ids[:16]))
+    engine.add_request(prompt, GREEDY)
+    while not engine.step():
+        pass
+    (sequence,) = engine._runner.running
+    assert (sequence.num_local_tokens, sequence.approximate_from) == (16, 16)
+    rows, plan = assemble(model, model.config.rope, prompt)
+    exact = DenseRows(torch.zeros_like(rows.kv_L2GTD), 16)
+    compute(model, exact, plan.token_ids[:16], 0)
+    rows.kv_L2GTD[:, :, :, :16] = exact.kv_L2GTD[:, :, :, :16]
+    for layer in range(model.num_layers):
+        there = torch.empty_like(rows.read(layer))
+        gather_rows(engine.pool.tensor[layer], sequence.block_ids, range(plan.stop), there)
+        torch.testing.assert_close(there, rows.read(layer), atol=2e-5, rtol=2e-5)
 
 
 def test_no_token_is_counted_twice_after_a_preemption(model: LlamaModel) -> None:
