@@ -82,13 +82,30 @@ class DeafHook(BrokenHook):
         """See `KvHook.match`."""
         return len(token_ids)
 
+    def store(self, request: StoreRequest) -> None:
+        """See `KvHook.store`."""
+        raise AssertionError("it would keep a chunk under the name of a prompt")
+
 
 def test_a_hook_that_knows_no_extra_keys_has_no_chunks() -> None:
     """What it would find by its tokens alone is a prompt's."""
     hook: Any = DeafHook(TypeError())
     guard = GuardedHook(hook, torch.zeros(1), block_tokens=4)
-    assert guard.match_blocks(list(range(8)), 0, 2, ("ucm.chunk", bytes(32))) == 0
+    extra_keys = ("ucm.chunk", bytes(32))
+    assert guard.match_blocks(list(range(8)), 0, 2, extra_keys) == 0
     assert guard.stats.errors == 1
+    released: list[bool] = []
+    request = StoreRequest(
+        request_id="a",
+        token_ids=range(8),
+        first_block=0,
+        block_ids=(0, 1),
+        release=lambda: released.append(True),
+        layers=LayerClock.finished(2),
+        extra_keys=extra_keys,
+    )
+    guard.store(request)
+    assert (released, guard.stats.offered_blocks) == ([True], 0)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ end a load may still be writing: it gets no further load, and its blocks are nev
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -157,8 +158,13 @@ class GuardedHook:
             self._tell(lambda: hook.observe_step(report))
 
     def store(self, request: StoreRequest) -> None:
-        """Offer new full blocks; they are released here when the hook raises."""
+        """Offer new full blocks; they are released here when the hook raises.
+
+        A hook that knows no extra keys is not offered a chunk: it would keep it under a prompt's.
+        """
         hook = self._hook
+        if hook is not None and request.extra_keys and not _knows_extra_keys(hook):
+            hook = None
         if hook is None or not self._tell(lambda: hook.store(request)):
             request.release()
             return
@@ -189,3 +195,12 @@ class GuardedHook:
         self.stats.errors += 1
         level = logging.WARNING if self.stats.errors == 1 else logging.DEBUG
         logger.log(level, "KV hook failed, going on without it for this call: %s", error)
+
+
+def _knows_extra_keys(hook: KvHook) -> bool:
+    """Whether its chains tell a chunk from a prompt, going by what it takes to look one up."""
+    try:
+        inspect.signature(hook.match).bind((), 0, ())
+    except (TypeError, ValueError):
+        return False
+    return True
