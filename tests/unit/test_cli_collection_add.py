@@ -104,6 +104,25 @@ def test_what_was_deleted_can_be_added_again(folder: Path, command: Command) -> 
     assert document["stored"]["num_unstored"] == 0
 
 
+def test_a_folder_without_a_daemon_from_beginning_to_end(folder: Path, command: Command) -> None:
+    reply = command.add_json("docs", "--cache", "store")
+    names = sorted(name for name, what in outcomes(reply).items() if what == "new")
+    assert names
+    where = ("--cache", "store", "--json")
+    code, out, _ = command.run("collection", "ls", "handbook", *where)
+    assert (code, [each["id"] for each in json.loads(out)["documents"]]) == (0, names)
+    code, out, _ = command.run("collection", "expire", "handbook", "never", "--all", *where)
+    assert (code, json.loads(out)["num_documents"]) == (0, len(names))
+    code, out, _ = command.run("collection", "rm", "handbook", "--all", *where)
+    assert (code, json.loads(out)["num_documents"]) == (0, len(names))
+    code, out, _ = command.run("fsck", "store", "--json")
+    assert (code, json.loads(out)["findings"]) == (0, [])
+    for refused in (("--cache", "nowhere"), ("--cache", "store", "--socket", "s")):
+        code, _, err = command.run("collection", "ls", *refused)
+        assert (code, len(err.splitlines())) == (2, 1)
+    assert not (folder / "nowhere").exists()
+
+
 def test_people_are_told(folder: Path, command: Command) -> None:
     code, out, _ = command.add("docs", "--cache", "store")
     lines = out.splitlines()

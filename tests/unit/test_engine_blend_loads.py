@@ -152,6 +152,19 @@ def test_a_slow_store_holds_nobody_up(model: LlamaModel) -> None:
     assert engine.check_integrity() == []
 
 
+def test_a_chunk_without_room_beside_what_stores_hold_is_text(model: LlamaModel) -> None:
+    """The request alone has room: it must not wait for a cache that hangs."""
+    hook = DictHook(defer_release=True)
+    engine, plain = new_engine(model, hook=hook, num_blocks=40), new_engine(model, None)
+    ask(engine, text_of(50, 60))
+    assert engine.pool.num_pinned > 10
+    prompt = prompt_of(engine, A, B)
+    result = ask(engine, prompt)
+    assert result.reuse is not None
+    assert result.reuse.fallback is FallbackReason.NO_ROOM
+    assert tokens_of(result) == tokens_of(ask(plain, list(prompt.token_ids)))
+
+
 def test_repair_begins_while_chunks_are_loaded(model: LlamaModel) -> None:
     """A slab takes a millisecond; the second layer comes while the first is repaired."""
     options = BlendOptions(policy=RecomputePolicy.CACHEBLEND, budget=0.5)

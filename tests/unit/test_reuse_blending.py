@@ -61,6 +61,23 @@ def test_what_is_reported_and_spent_never_exceeds_the_budget(
     assert outcome.num_fresh == 3 + 3
 
 
+@pytest.mark.parametrize("importance_layers", [None, 1])
+@pytest.mark.parametrize("policy", [RecomputePolicy.PROGRESSIVE, RecomputePolicy.QUERY])
+def test_rows_in_front_of_the_chunks_are_exact(
+    setup: BlendSetup, policy: RecomputePolicy, importance_layers: int | None
+) -> None:
+    """The stage that looks for what matters computes them, and its queries see them."""
+    options = BlendOptions(policy=policy, budget=0.18, importance_layers=importance_layers)
+    rows, _ = blend_copy(setup, options)
+    front = slice(setup.plan.start - 3, setup.plan.start)
+    plan = dataclasses.replace(setup.plan, start=front.start)
+    late = setup.rows.copy()
+    late.kv_L2GTD[:, :, :, front] = 7.0  # arbitrary: nobody has computed them
+    outcome = run_to_end(blend(setup.model, late, plan, options))
+    assert outcome.num_fresh == 3 + 3 + 3
+    torch.testing.assert_close(late.kv_L2GTD, rows.kv_L2GTD, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p is not RecomputePolicy.NONE])
 @pytest.mark.parametrize("guard_tokens", [0, 8])
 def test_the_whole_budget_equals_a_full_prefill(

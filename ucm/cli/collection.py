@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from dataclasses import asdict, dataclass
@@ -13,17 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ucm.collection_api import check_time
-from ucm.errors import InvalidArgumentError
+from ucm.errors import ConfigError, InvalidArgumentError
 
 from . import collection_add
+from .collection_add import CacheOption, open_folder
 from .console import ExitCode, print_json
 from .option_class import takes_options
 from .options import ConfigOption, JsonOption, SocketOption, loaded_config
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
-    from ucm.admin import AdminClient
     from ucm.collection_api import CollectionApi, CollectionInfo, DocumentInfo, RemoveAnswer
 
 command = typer.Typer(
@@ -47,29 +48,56 @@ def _group() -> None:
 collection_add.add_to(command)
 
 
-def admin_client(config: Path | None, socket: Path | None) -> AdminClient:
-    """A connection to the daemon that the options name; use it as a context manager."""
-    from ucm.admin import AdminClient
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Where:
+    """Which store, and how to answer."""
 
-    path = loaded_config(config, service__socket_path=socket).config.service.socket_path
-    return AdminClient(path)
+    socket: SocketOption = None
+    cache: CacheOption = None
+    config: ConfigOption = None
+    as_json: JsonOption = False
+
+
+@contextlib.contextmanager
+def _connect(where: _Where) -> Iterator[CollectionApi]:
+    """The collections of a daemon's store, or of a folder that no daemon has open.
+
+    Raises:
+        ConfigError: both are named, or the folder is not there.
+    """
+    if where.cache is None:
+        from ucm.admin import AdminClient
+
+        found = loaded_config(where.config, service__socket_path=where.socket)
+        with AdminClient(found.config.service.socket_path) as client:
+            yield client.collections
+        return
+    if where.socket is not None:
+        raise ConfigError("give either --socket or --cache")
+    if not where.cache.is_dir():
+        raise ConfigError(f"--cache {where.cache}: no such folder; --socket names a daemon")
+    with open_folder(where.cache) as store:
+        yield store.collections
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Listing(_Where):
+    """What `ls` is asked for."""
+
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A collection; all if left out.")
+    ] = None
 
 
 @command.command("ls")
-def list_command(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="A collection; all if left out.")
-    ] = None,
-    socket: SocketOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
+@takes_options(_Listing)
+def list_command(options: _Listing) -> None:
     """List collections, or the documents of one."""
-    with admin_client(config, socket) as client:
-        if name is None:
-            _list_collections(client.collections, as_json=as_json)
+    with _connect(options) as collections:
+        if options.name is None:
+            _list_collections(collections, as_json=options.as_json)
         else:
-            _list_documents(client.collections, name, as_json=as_json)
+            _list_documents(collections, options.name, as_json=options.as_json)
 
 
 def _list_collections(collections: CollectionApi, *, as_json: bool) -> None:
@@ -130,19 +158,6 @@ def _time_text(unix_s: float) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Where:
-    """Which daemon, and how to answer."""
-
-    socket: SocketOption = None
-    config: ConfigOption = None
-    as_json: JsonOption = False
-
-    def connect(self) -> AdminClient:
-        """A connection to the daemon; use it as a context manager."""
-        return admin_client(self.config, self.socket)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Removal(_Where):
     """What `rm` is asked for."""
 
@@ -176,9 +191,9 @@ def remove_command(options: _Removal) -> None:
     What a reader holds goes when its last lease ends, also after a crash of the daemon.
     """
     ids = _chosen(options.documents, whole=options.whole)
-    with options.connect() as client:
-        answer = client.collections.remove(options.name, ids, timeout_s=options.timeout_s)
-        problems = client.collections.deletions().problems
+    with _connect(options) as collections:
+        answer = collections.remove(options.name, ids, timeout_s=options.timeout_s)
+        problems = collections.deletions().problems
     if options.as_json:
         print_json({"collection": options.name, **asdict(answer), "problems": problems})
     else:
@@ -211,8 +226,8 @@ def expire_command(options: _Expiry) -> None:
     """
     at_s = parse_when(options.when, time.time())
     ids = _chosen(options.documents, whole=options.whole)
-    with options.connect() as client:
-        count = client.collections.expire(options.name, ids, at_s)
+    with _connect(options) as collections:
+        count = collections.expire(options.name, ids, at_s)
     if options.as_json:
         print_json({"collection": options.name, "num_documents": count, "expires_s": at_s})
     else:

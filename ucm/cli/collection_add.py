@@ -48,6 +48,12 @@ _HARMLESS = frozenset({SkipReason.BINARY, SkipReason.EMPTY, SkipReason.SPECIAL})
 """What any folder of documents has in it."""
 
 
+CacheOption = Annotated[
+    Path | None,
+    typer.Option("--cache", metavar="PATH", help="A store's folder, to do without a daemon."),
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddOptions:
     """What the command line asks for."""
@@ -60,10 +66,7 @@ class AddOptions:
         typer.Argument(metavar="PATH", help="Text files, and folders with all below them."),
     ]
     socket: SocketOption = None
-    cache: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="A store's folder, to do without a daemon."),
-    ] = None
+    cache: CacheOption = None
     model: Annotated[
         str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
     ] = "smollm2-135m"
@@ -207,7 +210,7 @@ def _store(options: AddOptions) -> Iterator[tuple[Callable[[], CacheApi], Collec
             raise ConfigError("give either --socket or --cache")
         from ucm.embedded import EmbeddedCache
 
-        with _folder(options.cache) as store:
+        with open_folder(options.cache) as store:
             manager = store.manager
             yield lambda: EmbeddedCache(manager, owns_manager=False), store.collections
         return
@@ -224,7 +227,12 @@ def _store(options: AddOptions) -> Iterator[tuple[Callable[[], CacheApi], Collec
         yield cache_factory(path, DEADLINE_S), admin.collections
 
 
-def _folder(path: Path) -> EmbeddedCache:
+def open_folder(path: Path) -> EmbeddedCache:
+    """A store without a daemon; made if there is none.
+
+    Raises:
+        ConfigError: no folder.
+    """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--cache {path}: not a folder; --socket names a daemon")
     return ucm.open(path)

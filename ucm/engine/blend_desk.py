@@ -159,6 +159,17 @@ class BlendDesk:
         self._end(jobs[0])
         return True
 
+    def make_do(self, first: TokenSequence, stalled_us: int) -> bool:
+        """Nothing runs, and there is no room for the first in the queue and its chunks.
+
+        Returns:
+            Whether it now does without them.
+        """
+        if not first.num_extra_blocks or stalled_us < _PATIENCE_US:
+            return False
+        self.give_up(first, FallbackReason.NO_ROOM)
+        return True
+
     def _may_be_freed(self) -> bool:
         """Whether something may yet make room, though nothing could be done in this step."""
         was_idle = self._idle_step == self._num_steps - 1

@@ -110,10 +110,11 @@ class BlendJob:
 
     @property
     def is_due(self) -> bool:
-        """Whether all that comes before the chunks is there."""
+        """Whether all that comes before the chunks is there, but for less than a block."""
         sequence = self.sequence
         is_loading = self._parts.loads.get(sequence) is not None
-        return not is_loading and sequence.num_computed >= self._span.start
+        num_missing = self._span.start - sequence.num_computed
+        return not is_loading and num_missing < sequence.block_tokens
 
     @property
     def num_chunk_tokens(self) -> int:
@@ -123,7 +124,7 @@ class BlendJob:
 
     @property
     def num_fresh_tokens(self) -> int:
-        """Rows of no chunk up to the span's end."""
+        """Rows of no chunk up to the span's end, the last few in front of it included."""
         return self._span.stop - self.sequence.num_computed - self.num_chunk_tokens
 
     def advance(self, allowance: float) -> float:
@@ -349,7 +350,7 @@ class BlendJob:
         for _, original in self.originals:
             self._parts.shelf.settle(original)
         self._span.report = self._report(self._repaired(self._first))
-        self.sequence.approximate_from = self.sequence.num_computed
+        self.sequence.approximate_from = max(self.sequence.num_computed, self._span.start)
         self.sequence.num_computed = self._span.stop
         self._span.is_over = True
         self._steps = self._rows = None

@@ -54,7 +54,8 @@ class RequestTimings:
     num_computed_tokens: int
     """The rest of the prompt, which the model computed."""
     num_reused_tokens: int = 0
-    """Prompt tokens whose KV came from chunks, repaired or not."""
+    """Of those that the caches did not have: prompt tokens whose KV came from chunks, repaired or
+    not."""
     num_preemptions: int
     """How often one of its samples had to give its blocks up."""
 
@@ -156,8 +157,10 @@ class RequestState:
         last_us = self.ended_us
         if last_us is None:
             last_us = max(sample.last_us for sample in self.samples)
-        num_reused = self._reuse.num_chunk_tokens if self._reuse is not None else 0
         num_cached = root.num_local_tokens + root.num_hook_tokens
+        num_reused = self._reuse.num_chunk_tokens if self._reuse is not None else 0
+        # After a preemption chunks may stand in for what the caches had at the first admission.
+        num_reused = min(num_reused, root.num_prompt - num_cached)
         return RequestTimings(
             ttft_s=(first_us - self.added_us) / 1e6,
             tpot_s=(first.last_us - first_us) / 1e6 / num_intervals if num_intervals > 0 else 0.0,

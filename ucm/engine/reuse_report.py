@@ -30,7 +30,8 @@ class ReuseReport:
     num_exact_tokens: int = 0
     """Of these the rows of a chunk that stands where it was encoded, behind the same tokens."""
     num_fresh_tokens: int = 0
-    """Computed in every layer between chunks: tails that fill no block, and text."""
+    """Computed in every layer beside chunks: tails that fill no block, text between them, and the
+    end of the prefix that fills none."""
     num_found_tokens: int = 0
     """Rows of chunks that the pool held."""
     num_loaded_tokens: int = 0

@@ -374,7 +374,14 @@ class BatchRunner:
         now_us = self._clock.now_us()
         if self._stalled_since_us is None:
             self._stalled_since_us = now_us
-        if now_us - self._stalled_since_us > self._options.stall_timeout_s * 1e6:
+        stalled_us = now_us - self._stalled_since_us
+        if (
+            self.blends is not None
+            and not self.running
+            and self.blends.make_do(self.waiting[0], stalled_us)
+        ):
+            return
+        if stalled_us > self._options.stall_timeout_s * 1e6:
             raise CapacityError(
                 f"engine: nothing can run, the KV hook holds {self.pool.num_pinned} of "
                 f"{self._options.num_blocks} blocks since {self._options.stall_timeout_s} s"

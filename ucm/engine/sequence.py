@@ -109,11 +109,15 @@ class TokenSequence:
         return min(num_tokens, self.loaded_ahead[0] * self.block_tokens - self.num_computed)
 
     def num_computable_from(self, position: int) -> int:
-        """Tokens from `position` on that a pass may compute: none that chunks are to fill."""
+        """Tokens from `position` on that a pass may compute: none that chunks are to fill.
+
+        Nor the last few in front of them: the blend computes these too, in a pass that it makes.
+        """
         blend = self.blend
         if blend is None or blend.is_over or position >= blend.stop:
             return len(self.tokens) - position
-        return max(0, blend.start - position)
+        num_tokens = blend.start - position
+        return num_tokens if num_tokens >= self.block_tokens else 0
 
     @property
     def num_slots(self) -> int:

@@ -14,7 +14,6 @@ size, N candidates.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
@@ -97,6 +96,8 @@ class _Blend:
         self._device = model.embed([]).device
         self._candidates = CandidateRows.of(plan, self._device)
         self._fresh = fresh_positions(plan, self._device)
+        """Those that no stage has computed."""
+        self._num_fresh = len(self._fresh)
         whole = self._whole_allowance()
         # Probes are rows like any others: a budget that pays for every row pays for them too.
         self._is_whole = whole.constant_rows >= len(self._candidates)
@@ -131,7 +132,7 @@ class _Blend:
         return BlendOutcome(
             cost=self._spent / all_token_layers,
             rows_per_layer=tuple(self._rows_per_layer),
-            num_fresh=len(self._fresh),
+            num_fresh=self._num_fresh,
             drift=self._drift,
             drifted=tuple(
                 i
@@ -190,10 +191,9 @@ class _Blend:
         count = min(self._options.num_queries, affordable, len(plan.token_ids) - plan.stop)
         if count < 1:
             return None
-        columns = torch.zeros(plan.stop, device=self._device)
-        columns[self._fresh] = -math.inf
-        tokens = plan.token_ids[len(plan.token_ids) - count :]
-        return Importance(self._model, tokens, len(plan.token_ids) - count, columns)
+        is_front = self._fresh < plan.spans[0].start
+        front, self._fresh = self._fresh[is_front], self._fresh[~is_front]
+        return Importance(self._model, plan, count, front, self._fresh)
 
     def _look_ahead(self, importance: Importance, layer: int) -> Steps:
         """Run stage 1 as far ahead of `layer` as it may be."""
@@ -203,10 +203,13 @@ class _Blend:
         while importance.num_done < end:
             done = importance.num_done
             yield from self._read_first(done)
-            importance.run_layer(self._kv.read(done), self._candidates.positions)
+            kv_2GFD = importance.run_layer(self._kv.read(done), self._candidates.positions)
+            if len(importance.front):
+                self._kv.write(done, importance.front, kv_2GFD)
             is_last = done == num_layers - 1
             share = self._model.projection_share if is_last else 1.0
             self._spend(importance.num_queries * share)
+            self._unreported += len(importance.front) * share
 
     # One layer.
 

@@ -1,0 +1,105 @@
+"""Chunks that begin alike, that find no room, and whose loads hang beside busy requests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ucm.clock import SimClock
+from ucm.engine.loading import load_model
+from ucm.engine.model import LlamaModel
+from ucm.engine.sampling import SamplingParams
+from ucm.engine.scheduler import SchedulerOptions
+from ucm.reuse.dense_rows import encode_chunk
+from ucm.testing.blend_engines import (
+    GREEDY,
+    ask,
+    blended_tokens,
+    finish,
+    new_engine,
+    prompt_of,
+    text_of,
+    tokens_of,
+)
+from ucm.testing.fake_hook import DictHook
+from ucm.testing.fake_loading_hook import FakeLoadingHook, LoadScript, script_source
+from ucm.testing.models import write_tiny_model
+
+LONG = text_of(1, 40)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
+    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=4)
+    return load_model(folder, torch.float32).model
+
+
+def test_chunks_that_begin_alike_share_their_first_blocks(model: LlamaModel) -> None:
+    """What the pool has of a chunk is kept; the rest is computed behind it, and is the rest."""
+    hook = DictHook()
+    engine = new_engine(model, hook=hook)
+    for number, count in enumerate((8, 18, 40)):
+        prompt = prompt_of(engine, LONG[:count], prefix=text_of(number + 5, 9))
+        result = ask(engine, prompt)
+        assert tokens_of(result) == [blended_tokens(model, prompt)]
+        hook.settle()
+    assert result.reuse is not None
+    assert (result.reuse.num_found_tokens, result.reuse.num_encoded_tokens) == (16, 24)
+    chunk = prompt.spans[0].chunk
+    keys = hook._keys(chunk.token_ids, chunk.space.extra_keys)
+    rows = torch.stack([hook.blocks[key] for key in keys], dim=3).flatten(3, 4)
+    torch.testing.assert_close(rows, encode_chunk(model, chunk), atol=2e-5, rtol=2e-5)
+
+
+def test_the_rest_of_a_chunk_is_loaded_behind_what_the_pool_has(model: LlamaModel) -> None:
+    hook = DictHook()
+    first = new_engine(model, hook=hook)
+    ask(first, prompt_of(first, LONG))
+    hook.settle()
+    second = new_engine(model, hook=DictHook(blocks=hook.blocks))
+    ask(second, prompt_of(second, LONG[:16]))
+    prompt = prompt_of(second, LONG, prefix=text_of(6, 9))
+    result = ask(second, prompt)
+    assert tokens_of(result) == [blended_tokens(model, prompt)]
+    assert result.reuse is not None
+    assert (result.reuse.num_found_tokens, result.reuse.num_loaded_tokens) == (16, 24)
+
+
+def test_a_chunk_without_room_keeps_nothing_of_what_was_found(model: LlamaModel) -> None:
+    engine = new_engine(model, num_blocks=40)
+    ask(engine, prompt_of(engine, LONG[:16]))
+    blends = engine._runner.blends
+    assert blends is not None
+    pool = engine.pool.blocks
+    taken = pool.allocate(pool.num_available - 4 - 2)
+    assert blends._shelf.open(LONG, "somebody", (9, 0)) is None
+    assert engine.pool.check_integrity([taken]) == []
+
+
+def test_a_load_that_hangs_beside_busy_requests_is_given_up(model: LlamaModel) -> None:
+    """Nobody waits for it, because there is always something to do; its time ends all the same."""
+    clock = SimClock()
+    stored = FakeLoadingHook(clock)
+    first = new_engine(model, hook=stored, clock=clock)
+    ask(first, prompt_of(first, LONG))
+    stored.tick()
+    hook = FakeLoadingHook(clock, script_source([LoadScript(hung_slab=3)]))
+    hook.blocks = dict(stored.blocks)
+    scheduler = SchedulerOptions(prefill_chunk_tokens=16, max_load_s=0.05)
+    engine = new_engine(model, hook=hook, clock=clock, scheduler=scheduler)
+    busy = engine.add_request(text_of(8, 9), SamplingParams(max_tokens=100, ignore_eos=True))
+    prompt = prompt_of(engine, LONG, prefix=text_of(6, 9))
+    late = engine.add_request(prompt, GREEDY)
+    for _ in range(60):
+        clock.advance_us(2_000)
+        events = engine.step()
+        assert engine.check_integrity() == []
+        if any(event.result for event in events):
+            break
+    assert [event.request_id for event in events if event.result] == [late]
+    (result,) = [event.result for event in events if event.result]
+    assert tokens_of(result) == [blended_tokens(model, prompt)]
+    assert result.reuse is not None
+    assert result.reuse.num_encoded_tokens == len(LONG)
+    finish(engine, busy)
+    assert hook.faults == []
