@@ -25,11 +25,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from ucm.errors import ConfigError
+from ucm.text_files import name_of
 
 from .gsa_documents import Document, Encoder, handbook, read_text
 from .gsa_texts import CLOCKMAKER
@@ -38,6 +39,10 @@ MAX_CHARACTERS = 1 << 16
 """Of a text; more tokens than the longest prompt has."""
 MAX_FILES = 200
 """Of a folder, in the order of their names."""
+SHORT_TOKENS = 1024
+"""No prompt of chunks that follow each other can be cut from a shorter text, or hardly one."""
+JOINED_TOKENS = 4096
+"""Of a text that is made of such files: more than the longest prompt's chunks."""
 SPARE_TOPICS = {"safetensors": "compound", "typing_extensions": "specialnames"}
 """What is read where a package came without its licence."""
 
@@ -57,6 +62,8 @@ def own_texts(encoder: Encoder, warn: Warn) -> list[Document]:
 def folder_texts(folder: Path, encoder: Encoder, warn: Warn) -> list[Document]:
     """Every file of UTF-8 text below a folder, hidden ones left out, in the order of their paths.
 
+    Where all are too short to be cut into chunks, neighbours are joined.
+
     Args:
         folder: to search, with all folders in it.
         encoder: of the model.
@@ -67,18 +74,36 @@ def folder_texts(folder: Path, encoder: Encoder, warn: Warn) -> list[Document]:
     """
     found = []
     for path in _files(folder, warn):
+        name = name_of(path, folder)
         try:
             text = read_text(path, "--documents")
         except ConfigError as error:
             warn(f"left out: {error}")
             continue
         if text.strip():
-            found.append(_document(str(path.relative_to(folder)), text, encoder))
+            found.append(_document(name, text, encoder))
         else:
-            warn(f"left out: {path} is empty")
+            warn(f"left out: {name} is empty")
     if not found:
         raise ConfigError(f"--documents {folder}: no text in it; put files of UTF-8 text there")
+    if len(found) > 1 and all(len(each.token_ids) < SHORT_TOKENS for each in found):
+        warn(f"all {len(found)} files are short: neighbours are read as one text")
+        return list(_joined(found))
     return found
+
+
+def _joined(texts: Sequence[Document]) -> Iterator[Document]:
+    """Neighbours, joined to texts of at least `JOINED_TOKENS`, but for the last."""
+    names: list[str] = []
+    token_ids: list[int] = []
+    for text in texts:
+        names.append(text.name)
+        token_ids += text.token_ids
+        if len(token_ids) >= JOINED_TOKENS:
+            yield Document(f"{names[0]} to {names[-1]}", tuple(token_ids))
+            names, token_ids = [], []
+    if names:
+        yield Document(f"{names[0]} to {names[-1]}", tuple(token_ids))
 
 
 def check_folder(folder: Path) -> None:

@@ -160,7 +160,7 @@ def test_questions_ask_for_different_chunks_but_the_first() -> None:
 def test_a_folder_of_texts(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / ".hidden").mkdir()
-    (tmp_path / "b" / "two.txt").write_text("zwei\n", encoding="utf-8")
+    (tmp_path / "b" / "two.txt").write_text("zwei\n" * 300, encoding="utf-8")
     (tmp_path / "one.md").write_text("eins\n", encoding="utf-8")
     (tmp_path / ".hidden" / "three.txt").write_text("drei\n", encoding="utf-8")
     (tmp_path / "image.bin").write_bytes(b"\0\1\2")
@@ -174,6 +174,28 @@ def test_a_folder_of_texts(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in warnings] == ["left out"] * 3
     assert "binary" in "".join(warnings)
     assert "UTF-8" in "".join(warnings)
+
+
+def test_a_folder_of_short_texts_is_read_as_fewer_longer_ones(tmp_path: Path) -> None:
+    for number in range(100):
+        (tmp_path / f"{number:02}.txt").write_text(f"{number:02} " * 30)
+    warnings: list[str] = []
+    found = folder_texts(tmp_path, PlainEncoder(Characters()), warnings.append)
+    assert [text.name for text in found] == [
+        "00.txt to 45.txt",
+        "46.txt to 91.txt",
+        "92.txt to 99.txt",
+    ]
+    assert words(found[0].token_ids) == "".join(f"{number:02} " * 30 for number in range(46))
+    assert warnings == ["all 100 files are short: neighbours are read as one text"]
+
+
+def test_names_can_be_printed(tmp_path: Path) -> None:
+    name = os.fsdecode(b"bad\xff\n.txt")
+    (tmp_path / name).write_text("text\n" * 300)
+    (found,) = folder_texts(tmp_path, PlainEncoder(Characters()), print)
+    assert found.name.isprintable()
+    assert found.name.encode("utf-8").startswith(b"bad")
 
 
 def test_what_is_no_folder_of_texts(tmp_path: Path) -> None:
