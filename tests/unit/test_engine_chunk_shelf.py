@@ -8,6 +8,7 @@ import torch
 from ucm.clock import SimClock
 from ucm.engine.loading import load_model
 from ucm.engine.model import LlamaModel
+from ucm.engine.reuse_report import FallbackReason
 from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
 from ucm.reuse.dense_rows import encode_chunk
@@ -74,6 +75,29 @@ def test_a_chunk_without_room_keeps_nothing_of_what_was_found(model: LlamaModel)
     taken = pool.allocate(pool.num_available - 4 - 2)
     assert blends._shelf.open(LONG, "somebody", (9, 0)) is None
     assert engine.pool.check_integrity([taken]) == []
+
+
+def test_a_chunk_that_is_no_numbers_is_not_kept(
+    model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(kv_pool: torch.Tensor, _source: object, _first: int, target: list[int]) -> None:
+        kv_pool[:, target] = torch.nan
+
+    hook = DictHook()
+    engine = new_engine(model, hook=hook)
+    plain = new_engine(model)
+    prompt = prompt_of(engine, LONG)
+    with monkeypatch.context() as spoiled:
+        spoiled.setattr("ucm.engine.chunk_shelf.copy_rows", spoil)
+        result = ask(engine, prompt)
+    hook.settle()
+    assert result.reuse is not None
+    assert result.reuse.fallback is FallbackReason.NO_ROOM
+    assert tokens_of(result) == tokens_of(plain.generate_all([prompt.token_ids], GREEDY)[0])
+    assert not any(blocks.isnan().any() for blocks in hook.blocks.values())
+    again = ask(engine, prompt_of(engine, LONG, prefix=text_of(9, 9))).reuse
+    assert again is not None
+    assert (again.num_found_tokens, again.num_encoded_tokens) == (0, 40)
 
 
 def test_a_load_that_hangs_beside_busy_requests_is_given_up(model: LlamaModel) -> None:

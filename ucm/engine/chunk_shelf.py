@@ -24,6 +24,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from ucm.clock import Clock
 from ucm.errors import InvalidArgumentError
 from ucm.hashing import chain_keys
@@ -55,7 +57,7 @@ class OriginalState(enum.Enum):
     """To be computed."""
     ENCODING = enum.auto()
     FAILED = enum.auto()
-    """There is no room for it."""
+    """There is no room for it, or the model computed no numbers."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -356,6 +358,12 @@ class ChunkShelf:
         first = num_sink + original.num_found * self._block_tokens
         target = original.block_ids[original.num_found :]
         copy_rows(self.parts.pool.tensor, encoder.block_ids, first, target)
+        if not torch.isfinite(self.parts.pool.tensor[:, target]).all():
+            # A prompt's logits would have told; nobody looks at those of a chunk.
+            logger.warning("the KV of a chunk is not finite: it is not kept")
+            self._clear(target)
+            original.state = OriginalState.FAILED
+            return
         original.num_encoded = len(target)
         self.parts.stats.encoded_tokens += len(target) * self._block_tokens
         self._make_ready(original)
