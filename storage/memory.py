@@ -114,7 +114,7 @@ class MemoryTier:
 
     def free(self, slots: Sequence[SlotId]) -> None:
         """See `Tier.free`."""
-        self._is_mixed[slots] = True
+        self._is_mixed[[slot for slot in slots if 0 <= slot < len(self._is_mixed)]] = True
         self._arena.slots.change(slots, SlotState.ALLOCATED, SlotState.FREE)
 
     def write(self, items: Sequence[SlotWrite]) -> list[IoStatus]:

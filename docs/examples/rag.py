@@ -6,9 +6,10 @@ Documents are cut into chunks, and the KV of each is computed and stored once. B
 that a question needs; the engine takes them from the cache, moves their keys to where they stand in
 this prompt, and computes again only the tokens that drifted and that the question looks at.
 
-Needs `pip install bm25s`, and a model (`ucm model pull smollm2-135m`). With a daemon, replace
-`lambda: ucm.open(...)` by `lambda: ucm.client.connect(SOCKET, timeout_s=2.0)`. On cores that others
-use too, set OMP_WAIT_POLICY=PASSIVE, as `ucm` does.
+Needs `pip install bm25s`, and a model (`ucm model pull smollm2-135m`). With a daemon, import
+`connect` from `ucm.client` and replace `lambda: ucm.open(...)` by
+`lambda: connect(SOCKET, timeout_s=2.0)`. On cores that others use too, set OMP_WAIT_POLICY=PASSIVE,
+as `ucm` does.
 """
 
 import argparse
@@ -41,7 +42,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=4, help="chunks for a question")
     parser.add_argument("--recompute", type=float, default=0.18, help="share of the work, 0 to 1")
     parser.add_argument("--max-tokens", type=int, default=48)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.top < 1:
+        parser.error("--top is at least 1")
+    return arguments
 
 
 def documents(folder: Path) -> list[TextFile]:

@@ -92,6 +92,12 @@ def test_retrieval_with_cached_chunks(
         assert len(re.findall(r"^first token .* of it$", "\n".join(lines), re.MULTILINE)) == 2
 
 
+def test_retrieval_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["rag.py", "folder", "What?", "--top", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLES / "rag.py"), run_name="__main__")
+
+
 @pytest.mark.parametrize(
     ("folder", "words"), [("empty", "there is no text in"), ("absent", "No such file")]
 )
@@ -110,14 +116,20 @@ def test_retrieval_in_nothing(
 def test_reuse_in_twenty_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The example of docs/reuse.md as it stands there."""
     text = (DOCS / "reuse.md").read_text()
-    lines = (
-        "    import ucm\n" + text.partition("    import ucm\n")[2].partition("\n\n`ucm.client")[0]
-    )
+    lines = "    import ucm\n" + text.partition("    import ucm\n")[2]
+    lines = lines.partition("\n\n`connect(")[0]
     names: dict[str, Any] = {
-        "model": write_tiny_model(tmp_path / "m"),
-        "store": tmp_path / "store",
-        "texts": list(CORPUS.values()),
+        "MODEL": write_tiny_model(tmp_path / "m"),
+        "STORE": tmp_path / "store",
+        "TEXTS": list(CORPUS.values()),
     }
+    stands_in = {
+        '"rag-store", ["..."]': "STORE, TEXTS",
+        'model_hub.resolve("smollm2-135m")': "MODEL",
+    }
+    for written, name in stands_in.items():
+        assert lines.count(written) == 1
+        lines = lines.replace(written, name)
     exec(textwrap.dedent(lines), names)
     report = names["result"].reuse
     assert report.num_chunk_tokens > 1000
