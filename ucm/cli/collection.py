@@ -212,7 +212,7 @@ def _show_removal(answer: RemoveAnswer, problems: tuple[str, ...]) -> None:
         f"{deletion.num_kept} stay because other documents have them"
     )
     for each in answer.missing:
-        console.print(f"no such document: {each}", markup=False)
+        console.print(f"no such document: {each}; see `ucm collection ls`", markup=False)
     for problem in problems:
         console.print(f"problem: {problem}", style="bold red", markup=False)
 

@@ -175,7 +175,7 @@ class SegmentedPrompt:
         if self.spans and len(self.token_ids) > self.spans[0].chunk.space.max_positions:
             raise InvalidArgumentError(
                 f"a prompt of {len(self.token_ids)} tokens; the model has "
-                f"{self.spans[0].chunk.space.max_positions} positions: give fewer chunks"
+                f"{self.spans[0].chunk.space.max_positions} positions: give fewer or shorter chunks"
             )
 
     @classmethod
