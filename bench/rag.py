@@ -63,7 +63,7 @@ class RagBenchOptions:
 
     def quick(self) -> RagBenchOptions:
         """One prompt of three short chunks, one question: below 50 s."""
-        shapes = (Shape(RAG, 3, 128),)
+        shapes = (Shape(RAG, 3, 96),)
         prompts = replace(self.prompts, shapes=shapes, window_tokens=32, num_questions=1)
         return replace(
             self,
