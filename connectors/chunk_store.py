@@ -83,10 +83,9 @@ def is_stored(cached: CachedEngine, chunk: Chunk) -> bool:
 
 def _may_pin(cached: CachedEngine, chunk: Chunk) -> bool:
     """Whether the engine would offer the chunk now; it offers nothing that it may not pin."""
-    options, pool = cached.engine.options, cached.engine.pool
+    pool = cached.engine.pool
     pool.drain()
-    max_pinned = int(options.num_blocks * options.max_pinned_share)
-    return pool.num_pinned + chunk.num_blocks <= max_pinned
+    return pool.num_pinned + chunk.num_blocks <= cached.engine.options.max_pinned
 
 
 def _compute(cached: CachedEngine, chunk: Chunk) -> None:

@@ -10,14 +10,14 @@ computed in every layer, with what of the chunks is recomputed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ucm.errors import InvalidArgumentError
 from ucm.hashing import FORMAT_VERSION, Encodable, encode
 from ucm.reuse.chunks import as_tokens
 from ucm.reuse.options import ReuseOptions
-from ucm.reuse.segments import Chunk, ChunkSpace, SegmentedPrompt
+from ucm.reuse.segments import ChunkSpace, SegmentedPrompt
 
 from .interfaces import DecoderModel
 from .reuse_report import FallbackReason, ReuseReport
@@ -78,12 +78,21 @@ def span_of(
     prompt: SegmentedPrompt, block_tokens: int, sink_tokens: Sequence[int]
 ) -> BlendSpan | None:
     """Where a prompt's chunks stand; None when none of them fills a block."""
-    chunks = tuple(_placed(prompt, block_tokens, tuple(sink_tokens)))
+    sink = tuple(sink_tokens)
+    chunks = tuple(
+        BlendChunk(
+            start=placed.start,
+            token_ids=prompt.token_ids[placed.start : placed.cached_stop],
+            is_exact=prompt.token_ids[: placed.start] == sink,
+        )
+        for placed in prompt.spans
+        if placed.chunk.num_blocks
+    )
     if not chunks:
         return None
     distinct = {chunk.token_ids for chunk in chunks}
     longest = max(map(len, distinct))
-    num_rows = sum(map(len, distinct)) + len(sink_tokens) + longest
+    num_rows = sum(map(len, distinct)) + len(sink) + longest
     return BlendSpan(chunks=chunks, stop=prompt.stop, num_extra_blocks=-(-num_rows // block_tokens))
 
 
@@ -111,18 +120,3 @@ def chunk_space_of(model: DecoderModel, options: ReuseOptions, block_tokens: int
         block_tokens=block_tokens,
         max_positions=config.max_context_tokens,
     )
-
-
-def _placed(
-    prompt: SegmentedPrompt, block_tokens: int, sink_tokens: tuple[int, ...]
-) -> Iterator[BlendChunk]:
-    before: list[int] = []
-    for segment in prompt.segments:
-        num_full = len(segment.token_ids) // block_tokens * block_tokens
-        if isinstance(segment, Chunk) and num_full:
-            yield BlendChunk(
-                start=len(before),
-                token_ids=tuple(segment.token_ids[:num_full]),
-                is_exact=tuple(before) == sink_tokens,
-            )
-        before += segment.token_ids

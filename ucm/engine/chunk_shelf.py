@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from ucm.clock import Clock
-from ucm.errors import InvalidArgumentError
 from ucm.hashing import chain_keys
 from ucm.reuse.chunks import chunk_extra_keys
 from ucm.types import ROOT_KEY, LoadOrder
@@ -188,7 +187,7 @@ class ChunkShelf:
         if original.encoder is not None:
             self.parts.retire(original.encoder)
         if original.state is not OriginalState.READY:
-            self._clear(original.block_ids[original.num_found :])
+            self.parts.pool.clear(original.block_ids[original.num_found :])
         self.parts.pool.blocks.release(original.block_ids)
         self.parts.hook.finish(original.name)
 
@@ -251,7 +250,7 @@ class ChunkShelf:
                 token_ids=tokens,
                 first_block=first,
                 block_ids=block_ids,
-                hold=self._holder(block_ids),
+                hold=self.parts.pool.holder(block_ids),
                 extra_keys=extra_keys,
                 whole=True,
             )
@@ -294,7 +293,7 @@ class ChunkShelf:
         logger.info("a chunk's load came short; it is computed")
         original.state = OriginalState.MISSING
         held = [i for i, block in enumerate(original.block_ids) if self.parts.pool.is_held(block)]
-        self._clear(asked_for)
+        self.parts.pool.clear(asked_for)
         if len(held) > blocks.num_available:
             original.state = OriginalState.FAILED
             return
@@ -318,14 +317,6 @@ class ChunkShelf:
             self.parts.pool.hold(asked_for)
             return 0
         return num_good
-
-    def _holder(self, block_ids: Sequence[int]) -> Callable[[Sequence[int]], Callable[[], None]]:
-        def hold(held: Sequence[int]) -> Callable[[], None]:
-            if not set(held) <= set(block_ids):
-                raise InvalidArgumentError(f"blocks {list(held)} are not of this load")
-            return self.parts.pool.hold(held)
-
-        return hold
 
     # Computing
 
@@ -361,7 +352,7 @@ class ChunkShelf:
         if not torch.isfinite(self.parts.pool.tensor[:, target]).all():
             # A prompt's logits would have told; nobody looks at those of a chunk.
             logger.warning("the KV of a chunk is not finite: it is not kept")
-            self._clear(target)
+            self.parts.pool.clear(target)
             original.state = OriginalState.FAILED
             return
         original.num_encoded = len(target)
@@ -413,7 +404,3 @@ class ChunkShelf:
             links.append(ChainLink(key, parent, token_ids[number * size : (number + 1) * size]))
             parent = key
         return tuple(links)
-
-    def _clear(self, block_ids: Iterable[int]) -> None:
-        pool = self.parts.pool
-        pool.clear([block for block in block_ids if not pool.is_held(block)])

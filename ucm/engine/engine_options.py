@@ -39,6 +39,11 @@ class EngineOptions:
     """How chunks of prompts are reused at any position; None: prompts have none."""
 
     @property
+    def max_pinned(self) -> int:
+        """Blocks that stores may pin."""
+        return max(1, int(self.num_blocks * self.max_pinned_share))
+
+    @property
     def share(self) -> OffloadOptions | None:
         """What a sequence may own of the pool; None: what it needs."""
         sparse = self.sparse

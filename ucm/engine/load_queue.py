@@ -21,11 +21,10 @@ Envelope: O(loads) a step, one call of the hook each; nothing when there are non
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ucm.clock import Clock
-from ucm.errors import InvalidArgumentError
 from ucm.types import BlockKey, LoadOrder
 
 from .guarded_hook import GuardedHook
@@ -162,7 +161,7 @@ class LoadQueue:
             token_ids=tokens,
             first_block=num_local,
             block_ids=block_ids,
-            hold=self._holder(block_ids),
+            hold=self._pool.holder(block_ids),
         )
         start = self._hook.start_load(request)
         if start.num_blocks < 1:
@@ -309,7 +308,7 @@ class LoadQueue:
         if num_good is None:
             self._pool.hold(load.block_ids)
             num_good = 0
-        self._pool.clear([block for block in load.lost_ids if not self._pool.is_held(block)])
+        self._pool.clear(load.lost_ids)
         self._pool.blocks.release(load.lost_ids)
         load.lost_ids = []
         return num_good
@@ -339,17 +338,8 @@ class LoadQueue:
         return True
 
     def _clear(self, blocks: range, sequence: TokenSequence) -> None:
-        block_ids = [sequence.block_ids[index] for index in blocks]
-        self._pool.clear([block for block in block_ids if not self._pool.is_held(block)])
+        self._pool.clear(sequence.block_ids[index] for index in blocks)
 
     def _keys_of(self, load: Load) -> Iterator[BlockKey]:
         chain = load.sequence.chain
         return (link.key for link in chain[load.first_block : load.end_block])
-
-    def _holder(self, block_ids: Sequence[int]) -> Callable[[Sequence[int]], Callable[[], None]]:
-        def hold(held: Sequence[int]) -> Callable[[], None]:
-            if not set(held) <= set(block_ids):
-                raise InvalidArgumentError(f"blocks {list(held)} are not of this load")
-            return self._pool.hold(held)
-
-        return hold

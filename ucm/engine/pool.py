@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from ucm.errors import InvalidArgumentError
 from ucm.layout import KvDtype, KvLayout
 
 from .allocator import BlockAllocator
@@ -83,13 +84,15 @@ class KvPool:
         self.blocks.release([block_id])
         return copy_id
 
-    def clear(self, block_ids: Sequence[int]) -> None:
+    def clear(self, block_ids: Iterable[int]) -> None:
         """Zero blocks that a failed load may have left with arbitrary bits.
 
-        Attention masks rows that are not filled, but 0 times NaN is NaN.
+        Attention masks rows that are not filled, but 0 times NaN is NaN. Held blocks are left: they
+        may still be written to, and are zeroed when they are released.
         """
-        if block_ids:
-            self.tensor[:, list(block_ids)] = 0
+        free = [block_id for block_id in block_ids if not self.is_held(block_id)]
+        if free:
+            self.tensor[:, free] = 0
 
     def pin(self, block_ids: Sequence[int]) -> Callable[[], None]:
         """Keep blocks from being reused until the returned function is called.
@@ -102,6 +105,16 @@ class KvPool:
         """Like `pin`, for blocks that are still written to; they are zeroed when released."""
         self._held.update(block_ids)
         return self._add_pin(_Pin(tuple(block_ids), self._released, is_hold=True))
+
+    def holder(self, block_ids: Sequence[int]) -> Callable[[Sequence[int]], Callable[[], None]]:
+        """`hold` for one load's blocks; refuses others with InvalidArgumentError."""
+
+        def hold(held: Sequence[int]) -> Callable[[], None]:
+            if not set(held) <= set(block_ids):
+                raise InvalidArgumentError(f"blocks {list(held)} are not of this load")
+            return self.hold(held)
+
+        return hold
 
     def is_held(self, block_id: int) -> bool:
         """Whether somebody outside may still write to the block."""
@@ -132,8 +145,8 @@ class KvPool:
         self._pins.remove(pin)
         self.num_pinned -= len(pin.block_ids)
         if pin.is_hold:
-            self.clear(pin.block_ids)
             self._held.subtract(pin.block_ids)
+            self.clear(pin.block_ids)
         self.blocks.release(pin.block_ids)
 
     def reset(self) -> int:

@@ -72,8 +72,7 @@ class BatchRunner:
         self.pool = KvPool(layout, options.num_blocks, options.device)
         self.hook = GuardedHook(hook, self.pool.tensor, layout.block_tokens)
         self.loads = LoadQueue(self.hook, self.pool, options.scheduler, clock)
-        max_pinned = max(1, int(options.num_blocks * options.max_pinned_share))
-        self._offers = StoreOffers(self.hook, self.pool, self.loads, max_pinned)
+        self._offers = StoreOffers(self.hook, self.pool, self.loads, options.max_pinned)
         self.blends: BlendDesk | None = None
         if options.reuse is not None:
             self.blends = open_desk(
@@ -85,7 +84,7 @@ class BatchRunner:
                     loads=self.loads,
                     clock=clock,
                     stats=self.stats.reuse,
-                    max_pinned=max_pinned,
+                    max_pinned=options.max_pinned,
                     max_load_s=options.scheduler.max_load_s,
                     submit=self.submit,
                     retire=self.retire,

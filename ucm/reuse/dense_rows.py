@@ -83,25 +83,18 @@ def assemble(
         KV of all positions, and the plan; rows that no chunk fills are zero.
     """
     encoded = {} if encoded is None else encoded
-    segments = prompt.segments
-    tokens = tuple(token for segment in segments for token in segment.token_ids)
-    places = [i for i, segment in enumerate(segments) if isinstance(segment, Chunk)]
-    starts = [0]
-    for segment in segments:
-        starts.append(starts[-1] + len(segment.token_ids))
-    start, stop = starts[places[0]], starts[places[-1] + 1]
+    tokens, start, stop = prompt.token_ids, prompt.start, prompt.stop
     rows = _empty(model, len(tokens))
     rows = DenseRows(rows.kv_L2GTD, stop)
     spans = []
-    for place in places:
-        chunk, at = segments[place], starts[place]
-        assert isinstance(chunk, Chunk)
+    for placed in prompt.spans:
+        chunk, at = placed.chunk, placed.start
         stored = encoded[chunk] if chunk in encoded else encode_chunk(model, chunk)
         end = at + stored.shape[3]
-        sink = chunk.space.sink_tokens
         if end > at:
+            sink = chunk.space.sink_tokens
             spans.append(ChunkSpan(start=at, stop=end, is_exact=tokens[:at] == sink))
-            rows.kv_L2GTD[:, 0, :, at:end] = rotate_keys(stored[:, 0], rope, at - len(sink))
+            rows.kv_L2GTD[:, 0, :, at:end] = rotate_keys(stored[:, 0], rope, placed.shift)
             rows.kv_L2GTD[:, 1, :, at:end] = stored[:, 1]
     compute(model, rows, tokens[:start], 0)
     return rows, BlendPlan(token_ids=tokens, spans=tuple(spans), start=start, stop=stop)
