@@ -116,7 +116,7 @@ def test_quality_sends_probes_where_the_guard_sends_none() -> None:
 
 def test_the_work_of_a_plan_leaves_exact_chunks_out() -> None:
     spans = (ChunkSpan(start=8, stop=40, is_exact=True), ChunkSpan(start=40, stop=72))
-    plan = BlendPlan(token_ids=tuple(range(90)), spans=spans, start=8, stop=75)
+    plan = BlendPlan(token_ids=tuple(range(90)), spans=spans, start=8, stop=75, query_start=75)
     assert BlendWork.of(plan, 4) == BlendWork(num_layers=4, num_rows=32, num_fresh=3)
 
 

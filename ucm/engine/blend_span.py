@@ -4,7 +4,8 @@
     span            start                                                        stop
 
 A chunk's tail, which fills no block, and text between chunks have no rows to reuse: they are
-computed in every layer, with what of the chunks is recomputed.
+computed in every layer, with what of the chunks is recomputed. So is a short query behind the
+span, but for the prompt's last token (`blend_job`).
 """
 
 from __future__ import annotations

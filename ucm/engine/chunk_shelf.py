@@ -76,6 +76,8 @@ class Original:
     num_losses: int = 0
     """Times that what was counted on did not come: who has read rows of it must begin anew."""
     num_layers_ready: int = 0
+    num_layers_good: int = 0
+    """Layers whose rows were found to be there and verified, for as long as the load lasts."""
     load: LoadStart | None = None
     started_us: int = 0
     encoder: TokenSequence | None = None
@@ -208,6 +210,8 @@ class ChunkShelf:
 
     def has_layer(self, original: Original, layer: int) -> bool:
         """Whether a layer's rows may be read; never blocks."""
+        if original.load is not None and original.num_layers_good > layer:
+            return True
         if original.load is not None and original.num_layers_ready <= layer:
             self._follow(original)
         if original.load is not None and original.num_layers_ready > layer:
@@ -225,7 +229,7 @@ class ChunkShelf:
             return original.is_ready
         (num_good,) = self.parts.hook.wait_layer(layer, [original.name])
         if num_good >= load.num_blocks:
-            original.num_layers_ready = max(original.num_layers_ready, layer + 1)
+            original.num_layers_good = max(original.num_layers_good, layer + 1)
             return True
         self._end_load(original)
         return original.is_ready
@@ -311,7 +315,7 @@ class ChunkShelf:
         """End a load at the hook; returns how many blocks are good."""
         load, original.load = original.load, None
         asked_for = original.block_ids[original.num_found :]
-        original.num_layers_ready = 0
+        original.num_layers_ready = original.num_layers_good = 0
         num_good = self.parts.hook.end_load(original.name)
         if num_good is None or load is None:
             self.parts.pool.hold(asked_for)

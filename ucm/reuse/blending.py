@@ -188,7 +188,7 @@ class _Blend:
         """Stage 1 over as many query tokens as its share of the budget pays for."""
         plan, rows = self._plan, allowance.constant_rows
         affordable = min(max(MIN_QUERIES, int(rows * QUERY_SHARE)), rows // 3)
-        count = min(self._options.num_queries, affordable, len(plan.token_ids) - plan.stop)
+        count = min(self._options.num_queries, affordable, len(plan.token_ids) - plan.query_start)
         if count < 1:
             return None
         is_front = self._fresh < plan.spans[0].start

@@ -97,7 +97,8 @@ def assemble(
             rows.kv_L2GTD[:, 0, :, at:end] = rotate_keys(stored[:, 0], rope, placed.shift)
             rows.kv_L2GTD[:, 1, :, at:end] = stored[:, 1]
     compute(model, rows, tokens[:start], 0)
-    return rows, BlendPlan(token_ids=tokens, spans=tuple(spans), start=start, stop=stop)
+    plan = BlendPlan(token_ids=tokens, spans=tuple(spans), start=start, stop=stop, query_start=stop)
+    return rows, plan
 
 
 def compute(model: LayerwiseModel, rows: DenseRows, token_ids: Sequence[int], start: int) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .protocols import BlendPlan, LayerwiseModel
+from .row_attention import attend_rows
 
 
 class Importance:
@@ -52,7 +53,7 @@ class Importance:
         queries = torch.arange(first, len(plan.token_ids), device=front.device)
         self._positions = torch.cat((front, queries))
         self._x_SC = model.embed([plan.token_ids[i] for i in self._positions.tolist()])
-        self._mask = _mask(self._positions, len(front), plan.stop, absent)
+        self._mask = _mask(queries, plan.stop, absent)
         self.masses: list[Tensor] = []
         """[N] fp32 for each layer that is known: attention on each candidate."""
 
@@ -75,10 +76,13 @@ class Importance:
         q_SHD, new_2GSD = self._model.project(layer, self._x_SC, self._positions)
         front_2GFD, own_2GQD = new_2GSD[:, :, :num_front], new_2GSD[:, :, num_front:]
         kv_2GTD.index_copy_(2, self.front, front_2GFD)
-        attended, weights_QT = _attend(q_SHD, kv_2GTD, own_2GQD, self._mask)
-        self.masses.append(weights_QT.index_select(0, candidates))
+        attended, mass_T = _attend(q_SHD[num_front:], kv_2GTD, own_2GQD, self._mask)
+        self.masses.append(mass_T.index_select(0, candidates))
         self.num_done += 1
         if self.num_done < self._model.num_layers:
+            if num_front:
+                first = attend_rows(q_SHD[:num_front], kv_2GTD, self.front)
+                attended = torch.cat((first, attended))
             self._x_SC = self._model.finish(layer, self._x_SC, attended)
         return front_2GFD
 
@@ -91,31 +95,28 @@ class Importance:
         return mass / mass.sum().clamp_min_(1e-20)
 
 
-def _mask(positions: Tensor, num_front: int, num_columns: int, absent: Tensor) -> Tensor:
-    """[S, T + Q] fp32, 0 for what a row sees and -inf for the rest."""
-    device, num_queries = positions.device, len(positions) - num_front
-    columns = torch.cat((torch.arange(num_columns, device=device), positions[num_front:]))
-    is_hidden = columns > positions.unsqueeze(1)
+def _mask(queries: Tensor, num_columns: int, absent: Tensor) -> Tensor:
+    """[Q, T + Q] fp32, 0 for what a query token sees and -inf for the rest."""
+    columns = torch.cat((torch.arange(num_columns, device=queries.device), queries))
+    is_hidden = columns > queries.unsqueeze(1)
     is_hidden[:, absent] = True
-    mask = torch.zeros(len(positions), num_columns + num_queries, device=device)
-    return mask.masked_fill_(is_hidden, -math.inf)
+    return torch.zeros(is_hidden.shape, device=queries.device).masked_fill_(is_hidden, -math.inf)
 
 
 def _attend(
-    q_SHD: Tensor, kv_2GTD: Tensor, own_2GQD: Tensor, mask: Tensor
+    q_QHD: Tensor, kv_2GTD: Tensor, own_2GQD: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention [S, H, D], and the queries' mass on each of the T columns, [T] fp32."""
-    num_rows, heads, dim = q_SHD.shape
+    """Attention [Q, H, D], and the mass on each of the T columns, [T] fp32."""
+    num_queries, heads, dim = q_QHD.shape
     kv_heads, num_columns = kv_2GTD.shape[1:3]
-    num_queries = own_2GQD.shape[2]
-    q_GRSD = q_SHD.reshape(num_rows, kv_heads, -1, dim).permute(1, 2, 0, 3)
-    q_GXD = q_GRSD.reshape(kv_heads, -1, dim)
+    q_GRQD = q_QHD.reshape(num_queries, kv_heads, -1, dim).permute(1, 2, 0, 3)
+    q_GXD = q_GRQD.reshape(kv_heads, -1, dim)
     scores = [q_GXD @ keys.transpose(1, 2) for keys in (kv_2GTD[0], own_2GQD[0])]
-    scores_GRST = torch.cat(scores, 2).view(kv_heads, -1, num_rows, mask.shape[1])
-    weights = (scores_GRST.float() * dim**-0.5).add_(mask).softmax(-1)
-    mass_T = weights[:, :, num_rows - num_queries :, :num_columns].sum((0, 1, 2))
-    weights_GXT = weights.to(q_SHD.dtype).view(kv_heads, -1, mask.shape[1])
+    scores_GRQT = torch.cat(scores, 2).view(kv_heads, -1, num_queries, mask.shape[1])
+    weights = (scores_GRQT.float() * dim**-0.5).add_(mask).softmax(-1)
+    mass_T = weights[:, :, :, :num_columns].sum((0, 1, 2))
+    weights_GXT = weights.to(q_QHD.dtype).view(kv_heads, -1, mask.shape[1])
     past_GXT, own_GXT = weights_GXT.split((num_columns, num_queries), 2)
     out_GXD = past_GXT @ kv_2GTD[1] + own_GXT @ own_2GQD[1]
-    out_GRSD = out_GXD.view(kv_heads, -1, num_rows, dim)
-    return out_GRSD.permute(2, 0, 1, 3).reshape(num_rows, heads, dim), mass_T
+    out_GRQD = out_GXD.view(kv_heads, -1, num_queries, dim)
+    return out_GRQD.permute(2, 0, 1, 3).reshape(num_queries, heads, dim), mass_T

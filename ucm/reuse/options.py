@@ -87,7 +87,8 @@ class ReuseOptions:
     """QUALITY: what may be left of the drift (`BlendOutcome.residual`); about what a budget of .18
     leaves in ordinary prompts."""
     max_blend_s: float = 0.5
-    """LATENCY: what repairing a request's chunks may take, in seconds."""
+    """LATENCY: what repairing a request's chunks may take, in seconds; with what is computed beside
+    them, a short query too."""
     min_budget: float = 0.05
     max_budget: float = 0.5
     model_digest: str = ""

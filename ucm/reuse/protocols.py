@@ -82,11 +82,14 @@ class BlendPlan:
     """
 
     token_ids: Sequence[int]
-    """All of the request, its query (from `stop` on) included."""
+    """All of the request, its query included."""
     spans: tuple[ChunkSpan, ...]
-    """Ascending, disjoint, within `start` to `stop`."""
+    """Ascending, disjoint, within `start` to `query_start`."""
     start: int
     stop: int
+    query_start: int
+    """Behind the last chunk, at most `stop`: from here on the tokens say which rows matter. Those
+    before `stop` are computed with the rows that are repaired, exactly as behind them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
