@@ -56,6 +56,7 @@ class SummaryTable:
         self._columns = make_columns(kind, layout)
         self._scale = np.float32(1 / math.sqrt(layout.head_dim))
         self._must = np.zeros((layout.num_layers, 0), np.bool_)
+        self._has_must = False
         self._length = 0
 
     def __len__(self) -> int:
@@ -107,12 +108,19 @@ class SummaryTable:
         flags = (new["flags"] & MUST != 0).any(axis=2).T
         behind = self._must[:, start + len(new) :]
         self._must = np.concatenate([self._must[:, :start], flags, behind], axis=1)
+        self._has_must = bool(self._must.any())
         self._length = max(self._length, start + len(new))
 
     def truncate(self, num_blocks: int) -> None:
         """Keep the first `num_blocks`; nothing happens if there are fewer."""
         self._length = min(self._length, max(0, num_blocks))
         self._must = self._must[:, : self._length]
+        self._has_must = bool(self._must.any())
+
+    @property
+    def has_must(self) -> bool:
+        """Whether any block has to be read in any layer."""
+        return self._has_must
 
     def must(self, layer: int) -> Bools:
         """[n] blocks that have to be read: their summaries say nothing."""
@@ -161,7 +169,8 @@ class SummaryTable:
         num = self._leading(num_blocks)
         if not num:
             return np.zeros(0, np.float32)
-        return self._columns.shares(layer, rows, num, self._must[layer, :num])
+        must = self._must[layer, :num] if self._has_must else None
+        return self._columns.shares(layer, rows, num, must)
 
     def bounds(self, layer: int, q: Floats, num_blocks: int | None = None) -> tuple[Floats, Floats]:
         """Sound bounds of every logit q . k / sqrt(D) of each block's stored keys.
@@ -371,16 +380,17 @@ def choose_blocks(p: Floats, budget: Budget, must: Bools, block_tokens: int) -> 
         must: [n] blocks that are taken whatever the budget says.
         block_tokens: tokens of a block.
     """
-    order = np.argsort(np.where(must, np.float32(-np.inf), -p), kind="stable")
-    ranked = p[order]
-    count = max(int(np.count_nonzero(must)), _budget_blocks(ranked, budget, block_tokens))
+    keys = -p
+    keys[must] = -np.inf
+    order = keys.argsort(kind="stable")
+    count = max(int(np.count_nonzero(must)), _budget_blocks(p, order, budget, block_tokens))
     blocks = order[:count]
     blocks.sort()
-    return Choice(blocks, min(1.0, float(ranked[:count].sum())))
+    return Choice(blocks, min(1.0, float(p[blocks].sum())))
 
 
-def _budget_blocks(ranked: Floats, budget: Budget, block_tokens: int) -> int:
-    num = len(ranked)
+def _budget_blocks(p: Floats, order: NDArray[np.int64], budget: Budget, block_tokens: int) -> int:
+    num = len(p)
     if budget.is_everything:
         return num
     if budget.ratio is not None:
@@ -388,7 +398,7 @@ def _budget_blocks(ranked: Floats, budget: Budget, block_tokens: int) -> int:
     if budget.tokens is not None:
         return max(1, budget.tokens // block_tokens)
     assert budget.eps is not None
-    enough = int(np.searchsorted(np.cumsum(ranked), 1 - budget.eps - 1e-6)) + 1
+    enough = int(np.searchsorted(np.cumsum(p[order]), 1 - budget.eps - 1e-6)) + 1
     return min(max(enough, _part(budget.min_ratio, num)), _part(budget.max_ratio, num))
 
 

@@ -118,7 +118,7 @@ class Columns(ABC):
     def log_mass(self, layer: int, q_GmD: Floats, num: int) -> Floats:
         """[G, m, num] estimates of the log of the sum of exp(logit) over each block's keys."""
 
-    def shares(self, layer: int, q_GmD: Floats, num: int, must: Bools) -> Floats:
+    def shares(self, layer: int, q_GmD: Floats, num: int, must: Bools | None) -> Floats:
         """[num] the mean over heads of each one's softmax over blocks; 0 for those of `must`."""
         return mean_softmax(self.log_mass(layer, q_GmD, num)[:, None], must)
 
@@ -154,26 +154,25 @@ def log_sum(terms_GCmn: Floats) -> Floats:
     return found
 
 
-def mean_softmax(terms_GCmn: Floats, must: Bools) -> Floats:
+def mean_softmax(terms_GCmn: Floats, must: Bools | None) -> Floats:
     """[n] the mean over heads of each one's softmax over all its terms, summed over C.
 
     That is the softmax over blocks of the log of each one's sum, with one exponential of a term and
-    no logarithm. Changes `terms`. Blocks of `must` get 0.
+    no logarithm. Changes `terms`. Blocks of `must` get 0; None: there are none.
     """
-    has_must = must.any()
-    if has_must:
+    if must is not None:
         terms_GCmn[..., must] = -np.inf
     top = terms_GCmn.max(axis=(1, 3), keepdims=True)
-    if has_must:
+    if must is not None:
         top[top == -np.inf] = 0
     terms_GCmn -= top
     weights = np.exp(terms_GCmn, out=terms_GCmn)
     sums = weights.sum(axis=(1, 3), keepdims=True)
-    if has_must:
+    if must is not None:
         sums[sums == 0] = 1
-    parts = np.empty(weights.shape[:3], np.float32)
-    parts[:] = 1 / (sums[..., 0] * sums.size)
-    found: Floats = parts.reshape(-1) @ weights.reshape(-1, weights.shape[3])
+    sums *= sums.size
+    weights /= sums
+    found: Floats = weights.reshape(-1, weights.shape[3]).sum(axis=0)
     return found
 
 
@@ -215,7 +214,7 @@ class CentroidColumns(Columns):
         """See `Columns.log_mass`."""
         return log_sum(self._terms(layer, q_GmD, num))
 
-    def shares(self, layer: int, q_GmD: Floats, num: int, must: Bools) -> Floats:
+    def shares(self, layer: int, q_GmD: Floats, num: int, must: Bools | None) -> Floats:
         """See `Columns.shares`."""
         return mean_softmax(self._terms(layer, q_GmD, num), must)
 

@@ -132,7 +132,7 @@ class GenerateOptions:
         int | None,
         typer.Option(
             metavar="STEPS",
-            help="Steps that a choice is used for. Default: 5, in the mode concurrency 8.",
+            help="Steps that a choice is used for. Default: 6, in the mode concurrency 8.",
         ),
     ] = None
     sparse_dense_layers: Annotated[

@@ -31,7 +31,7 @@ class SparseOptions:
     """How much a layer reads in the mode `latency`, sink and recent window included."""
     concurrency_budget: Budget = field(default_factory=lambda: Budget(ratio=0.125))
     """The same in the mode `concurrency`."""
-    stride: int = 5
+    stride: int = 6
     """Steps that a selection is used for in the mode `latency`; every step refreshes the layers
     whose turn it is. 1 is the most exact and costs a fifth of a step at 4,096 tokens of
     SmolLM2-135M; a stale selection trebles the (small) divergence from dense attention, whether it

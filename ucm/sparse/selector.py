@@ -59,6 +59,10 @@ class _Kept:
     mass: float
     shares: Floats
     """[blocks that were scored]"""
+    stale: Selection | None = None
+    """What later steps read, and ..."""
+    num_stale_blocks: int = 0
+    """... for how many blocks of the sequence that holds."""
 
 
 @dataclass(slots=True)
@@ -141,17 +145,18 @@ class SequenceSelector:
         stride = step.settings.stride
         if kept is None or (kept.position + layer) // stride != (step.position + layer) // stride:
             return None
-        blocks = kept.blocks
-        if kept.num_blocks < step.num_blocks:
+        if kept.stale is None or kept.num_stale_blocks != step.num_blocks:
             sealed_since = np.arange(kept.num_blocks, step.num_blocks, dtype=np.int64)
-            blocks = np.concatenate((blocks, sealed_since))
-        return Selection(blocks, kept.mass, is_fresh=False, shares=kept.shares)
+            blocks = np.concatenate((kept.blocks, sealed_since))
+            kept.stale = Selection(blocks, kept.mass, is_fresh=False, shares=kept.shares)
+            kept.num_stale_blocks = step.num_blocks
+        return kept.stale
 
     def _fresh(self, layer: int, q_THD: Tensor) -> _Kept:
         step = self._step
         assert step is not None
         num = step.num_scored
-        must = step.must | self.table.must(layer)[:num]
+        must = step.must | self.table.must(layer)[:num] if self.table.has_must else step.must
         tokens = self.table.layout.block_tokens
         shares = self.table.shares(layer, as_floats(q_THD), num)
         choice = choose_blocks(shares, step.settings.budget, must, tokens)
