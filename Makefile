@@ -2,18 +2,31 @@
 VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt
+PYTEST = $(VENV)/bin/python -m pytest
 
-.PHONY: demo test test-deep lint bench clean
+.PHONY: demo test test-most test-fixed-time test-deep lint bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/ucm demo $(ARGS)
 
+# Two lanes at once: what lasts a fixed time on any machine gives way to the rest, and ends before
+# it. With ARGS one run of pytest that takes them all.
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+ifdef ARGS
+	$(PYTEST) -m "not slow" $(ARGS)
+else
+	@$(MAKE) --no-print-directory --jobs=2 test-fixed-time test-most
+endif
+
+test-most: $(VENV)/.installed-dev
+	$(PYTEST) -m "not slow and not fixed_time"
+
+test-fixed-time: $(VENV)/.installed-dev
+	nice $(PYTEST) -m "fixed_time and not slow" -o console_output_style=classic
 
 # Hours: the deep figures of ucm/testing/lanes.py, and what is marked slow.
 test-deep: $(VENV)/.installed-dev
-	UCM_HYPOTHESIS_PROFILE=deep $(VENV)/bin/python -m pytest $(ARGS)
+	UCM_HYPOTHESIS_PROFILE=deep $(PYTEST) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

@@ -42,6 +42,7 @@ def num_accepted_in_a_life(server: LifeServer, path: Path) -> int:
     return len(outcome["accepted"])
 
 
+@pytest.mark.fixed_time
 @pytest.mark.timeout(LANE.random_faults_s * 2 + 120)
 def test_lives_under_random_faults(server: LifeServer) -> None:
     accepted: list[int] = []

@@ -33,10 +33,25 @@ def run_generate(model: Path, *arguments: str) -> dict[str, Any]:
     return reply
 
 
-def test_a_folder_is_a_cache_for_the_next_run(model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache") / "store"
+
+
+@pytest.fixture(scope="module")
+def cold(model: Path, store: Path) -> dict[str, Any]:
+    return run_generate(model, "--cache", str(store))
+
+
+@pytest.fixture(scope="module")
+def warm(model: Path, store: Path, cold: dict[str, Any]) -> dict[str, Any]:
+    return run_generate(model, "--cache", str(store))
+
+
+def test_a_folder_is_a_cache_for_the_next_run(
+    model: Path, cold: dict[str, Any], warm: dict[str, Any]
+) -> None:
     plain = run_generate(model)
-    cold = run_generate(model, "--cache", str(tmp_path / "store"))
-    warm = run_generate(model, "--cache", str(tmp_path / "store"))
     assert plain["cache"] is None
     assert plain["token_ids"] == cold["token_ids"] == warm["token_ids"]
     assert cold["num_hook_tokens"] == 0
@@ -72,16 +87,14 @@ def test_text_streams_to_standard_output_and_figures_to_standard_error(model: Pa
     assert "prompt tokens" in runs[0].stderr
 
 
-def test_the_decision_is_explained(model: Path, tmp_path: Path) -> None:
-    store = str(tmp_path / "store")
-    run_generate(model, "--cache", store)
-    decision = run_generate(model, "--cache", store)["decision"]
+def test_the_decision_is_explained(model: Path, store: Path, warm: dict[str, Any]) -> None:
+    decision = warm["decision"]
     assert decision["kind"] in decision["alternatives_s"]
     assert decision["predicted_ttft_s"] > 0
     command = [sys.executable, "-m", "ucm.cli", "generate", "--model", str(model)]
     command += ["--prompt", PROMPT, "--max-tokens", "2", "--explain"]
     told = subprocess.run(
-        [*command, "--cache", store], capture_output=True, text=True, timeout=120, check=True
+        [*command, "--cache", str(store)], capture_output=True, text=True, timeout=120, check=True
     )
     assert f"* {decision['kind']}" in told.stderr
     assert "estimates: priors for computing" in told.stderr

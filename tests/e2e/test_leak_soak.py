@@ -1,6 +1,6 @@
 """Put, get and evict at a steady state: the daemon's private memory and descriptors stay put.
 
-A minute in the fast lane; `UCM_SOAK_S` sets the length of the deep one (8 hours: 28800).
+Three minutes in the fast lane; `UCM_SOAK_S` sets the length of the deep one (8 hours: 28800).
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def work(daemon: SpawnedDaemon, chance: random.Random, first_seed: int) -> int:
     return num_read
 
 
+@pytest.mark.fixed_time
 @pytest.mark.timeout(LANE.soak_s * 2 + 240)
 def test_memory_and_descriptors_stay() -> None:
     chance, seed, num_read = random.Random(0), 1, 0

@@ -11,6 +11,7 @@ from ucm.kernels.attention import (
     AttentionProblem,
     PagedSequence,
     merge_partials,
+    merge_two,
     select_attention,
     tiled_attention,
 )
@@ -113,18 +114,25 @@ def test_merge_partials_equals_the_whole() -> None:
     whole = PagedSequence.build(4 * BLOCK - 1, 1, [0, 1, 2, 3], pool)
     halves = [PagedSequence.build(2 * BLOCK - 1, 1, ids, pool) for ids in ([0, 1], [2, 3])]
     outs, lses = zip(*(tiled_attention(q, pool, half) for half in halves), strict=True)
-    out, lse = merge_partials(torch.stack(outs), torch.stack(lses))
     expected, expected_lse = tiled_attention(q, pool, whole)
-    torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(lse, expected_lse, atol=1e-6, rtol=0)
+    for out, lse in (
+        merge_partials(torch.stack(outs), torch.stack(lses)),
+        merge_two(outs[0], lses[0], outs[1], lses[1]),
+    ):
+        torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(lse, expected_lse, atol=1e-6, rtol=0)
 
 
 def test_a_merge_ignores_a_part_without_keys() -> None:
     outs = torch.stack((torch.ones(2, 4), torch.zeros(2, 4)))
     lses = torch.tensor([[0.5, 2.0], [float("-inf"), float("-inf")]])
-    out, lse = merge_partials(outs, lses)
-    assert torch.equal(out, outs[0])
-    assert torch.equal(lse, lses[0])
+    for out, lse in (
+        merge_partials(outs, lses),
+        merge_two(outs[0], lses[0], outs[1], lses[1]),
+        merge_two(outs[1], lses[1], outs[0], lses[0]),
+    ):
+        assert torch.equal(out, outs[0])
+        assert torch.equal(lse, lses[0])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ucm.errors import ConfigError
-from ucm.kernels.attention import PagedSequence, merge_partials, select_attention
+from ucm.kernels.attention import PagedSequence, merge_two, select_attention
 from ucm.kernels.block_attention import attend_blocks
 
 from .resident_set import Indexes, Mass, Placement, ResidentSet, as_indexes
@@ -139,8 +139,7 @@ class _Parts:
         if self.out is None or self.lse is None:
             self.out, self.lse, self.dtype = out, lse, out.dtype
             return
-        outs = torch.stack((self.out.float(), out.float()))
-        self.out, self.lse = merge_partials(outs, torch.stack((self.lse, lse)))
+        self.out, self.lse = merge_two(self.out.float(), self.lse, out.float(), lse)
 
     def result(self) -> Tensor:
         """[T, H, D] of all parts."""
