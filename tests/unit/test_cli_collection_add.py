@@ -179,7 +179,7 @@ def test_nothing_but_a_picture_is_a_failure(folder: Path, command: Command) -> N
         (["/no/such/folder", "--cache", "store"], 2, "/no/such/folder: No such file"),
         (["docs", "--cache", "store", "--encoding", "klingon"], 2, "utf-8, latin-1"),
         (["docs", "--cache", "store", "--socket", "/x.sock"], 2, "either --socket or --cache"),
-        (["docs", "--cache", "docs/a.txt"], 2, "not a folder"),
+        (["docs", "--cache", "docs/a.txt"], 2, "neither a folder"),
         (["docs", "--socket", "/no/such"], 3, "ucm serve --socket /no/such"),
         (["docs", "--cache", "store", "--dtype", "int4"], 2, "int4"),
         (["docs", "--cache", "store", "--expires", "soon"], 2, "soon"),

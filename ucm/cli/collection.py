@@ -13,11 +13,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import ucm
 from ucm.collection_api import check_time
 from ucm.errors import ConfigError, InvalidArgumentError
 
 from . import collection_add
-from .collection_add import CacheOption, open_folder
+from .cache_choice import socket_or_folder
+from .collection_add import CacheOption
 from .console import ExitCode, print_json
 from .option_class import takes_options
 from .options import ConfigOption, JsonOption, SocketOption, loaded_config
@@ -65,18 +67,17 @@ def _connect(where: _Where) -> Iterator[CollectionApi]:
     Raises:
         ConfigError: both are named, or the folder is not there.
     """
-    if where.cache is None:
+    socket, folder = socket_or_folder(where.socket, where.cache)
+    if folder is None:
         from ucm.admin import AdminClient
 
-        found = loaded_config(where.config, service__socket_path=where.socket)
+        found = loaded_config(where.config, service__socket_path=socket)
         with AdminClient(found.config.service.socket_path) as client:
             yield client.collections
         return
-    if where.socket is not None:
-        raise ConfigError("give either --socket or --cache")
-    if not where.cache.is_dir():
-        raise ConfigError(f"--cache {where.cache}: no such folder; --socket names a daemon")
-    with open_folder(where.cache) as store:
+    if not folder.is_dir():
+        raise ConfigError(f"--cache {folder}: no such folder; --socket names a daemon")
+    with ucm.open(folder) as store:
         yield store.collections
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import ucm
 from ucm import model_hub
-from ucm.errors import ConfigError, TierUnavailableError
+from ucm.errors import ConfigError
 from ucm.types import SummaryKind
 
+from .cache_choice import CONNECT_TIMEOUT_S, reached_cache, say_loading
 from .console import print_json
 from .option_class import takes_options
 from .options import JsonOption
@@ -32,7 +31,7 @@ from .reuse_flags import (
 from .sparse_flags import sparse_line, sparse_options
 
 if TYPE_CHECKING:
-    from ucm.api import CacheApi
+    from ucm.connectors.link import CacheFactory
     from ucm.connectors.session import CacheSession
     from ucm.engine.chunk_prompts import ChunkPrompts
     from ucm.engine.engine import Engine, EngineOptions
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     Prompt = list[int] | SegmentedPrompt
 
 FLUSH_TIMEOUT_S = 30.0
-CONNECT_TIMEOUT_S = 10.0
 
 command = typer.Typer(add_completion=False)
 
@@ -166,10 +164,9 @@ def generate(options: GenerateOptions) -> None:
     sparse_options(options)  # what cannot be is refused before a model is loaded
     texts = chunk_texts(options)
     model = model_hub.resolve(options.model)
-    factory = None
-    if options.cache is not None:
-        factory = cache_factory(options.cache, options.deadline_s)
-    _generate(options, model, _Asked(prompt, texts), factory)
+    with reached_cache(options.cache, options.deadline_s) as factory:
+        say_loading(model)
+        _generate(options, model, _Asked(prompt, texts), factory)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -192,29 +189,6 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return prompt
 
 
-def cache_factory(cache: Path, deadline_s: float) -> Callable[[], CacheApi]:
-    """How to connect to what `--cache` names: a daemon's socket, or a folder of our own.
-
-    Raises:
-        TierUnavailableError: it looks like a socket, and there is none.
-        ConfigError: it is neither.
-    """
-    if cache.is_socket():
-        from ucm.client import connect
-
-        return lambda: connect(cache, timeout_s=deadline_s)
-    if not cache.exists() and cache.suffix != ".sock":
-        print(f"--cache {cache}: nothing is there yet, a new store is made", file=sys.stderr)
-    if cache.is_dir() or (not cache.exists() and cache.suffix != ".sock"):
-        return lambda: ucm.open(cache)
-    if cache.exists():
-        raise ConfigError(f"--cache {cache}: neither a daemon's socket nor a folder")
-    raise TierUnavailableError(
-        f"--cache {cache}: no daemon listens there; start one with `ucm serve --socket {cache}`, "
-        "or give a folder to use a store without a daemon"
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """The prompt, and the documents in front of it."""
@@ -224,7 +198,7 @@ class _Asked:
 
 
 def _generate(
-    options: GenerateOptions, model: Path, asked: _Asked, factory: Callable[[], CacheApi] | None
+    options: GenerateOptions, model: Path, asked: _Asked, factory: CacheFactory | None
 ) -> None:
     from ucm.connectors.cached_engine import CachedEngineOptions, open_engine
     from ucm.connectors.session import SessionOptions
