@@ -202,6 +202,14 @@ def test_status_of_a_daemon(ucm: Runner, folder: Path) -> None:
         assert "serving" in text
         assert "memory" in text
         assert "1 sessions" in text
+        assert "memory held" in text
+        assert "held: what a namespace takes" in text
+        starts = ("namespace", handle.id.hex()[:8])
+        lines = [line.split() for line in text.splitlines()]
+        heads, row = (line for line in lines if line and line[0] in starts)
+        kv = tiny_spec().layout.dtype.value
+        assert row[:6] == [handle.id.hex()[:8], tiny_spec().model_id, kv, "-", "raw", "3"]
+        assert heads[:6] == ["namespace", "model", "dtype", "tenant", "codec", "blocks"]
         assert f"nvme through {found['tiers'][1]['io']}: " in text
 
 

@@ -20,7 +20,7 @@ from ucm.errors import ConfigError, InvalidArgumentError
 from . import collection_add
 from .cache_choice import socket_or_folder
 from .collection_add import CacheOption
-from .console import ExitCode, print_json
+from .console import ExitCode, print_json, table_console
 from .option_class import takes_options
 from .options import ConfigOption, JsonOption, SocketOption, loaded_config
 
@@ -108,7 +108,7 @@ def _list_collections(collections: CollectionApi, *, as_json: bool) -> None:
             {"collections": [asdict(each) for each in found], "deletions": asdict(deletions)}
         )
         return
-    console = Console(soft_wrap=True)
+    console = table_console()
     console.print(_collections_table(found))
     console.print(
         f"{deletions.num_waiting} deleted blocks wait to be erased, "
@@ -137,7 +137,7 @@ def _list_documents(collections: CollectionApi, name: str, *, as_json: bool) -> 
     table.add_column("document", overflow="fold")
     for each in found:
         table.add_row(*_document_texts(each))
-    console = Console(soft_wrap=True)
+    console = table_console()
     console.print(table)
     console.print(f"{len(found)} documents")
 

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ucm.errors import (
     CapacityError,
@@ -18,6 +18,12 @@ from ucm.errors import (
     TierUnavailableError,
     UcmError,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MAX_LINE: Final = 1 << 16
+"""Characters in a row of a table that goes to a file or another program."""
 
 
 class ExitCode(enum.IntEnum):
@@ -58,6 +64,16 @@ def _plain(value: object) -> object:
     if isinstance(value, bytes):
         return value.hex()
     raise TypeError(f"no JSON for a {type(value).__name__}")
+
+
+def table_console() -> Console:
+    """For tables: fitted to a terminal; elsewhere each row is one line, however long."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = MAX_LINE
+    return console
 
 
 def format_bytes(size: int) -> str:
