@@ -180,6 +180,7 @@ def test_nothing_but_a_picture_is_a_failure(folder: Path, command: Command) -> N
         (["docs", "--cache", "store", "--encoding", "klingon"], 2, "utf-8, latin-1"),
         (["docs", "--cache", "store", "--socket", "/x.sock"], 2, "either --socket or --cache"),
         (["docs", "--cache", "docs/a.txt"], 2, "neither a folder"),
+        (["docs", "--cache", "store", "--root", "dcos"], 2, "dcos: names are to begin there"),
         (["docs", "--socket", "/no/such"], 3, "ucm serve --socket /no/such"),
         (["docs", "--cache", "store", "--dtype", "int4"], 2, "int4"),
         (["docs", "--cache", "store", "--expires", "soon"], 2, "soon"),
