@@ -19,7 +19,7 @@ from .bench_overlap import OverlapOptions, run_overlap
 from .bench_rag import RagOptions, run_rag
 from .console import ExitCode, print_json
 from .option_class import takes_options
-from .options import JsonOption
+from .options import DEFAULT_MODEL, JsonOption, ModelOption
 from .termination import unwinding_on_sigterm
 
 command = typer.Typer(help="Measure.", no_args_is_help=True, add_completion=False)
@@ -35,9 +35,7 @@ def engine(
     quick: Annotated[
         bool, typer.Option("--quick", help="512 tokens only; about a minute.")
     ] = False,
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m",
+    model: ModelOption = DEFAULT_MODEL,
     dtype: Annotated[
         list[str] | None, typer.Option(help="fp32 or bf16; may be repeated; default: both.")
     ] = None,
@@ -176,9 +174,7 @@ def codecs(
     quick: Annotated[
         bool, typer.Option("--quick", help="One pass over the blocks; below a minute.")
     ] = False,
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m",
+    model: ModelOption = DEFAULT_MODEL,
     as_json: JsonOption = False,
 ) -> None:
     """Size, speed and fidelity of the codecs at rest on a real model's KV."""

@@ -18,7 +18,7 @@ from ucm import model_hub
 from ucm.errors import ConfigError
 
 from .console import ExitCode, print_json
-from .options import JsonOption
+from .options import DEFAULT_MODEL, JsonOption, ModelOption
 from .termination import unwinding_on_sigterm
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ class GsaOptions:
         Path | None,
         typer.Option(metavar="FILE", help="Draw quality against bytes read: .png, .svg or .pdf."),
     ] = None
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m"
+    model: ModelOption = DEFAULT_MODEL
     as_json: JsonOption = False
 
 

@@ -15,7 +15,7 @@ from ucm import model_hub
 
 from .bench_gsa import check_plot_file, draw
 from .console import print_json
-from .options import JsonOption
+from .options import DEFAULT_MODEL, JsonOption, ModelOption
 from .termination import unwinding_on_sigterm
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ class RagOptions:
         Path | None,
         typer.Option(metavar="FILE", help="Draw quality against cost: .png, .svg or .pdf."),
     ] = None
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m"
+    model: ModelOption = DEFAULT_MODEL
     as_json: JsonOption = False
 
 

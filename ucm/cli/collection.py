@@ -19,10 +19,9 @@ from ucm.errors import ConfigError, InvalidArgumentError
 
 from . import collection_add
 from .cache_choice import socket_or_folder
-from .collection_add import CacheOption
 from .console import ExitCode, print_json, table_console
 from .option_class import takes_options
-from .options import ConfigOption, JsonOption, SocketOption, loaded_config
+from .options import ConfigOption, FolderOption, JsonOption, SocketOption, loaded_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +54,7 @@ class _Where:
     """Which store, and how to answer."""
 
     socket: SocketOption = None
-    cache: CacheOption = None
+    cache: FolderOption = None
     config: ConfigOption = None
     as_json: JsonOption = False
 

@@ -30,7 +30,15 @@ from ucm.text_files import (
 from .cache_choice import daemon_factory, say_loading, sessions_of, socket_or_folder
 from .console import ExitCode, print_json
 from .option_class import takes_options
-from .options import ConfigOption, JsonOption, SocketOption, loaded_config
+from .options import (
+    DEFAULT_MODEL,
+    ConfigOption,
+    FolderOption,
+    JsonOption,
+    ModelOption,
+    SocketOption,
+    loaded_config,
+)
 from .progress import ByteProgress
 from .reuse_flags import document_prompts
 from .termination import unwinding_on_sigterm
@@ -47,12 +55,6 @@ _HARMLESS = frozenset({SkipReason.BINARY, SkipReason.EMPTY, SkipReason.SPECIAL})
 """What any folder of documents has in it."""
 
 
-CacheOption = Annotated[
-    Path | None,
-    typer.Option("--cache", metavar="PATH", help="A store's folder, to do without a daemon."),
-]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddOptions:
     """What the command line asks for."""
@@ -65,10 +67,8 @@ class AddOptions:
         typer.Argument(metavar="PATH", help="Text files, and folders with all below them."),
     ]
     socket: SocketOption = None
-    cache: CacheOption = None
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m"
+    cache: FolderOption = None
+    model: ModelOption = DEFAULT_MODEL
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; the same as when asking.")] = "fp32"
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="How it will be asked; see `ucm generate`.")

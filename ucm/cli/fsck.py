@@ -23,7 +23,7 @@ command = typer.Typer(add_completion=False)
 @command.command()
 def fsck(
     path: Annotated[
-        Path | None, typer.Argument(help="Data folder; the configured one if left out.")
+        Path | None, typer.Argument(metavar="FOLDER", help="The data folder. Default: nvme.path.")
     ] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Mend it; blocks may be lost.")] = False,
     config: ConfigOption = None,

@@ -18,7 +18,7 @@ from ucm.types import SummaryKind
 from .cache_choice import CONNECT_TIMEOUT_S, reached_cache, say_loading
 from .console import print_json
 from .option_class import takes_options
-from .options import JsonOption
+from .options import DEFAULT_MODEL, CacheOption, JsonOption, ModelOption
 from .reuse_flags import (
     RECOMPUTE_HELP,
     chunk_texts,
@@ -52,9 +52,7 @@ command = typer.Typer(add_completion=False)
 class GenerateOptions:
     """What the command line asks for."""
 
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m"
+    model: ModelOption = DEFAULT_MODEL
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read the prompt from here; - for stdin.")
@@ -70,12 +68,7 @@ class GenerateOptions:
     recompute: Annotated[
         str | None, typer.Option(metavar="SHARE|quality|latency", help=RECOMPUTE_HELP)
     ] = None
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="SOCKET|PATH", help="A daemon's socket, or a folder to use without a daemon."
-        ),
-    ] = None
+    cache: CacheOption = None
     accept_lossy: Annotated[
         bool,
         typer.Option("--accept-lossy", help="Use blocks that a codec of the cache made smaller."),
