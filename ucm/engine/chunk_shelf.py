@@ -163,7 +163,7 @@ class ChunkShelf:
         own = blocks.allocate(num_missing, after=found[-1] if found else None)
         self._num_named += 1
         original = Original(
-            name=f"{owner}/chunk{self._num_named}",
+            name=f"{owner}#chunk{self._num_named}",
             links=links,
             block_ids=found + own,
             arrival=arrival,
@@ -325,7 +325,7 @@ class ChunkShelf:
         tokens = [*self.parts.sink_tokens, *self._tokens(original)]
         original.state = OriginalState.ENCODING
         original.encoder = TokenSequence(
-            request_id=f"{original.name}/encoding",
+            request_id=f"{original.name}#encoding",
             index=0,
             arrival=original.arrival,
             params=SamplingParams(),
