@@ -65,6 +65,10 @@ def test_the_rest_of_a_chunk_is_loaded_behind_what_the_pool_has(model: LlamaMode
     assert tokens_of(result) == [blended_tokens(model, prompt)]
     assert result.reuse is not None
     assert (result.reuse.num_found_tokens, result.reuse.num_loaded_tokens) == (16, 24)
+    assert [outcome.num_encoded_tokens for outcome in first.stats.reuse.recent] == [len(LONG)]
+    last = second.stats.reuse.recent[-1]
+    assert last.token_ids == LONG
+    assert (last.num_found_tokens, last.num_loaded_tokens, last.is_ready) == (16, 24, True)
 
 
 def test_no_request_has_the_name_of_a_chunk(model: LlamaModel) -> None:

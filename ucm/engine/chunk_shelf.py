@@ -37,7 +37,7 @@ from .guarded_hook import GuardedHook
 from .hook import LoadRequest, LoadStart, LoadState, StoreRequest
 from .layer_clock import LayerClock
 from .pool import KvPool
-from .reuse_report import ReuseStats
+from .reuse_report import ChunkOutcome, ReuseStats
 from .sampling import SamplingParams
 from .sequence import POOL_NAMESPACE, TokenSequence
 
@@ -182,6 +182,7 @@ class ChunkShelf:
         if original.num_users:
             return
         del self._originals[original.links[-1].key]
+        self.parts.stats.recent.append(self._outcome(original))
         if original.state is OriginalState.LOADING:
             self._stop(original)
         if original.encoder is not None:
@@ -190,6 +191,17 @@ class ChunkShelf:
             self.parts.pool.clear(original.block_ids[original.num_found :])
         self.parts.pool.blocks.release(original.block_ids)
         self.parts.hook.finish(original.name)
+
+    def _outcome(self, original: Original) -> ChunkOutcome:
+        size = self._block_tokens
+        return ChunkOutcome(
+            token_ids=tuple(self._tokens(original)),
+            num_found_tokens=original.num_found * size,
+            num_loaded_tokens=original.num_loaded * size,
+            num_encoded_tokens=original.num_encoded * size,
+            num_losses=original.num_losses,
+            is_ready=original.is_ready,
+        )
 
     def poll(self) -> None:
         """Look after the loads, begin to compute what is missing, offer what is new."""
