@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ucm import model_hub
 from ucm.config_values import parse_size
@@ -17,7 +15,7 @@ from ucm.errors import ConfigError
 from .bench_gsa import GsaOptions, run_gsa
 from .bench_overlap import OverlapOptions, run_overlap
 from .bench_rag import RagOptions, run_rag
-from .console import ExitCode, print_json
+from .console import ExitCode, say, show_result
 from .option_class import takes_options
 from .options import DEFAULT_MODEL, JsonOption, ModelOption
 from .termination import unwinding_on_sigterm
@@ -51,13 +49,8 @@ def engine(
     options = EngineBenchOptions(model_path=path, threads=threads)
     if dtype:
         options = EngineBenchOptions(model_path=path, threads=threads, dtypes=tuple(dtype))
-    result = run_engine_bench(
-        options.quick() if quick else options, lambda line: print(line, file=sys.stderr)
-    )
-    if as_json:
-        print_json(result)
-    else:
-        Console(highlight=False).print(engine_bench_table(result))
+    result = run_engine_bench(options.quick() if quick else options, say)
+    show_result(result, engine_bench_table, as_json=as_json)
 
 
 @command.command()
@@ -91,13 +84,8 @@ def storage(
         except ValueError as error:
             raise ConfigError(f"--size {size}: write it as 512MiB") from error
     with unwinding_on_sigterm():
-        result = run_storage_bench(
-            options.quick() if quick else options, lambda line: print(line, file=sys.stderr)
-        )
-    if as_json:
-        print_json(result)
-    else:
-        Console(highlight=False).print(storage_bench_report(result))
+        result = run_storage_bench(options.quick() if quick else options, say)
+    show_result(result, storage_bench_report, as_json=as_json)
     if result["wrong_bytes"]:
         raise typer.Exit(ExitCode.CHECK_FAILED)
 
@@ -162,11 +150,8 @@ def policy(asked: PolicyOptions) -> None:
         options = replace(options, policies=tuple(asked.policy))
     if asked.size:
         options = replace(options, fractions=tuple(asked.size))
-    result = run_policy_bench(options, lambda line: print(line, file=sys.stderr))
-    if asked.as_json:
-        print_json(result)
-    else:
-        Console(highlight=False).print(policy_bench_table(result))
+    result = run_policy_bench(options, say)
+    show_result(result, policy_bench_table, as_json=asked.as_json)
 
 
 @command.command()
@@ -181,13 +166,8 @@ def codecs(
     from ucm.bench.codecs import CodecBenchOptions, codec_bench_table, run_codec_bench
 
     options = CodecBenchOptions(model_path=model_hub.resolve(model))
-    result = run_codec_bench(
-        options.quick() if quick else options, lambda line: print(line, file=sys.stderr)
-    )
-    if as_json:
-        print_json(result)
-    else:
-        Console(highlight=False).print(codec_bench_table(result))
+    result = run_codec_bench(options.quick() if quick else options, say)
+    show_result(result, codec_bench_table, as_json=as_json)
 
 
 @command.command()

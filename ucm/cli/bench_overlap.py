@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from ucm import model_hub
 from ucm.errors import ConfigError
 from ucm.types import TierKind
 
-from .console import ExitCode, print_json
+from .console import ExitCode, say, show_result
 from .options import DEFAULT_MODEL, JsonOption, ModelOption
 from .termination import unwinding_on_sigterm
 
@@ -102,15 +101,10 @@ def run_overlap(options: OverlapOptions) -> None:
     from ucm.bench.overlap_report import overlap_bench_table
 
     with unwinding_on_sigterm():
-        outcome = run_overlap_bench(
-            bench_options(options), lambda line: print(line, file=sys.stderr, flush=True)
-        )
+        outcome = run_overlap_bench(bench_options(options), say)
     result = outcome.result
     # Before the files: a disk that is full now must not cost what took hours.
-    if options.as_json:
-        print_json(result)
-    else:
-        Console(highlight=False).print(overlap_bench_table(result))
+    show_result(result, overlap_bench_table, as_json=options.as_json)
     is_written = _write_files(options, outcome)
     if result["wrong_bytes"] or not all(cell["identical_tokens"] for cell in result["cells"]):
         raise typer.Exit(ExitCode.CHECK_FAILED)
