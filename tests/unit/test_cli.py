@@ -231,6 +231,8 @@ def test_fsck_of_a_sound_store(ucm: Runner, store: Path) -> None:
     report = json.loads(outcome.out)
     assert (report["ok"], report["num_blocks"], report["findings"]) == (True, 3, [])
     assert "3 blocks whole" in ucm("fsck", store).out
+    assert "3 blocks whole" in ucm("fsck", "--store", store).out
+    assert ucm("fsck", store, "--store", store).code == ExitCode.WRONG_USE
 
 
 def test_fsck_finds_and_repairs_a_flipped_bit(ucm: Runner, store: Path) -> None:

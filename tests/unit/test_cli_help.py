@@ -59,6 +59,13 @@ def test_a_flag_means_one_thing() -> None:
     assert {flag: found for flag, found in helps.items() if len(found) > 1} == {}
 
 
+def test_a_place_for_a_store_is_called_store_everywhere() -> None:
+    named = {name for name, option in OPTIONS if "--store" in option.opts}
+    benches = {"bench storage", "bench overlap"}
+    collections = {f"collection {name}" for name in ("add", "ls", "rm", "expire")}
+    assert named == {"serve", "doctor", "fsck", "generate", "demo", *benches, *collections}
+
+
 def test_generate_knows_the_cache_by_the_names_that_other_commands_use() -> None:
     (option,) = [item for name, item in OPTIONS if name == "generate" and "--cache" in item.opts]
     assert set(option.opts) == {"--cache", "--socket", "--store"}

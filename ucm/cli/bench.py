@@ -58,7 +58,12 @@ def storage(
     quick: Annotated[bool, typer.Option("--quick", help="Less of everything; below 50 s.")] = False,
     path: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where to measure; default: beside the store."),
+        typer.Option(
+            "--path",
+            "--store",
+            metavar="FOLDER",
+            help="Where to measure. Default: beside the store.",
+        ),
     ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes of one NVMe round; default 512MiB.")

@@ -34,7 +34,13 @@ def demo(
         float, typer.Option(min=0.05, help="What a request may lose to a daemon that is away.")
     ] = 2.0,
     folder: Annotated[
-        Path | None, typer.Option(help="Where the daemon keeps its store; default: temporary.")
+        Path | None,
+        typer.Option(
+            "--folder",
+            "--store",
+            metavar="FOLDER",
+            help="Where the daemon keeps its store. Default: temporary.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
