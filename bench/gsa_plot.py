@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ucm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg", "pdf")
@@ -39,12 +40,16 @@ def save_plot(result: Mapping[str, Any], path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for index, (selector, budgets) in enumerate(result["geomean"].items()):
-        cells = sorted(budgets.values(), key=lambda cell: cell["bytes_ratio"])
+    budgets = " and ".join(f"{float(budget):.1%}" for budget in result["budgets"])
+    count = len(result["documents"])
+    figure, axes = open_figure(
+        f"{result['model']}: {budgets} of the blocks, {count} "
+        f"document{'s' if count != 1 else ''}; lower left is better",
+        "bytes read, % of dense (blocks and summaries, bf16 KV)",
+        "KL to dense attention, nats a token",
+    )
+    for index, (selector, by_budget) in enumerate(result["geomean"].items()):
+        cells = sorted(by_budget.values(), key=lambda cell: cell["bytes_ratio"])
         axes.plot(
             [100 * cell["bytes_ratio"] for cell in cells],
             [cell["kl"] for cell in cells],
@@ -53,19 +58,22 @@ def save_plot(result: Mapping[str, Any], path: Path) -> None:
             linestyle="--" if selector == "oracle" else "-",
             label=selector,
         )
-    axes.set_yscale("log")
-    axes.set_xlabel("bytes read, % of dense (blocks and summaries, bf16 KV)")
-    axes.set_ylabel("KL to dense attention, nats a token")
-    budgets = " and ".join(f"{float(budget):.1%}" for budget in result["budgets"])
-    count = len(result["documents"])
-    axes.set_title(
-        f"{result['model']}: {budgets} of the blocks, {count} "
-        f"document{'s' if count != 1 else ''}; lower left is better",
-        fontsize="medium",
-    )
-    axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(ncols=2, fontsize="small")
     save_figure(figure, path)
+
+
+def open_figure(title: str, across: str, up: str) -> tuple[Figure, Axes]:
+    """An empty figure whose ordinate is logarithmic, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_yscale("log")
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.set_title(title, fontsize="medium")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    return figure, axes
 
 
 def save_figure(figure: Figure, path: Path) -> None:

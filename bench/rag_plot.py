@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .gsa_plot import MARKERS, save_figure
+from .gsa_plot import MARKERS, open_figure, save_figure
 from .rag_targets import PROGRESSIVE
 
 NO_BUDGET = ("none", "full")
@@ -23,10 +23,11 @@ def save_plot(result: Mapping[str, Any], path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = open_figure(
+        f"{result['model']}: mean of {len(result['prompts'])} prompts; lower left is better",
+        "recomputed token-layers, % of the chunks', all probes included",
+        "KL to full prefill, nats a token",
+    )
     for index, (policy, kl) in enumerate(result["geomean_kl"].items()):
         if policy not in NO_BUDGET:
             costs = [100 * _mean_cost(result, policy, budget) for budget in kl]
@@ -34,12 +35,6 @@ def save_plot(result: Mapping[str, Any], path: Path) -> None:
             axes.plot(costs, list(kl.values()), MARKERS[index] + "-", linewidth=width, label=policy)
     nothing = next(iter(result["geomean_kl"]["none"].values()))
     axes.axhline(nothing, linestyle="--", color="gray", linewidth=1.0, label="none")
-    axes.set_yscale("log")
-    axes.set_xlabel("recomputed token-layers, % of the chunks', all probes included")
-    axes.set_ylabel("KL to full prefill, nats a token")
-    title = f"{result['model']}: mean of {len(result['prompts'])} prompts; lower left is better"
-    axes.set_title(title, fontsize="medium")
-    axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize="small")
     save_figure(figure, path)
 

@@ -797,12 +797,14 @@ class ListCollectionsReply(_message.Message):
     def __init__(self, collections: _Optional[_Iterable[_Union[CollectionInfo, _Mapping]]] = ...) -> None: ...
 
 class ListDocumentsRequest(_message.Message):
-    __slots__ = ("collection", "first")
+    __slots__ = ("collection", "after_id", "after_namespace")
     COLLECTION_FIELD_NUMBER: _ClassVar[int]
-    FIRST_FIELD_NUMBER: _ClassVar[int]
+    AFTER_ID_FIELD_NUMBER: _ClassVar[int]
+    AFTER_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     collection: str
-    first: int
-    def __init__(self, collection: _Optional[str] = ..., first: _Optional[int] = ...) -> None: ...
+    after_id: str
+    after_namespace: bytes
+    def __init__(self, collection: _Optional[str] = ..., after_id: _Optional[str] = ..., after_namespace: _Optional[bytes] = ...) -> None: ...
 
 class DocumentInfo(_message.Message):
     __slots__ = ("id", "namespace", "digest", "version", "num_chunks", "num_blocks", "num_tokens", "added_s", "expires_s")

@@ -1,7 +1,8 @@
 """The data folder: who may use it, and that only one daemon does.
 
 PATH/            0700, owned by the daemon's user
-    lock         flock, held for as long as the store is open; holds the pid
+    lock         flock, held for as long as the store is open; holds the pid, and a daemon's socket
+                 on a second line
     ns/<hex>/    one namespace each; see `format.py`
         tenant   UTF-8, whose quota it counts against; missing for the nameless tenant
     collections/ documents and what was deleted of them; see `registry.py`
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COLLECTIONS_FOLDER = "collections"
+
+MAX_LOCK_BYTES = 256
+"""Of a lock file: a pid and a socket's path."""
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 
@@ -115,6 +119,30 @@ def _warn_of_strangers(path: Path) -> None:
             )
 
 
+def note_socket(path: Path, socket: Path) -> None:
+    """Write down, for those who find the folder locked, where its store is served.
+
+    The caller holds the lock. A disk that has no room for it is no error: the lock counts.
+    """
+    with contextlib.suppress(OSError):
+        fd = os.open(path / "lock", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.write(fd, os.fsencode(socket) + b"\n")
+        finally:
+            os.close(fd)
+
+
+def _holder_text(holder: str) -> str:
+    """Who has a lock file of this content, and what to do about it."""
+    pid, _, socket = holder.strip().partition("\n")
+    if not socket:
+        return f"process {pid or 'unknown'}: stop it, or use another folder"
+    return (
+        f"process {pid}, a daemon that serves at {socket}: name that socket instead of the folder, "
+        "stop the daemon, or use another folder"
+    )
+
+
 def lock_folder(path: Path) -> int:
     """Take the folder's lock.
 
@@ -137,11 +165,9 @@ def lock_folder(path: Path) -> int:
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     except BlockingIOError as error:
-        holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        holder = os.pread(fd, MAX_LOCK_BYTES, 0).decode("utf-8", "replace")
         os.close(fd)
-        raise ConfigError(
-            f"the data folder {path} is in use by process {holder}: stop it, or use another folder"
-        ) from error
+        raise ConfigError(f"the data folder {path} is in use by {_holder_text(holder)}") from error
     except OSError as error:
         os.close(fd)
         raise translate_os_error(error, f"cannot lock {path}") from error

@@ -46,10 +46,12 @@ from .registry_records import (
     NUMBER,
     CollectionRecord,
     DeletedKey,
+    DocumentKey,
     DocumentRecord,
     decode_collection,
     decode_deleted,
     decode_document,
+    key_of,
     prefix_of,
     unsealed,
 )
@@ -261,14 +263,17 @@ class Registry:
         """
         return [decode_collection(key, value) for key, value in self._items(b"collections")]
 
-    def documents(self, name: str | None = None) -> Iterator[DocumentRecord]:
-        """Every document, or those of one collection.
+    def documents(
+        self, name: str | None = None, after: DocumentKey | None = None
+    ) -> Iterator[DocumentRecord]:
+        """Every document, or those of one collection, behind one of it, in the order of their keys.
 
         Raises:
             CorruptionError: a record is damaged.
         """
         prefix = b"" if name is None else prefix_of(name)
-        for key, value in self._items(b"documents", prefix):
+        start = prefix if after is None else key_of(after) + b"\0"
+        for key, value in self._items(b"documents", prefix, start):
             yield decode_document(key, value)
 
     def deleted(self) -> Iterator[DeletedKey]:
@@ -300,9 +305,14 @@ class Registry:
             problems.append(f"{both} blocks are named and deleted at the same time")
         return problems
 
-    def _items(self, name: bytes, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        """Keys and values, without their sums, of what begins with `prefix`. Reads in batches."""
-        start: bytes | None = prefix
+    def _items(
+        self, name: bytes, prefix: bytes = b"", first: bytes = b""
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values, without their sums, of what begins with `prefix`, from `first` on.
+
+        Reads in batches.
+        """
+        start: bytes | None = first or prefix
         while start is not None and self._env is not None:
             with _translated(self._folder), self._env.begin() as transaction:
                 self._check_open()

@@ -71,7 +71,12 @@ class RemoteCollections:
         check_collection_name(collection)
         found: list[DocumentInfo] = []
         while True:
-            request = pb.ListDocumentsRequest(collection=collection, first=len(found))
+            last = found[-1] if found else None
+            request = pb.ListDocumentsRequest(
+                collection=collection,
+                after_id=last.id if last is not None else "",
+                after_namespace=last.namespace if last is not None else b"",
+            )
             reply = self._call(self._stub.ListDocuments, request, COMMIT_TIMEOUT_S)
             found += map(document_info_from_wire, reply.documents)
             if not reply.has_more or not reply.documents:

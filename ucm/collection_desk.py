@@ -14,11 +14,12 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from ucm.storage.folder import COLLECTIONS_FOLDER
+from ucm.storage.registry_records import DocumentKey
 
 from .collection_api import (
     CollectionInfo,
@@ -46,6 +47,8 @@ from .write_behind import WriteBehind
 if TYPE_CHECKING:
     from ucm.storage.registry import Registry
     from ucm.storage.registry_change import Change, DoomedKeys
+
+Documents = TypeVar("Documents")
 
 _log = logging.getLogger(__name__)
 
@@ -199,6 +202,24 @@ class CollectionDesk:
 
     def list_documents(self, collection: str) -> tuple[DocumentInfo, ...]:
         """See `CollectionApi.list_documents`."""
+        return self.read_documents(collection, tuple)
+
+    def read_documents(
+        self,
+        collection: str,
+        take: Callable[[Iterator[DocumentInfo]], Documents],
+        after: DocumentKey | None = None,
+    ) -> Documents:
+        """What `take` makes of a collection's documents; it reads as many as it wants.
+
+        Args:
+            collection: whose.
+            take: is given them in the order of their records, and blocks changes meanwhile.
+            after: they begin behind this one; it may be gone.
+
+        Raises:
+            InvalidArgumentError, BlockNotFoundError: no such name, no such collection.
+        """
         check_collection_name(collection)
         self.tick()
         with self._lock:
@@ -206,7 +227,7 @@ class CollectionDesk:
             names = {each.name for each in registry.collections()} if registry is not None else ()
             if registry is None or collection not in names:
                 raise _no_such(collection)
-            return tuple(map(document_info, registry.documents(collection)))
+            return take(map(document_info, registry.documents(collection, after)))
 
     @property
     def rounds(self) -> DeletionRounds:

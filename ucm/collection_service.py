@@ -8,14 +8,16 @@ wait for leases.
 # ruff: noqa: N802, ARG002  generated base classes name the methods and their arguments
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Final
 
 import grpc
 
+from ucm.storage.registry_records import DocumentKey
+
 from .call_guard import translated
-from .collection_api import CollectionApi, DocumentInfo
+from .collection_api import DocumentInfo, check_document_id
+from .collection_desk import CollectionDesk
 from .collection_wire import (
     collection_to_wire,
     deletions_to_wire,
@@ -27,7 +29,7 @@ from .collection_wire import (
 from .errors import InvalidArgumentError
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
-from .types import NamespaceId
+from .types import KEY_BYTES, NamespaceId
 from .wire import keys_from_wire
 
 PAGE_DOCUMENTS: Final = 1000
@@ -43,7 +45,7 @@ MAX_WAIT_S: Final = 60.0
 class CollectionService(pb_grpc.CollectionsServicer):
     """What operators call."""
 
-    def __init__(self, collections: CollectionApi, max_keys: int) -> None:
+    def __init__(self, collections: CollectionDesk, max_keys: int) -> None:
         self._collections = collections
         self._max_keys = max_keys
 
@@ -68,11 +70,11 @@ class CollectionService(pb_grpc.CollectionsServicer):
     ) -> pb.ListDocumentsReply:
         """A page of a collection."""
         with translated(context):
-            found = self._collections.list_documents(request.collection)
-            page = page_of(found[request.first : request.first + PAGE_DOCUMENTS])
+            page, has_more = self._collections.read_documents(
+                request.collection, page_of, _last_seen(request)
+            )
             return pb.ListDocumentsReply(
-                documents=map(document_info_to_wire, page),
-                has_more=request.first + len(page) < len(found),
+                documents=map(document_info_to_wire, page), has_more=has_more
             )
 
     def RemoveDocuments(
@@ -111,11 +113,30 @@ class CollectionService(pb_grpc.CollectionsServicer):
             return deletions_to_wire(self._collections.deletions())
 
 
-def page_of(documents: Sequence[DocumentInfo]) -> Sequence[DocumentInfo]:
-    """The first of `documents`, at least one, whose names fit into an answer."""
-    sizes = itertools.accumulate(len(each.id.encode()) for each in documents)
-    count = sum(size <= PAGE_BYTES for size in sizes)
-    return documents[: max(1, count)]
+def page_of(documents: Iterator[DocumentInfo]) -> tuple[list[DocumentInfo], bool]:
+    """The first of `documents`, as many as fit into an answer, and whether there are more."""
+    page: list[DocumentInfo] = []
+    num_bytes = 0
+    for each in documents:
+        num_bytes += len(each.id.encode())
+        if page and (len(page) == PAGE_DOCUMENTS or num_bytes > PAGE_BYTES):
+            return page, True
+        page.append(each)
+    return page, False
+
+
+def _last_seen(request: pb.ListDocumentsRequest) -> DocumentKey | None:
+    """The document that a page begins behind; None: at the first.
+
+    Raises:
+        InvalidArgumentError: half a document, or what can be none's name.
+    """
+    if not request.after_id and not request.after_namespace:
+        return None
+    if len(request.after_namespace) != KEY_BYTES:
+        raise InvalidArgumentError(f"a namespace has {KEY_BYTES} bytes")
+    namespace = NamespaceId(request.after_namespace)
+    return DocumentKey(request.collection, check_document_id(request.after_id), namespace)
 
 
 def _ids(request: pb.RemoveDocumentsRequest | pb.ExpireDocumentsRequest) -> list[str] | None:

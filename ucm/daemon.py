@@ -26,6 +26,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
+from ucm.storage.folder import note_socket
+
 from . import __version__
 from .call_guard import ADMIN_POLICIES, ENGINE_POLICIES, Policy, PolicyInterceptor
 from .clock import Clock, SystemClock
@@ -107,6 +109,8 @@ class Daemon:
         stack.callback(SocketFolder(path).close)
         self.manager = Manager(self.config, clock=clock, metrics=self.metrics)
         stack.callback(self._close_manager)
+        if self.config.nvme.path is not None:
+            note_socket(self.config.nvme.path, path.absolute())
         self._serve_metrics(stack)
         self.door = Door(door_path(path), self.manager, self.tokens, service)
         stack.callback(self.door.stop)

@@ -92,8 +92,8 @@ def diagnose(config: Config, machine: Machine | None = None) -> Diagnosis:
     choice, io_check = _check_io(config.nvme, findings)
     checks = [
         _check_python(),
-        *(_check_package(name, why) for name, why in _PACKAGES),
-        *_check_findings(findings),
+        _check_package("torch", "the reference engine and the connectors compute with it"),
+        *_check_gpu(findings),
         io_check,
         *_check_folder(config.nvme),
         _check_sealing(),
@@ -105,10 +105,6 @@ def diagnose(config: Config, machine: Machine | None = None) -> Diagnosis:
     return Diagnosis(tuple(checks), choice)
 
 
-_PACKAGES: Final = (
-    ("torch", "the reference engine and the connectors compute with it; the daemon does not"),
-    ("cupy", "arrays in device memory for those who use them with ucm"),
-)
 _WHEELS: Final = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
 _WHY_GPU: Final = {
     "kvikio": "moves device memory",
@@ -142,11 +138,17 @@ def _check_package(name: str, why: str) -> Check:
     return Check(name, CheckStatus.NOTE, "not installed", why, advice)
 
 
-def _check_findings(findings: Sequence[Finding]) -> Iterator[Check]:
+def _check_gpu(findings: Sequence[Finding]) -> Iterator[Check]:
+    """What device memory needs; without a GPU only that there is none: the rest would not help."""
+    gpu = next(finding for finding in findings if finding.name == "gpu")
+    if not gpu.ok:
+        advice = f"nothing, if this machine has none; otherwise {gpu.advice}"
+        yield Check("gpu", CheckStatus.NOTE, gpu.found, _WHY_GPU["gpu"], advice)
+        return
     for finding in findings:
         status = CheckStatus.OK if finding.ok else CheckStatus.NOTE
-        why = _WHY_GPU[finding.name]
-        yield Check(finding.name, status, finding.found, why, finding.advice)
+        yield Check(finding.name, status, finding.found, _WHY_GPU[finding.name], finding.advice)
+    yield _check_package("cupy", "arrays in device memory for those who use them with ucm")
 
 
 def _check_io(config: NvmeConfig, findings: Sequence[Finding]) -> tuple[IoChoice | None, Check]:

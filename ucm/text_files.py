@@ -86,8 +86,10 @@ def find_files(
         The files, and what could not be listed.
 
     Raises:
-        ConfigError: one of `paths` does not exist.
+        ConfigError: one of `paths` does not exist, or `root` is no folder.
     """
+    if root is not None and not root.is_dir():
+        raise ConfigError(f"{_printable(root)}: names are to begin there, and it is no folder")
     found: dict[Path, None] = {}
     skipped: list[SkippedFile] = []
     for path in paths:

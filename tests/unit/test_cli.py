@@ -202,6 +202,14 @@ def test_status_of_a_daemon(ucm: Runner, folder: Path) -> None:
         assert "serving" in text
         assert "memory" in text
         assert "1 sessions" in text
+        assert "memory held" in text
+        assert "held: what a namespace takes" in text
+        starts = ("namespace", handle.id.hex()[:8])
+        lines = [line.split() for line in text.splitlines()]
+        heads, row = (line for line in lines if line and line[0] in starts)
+        kv = tiny_spec().layout.dtype.value
+        assert row[:6] == [handle.id.hex()[:8], tiny_spec().model_id, kv, "-", "raw", "3"]
+        assert heads[:6] == ["namespace", "model", "dtype", "tenant", "codec", "blocks"]
         assert f"nvme through {found['tiers'][1]['io']}: " in text
 
 
@@ -223,6 +231,8 @@ def test_fsck_of_a_sound_store(ucm: Runner, store: Path) -> None:
     report = json.loads(outcome.out)
     assert (report["ok"], report["num_blocks"], report["findings"]) == (True, 3, [])
     assert "3 blocks whole" in ucm("fsck", store).out
+    assert "3 blocks whole" in ucm("fsck", "--store", store).out
+    assert ucm("fsck", store, "--store", store).code == ExitCode.WRONG_USE
 
 
 def test_fsck_finds_and_repairs_a_flipped_bit(ucm: Runner, store: Path) -> None:

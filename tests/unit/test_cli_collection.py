@@ -85,6 +85,18 @@ def test_ls_of_all_and_of_one(ucm: Runner, cache: RemoteCache) -> None:
     assert found["documents"][0]["namespace"] == NAMESPACE.hex()
 
 
+def test_what_is_listed_is_not_folded_in_a_pipe(
+    ucm: Runner, cache: RemoteCache, socket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "/".join(["a-long-folder"] * 12)
+    with AdminClient(socket) as admin:
+        admin.collections.put_document("docs", document(NAMESPACE, name, chain(NAMESPACE, 2, 7)))
+    lines = ucm("ls", "docs").out.splitlines()
+    assert [line for line in lines if line.rstrip().endswith(f" {name}")]
+    assert len(lines) == 1 + 4 + 1
+
+
 def test_ls_of_none(ucm: Runner) -> None:
     outcome = ucm("ls", "none")
     assert outcome.code == ExitCode.CHECK_FAILED

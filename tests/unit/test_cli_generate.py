@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ucm.cli import main, model
-from ucm.cli.generate import cache_factory
-from ucm.errors import ConfigError, TierUnavailableError
-from ucm.testing.daemon import short_folder
 from ucm.testing.models import write_tiny_model
 
 
@@ -104,33 +100,6 @@ def test_a_dtype_that_is_not_supported(
     code, out, _ = run_cli([*arguments, "--json"], monkeypatch, capsys)
     assert code == 2
     assert "int4" in json.loads(out)["message"]
-
-
-def test_a_socket_where_nobody_listens(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("ucm.cli.generate.CONNECT_TIMEOUT_S", 0.3)
-    with short_folder() as folder:
-        absent, dead = folder / "absent.sock", folder / "dead.sock"
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(dead))
-        for path in (absent, dead):
-            arguments = ["generate", "--model", str(tiny), "--prompt", "x", "--cache", str(path)]
-            code, out, err = run_cli(arguments, monkeypatch, capsys)
-            assert code == 3
-            assert not out
-            assert "ucm serve" in err
-
-
-def test_what_the_cache_option_may_name(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="neither"):
-        cache_factory(tmp_path / "file", 1.0)
-    with pytest.raises(TierUnavailableError, match="ucm serve"):
-        cache_factory(tmp_path / "ucm.sock", 1.0)
-    for folder in (tmp_path, tmp_path / "to-be-made"):
-        with cache_factory(folder, 1.0)() as cache:  # type: ignore[attr-defined]
-            assert cache.flush(timeout_s=1.0)
 
 
 def test_pull_without_a_registry(

@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import grpc
 import pytest
 
 from ucm.admin import AdminClient
-from ucm.collection_api import MAX_DOCUMENT_ID_BYTES, CollectionApi, Document
+from ucm.collection_api import MAX_DOCUMENT_ID_BYTES, CollectionApi, Document, DocumentInfo
 from ucm.collection_lists import record_of
+from ucm.collection_service import PAGE_BYTES, page_of
 from ucm.daemon import Daemon
 from ucm.errors import InvalidArgumentError
+from ucm.protos import cache_pb2 as pb
+from ucm.protos import cache_pb2_grpc as pb_grpc
+from ucm.sockets import admin_path, grpc_target
+from ucm.storage.registry_records import decode_document
 from ucm.testing.blocks import chain, tiny_spec
 from ucm.testing.daemon import running_daemon, short_folder, small_config
 from ucm.testing.documents import document
@@ -55,11 +61,21 @@ def register(daemon: Daemon, names: list[str]) -> None:
 
 
 def test_documents_with_long_names_are_listed_and_removed(
-    daemon: Daemon, collections: CollectionApi
+    daemon: Daemon, collections: CollectionApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [long_name(number) for number in range(NUM_DOCUMENTS)]
     register(daemon, names)
-    assert sorted(each.id for each in collections.list_documents("docs")) == names
+    decoded: list[bytes] = []
+
+    def count(key: bytes, value: bytes) -> object:
+        decoded.append(key)
+        return decode_document(key, value)
+
+    with monkeypatch.context() as counted:
+        counted.setattr("ucm.storage.registry.decode_document", count)
+        assert sorted(each.id for each in collections.list_documents("docs")) == names
+    num_pages = -(-NUM_DOCUMENTS * MAX_DOCUMENT_ID_BYTES // PAGE_BYTES)
+    assert len(decoded) == NUM_DOCUMENTS + num_pages - 1, "but for the first of each next page"
     assert collections.expire("docs", names, 4e9) == NUM_DOCUMENTS
     unknown = [long_name(NUM_DOCUMENTS + number) for number in range(NUM_DOCUMENTS)]
     answer = collections.remove("docs", [*names, *unknown], timeout_s=1.0)
@@ -67,6 +83,48 @@ def test_documents_with_long_names_are_listed_and_removed(
     assert list(answer.missing) == unknown
     assert answer.deletion.num_blocks == NUM_DOCUMENTS
     assert answer.deletion.num_waiting == 0
+
+
+def test_a_listing_goes_on_behind_a_document_that_is_gone(
+    daemon: Daemon, collections: CollectionApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ucm.collection_service.PAGE_DOCUMENTS", 4)
+    names = {f"name {number}" for number in range(12)}
+    for name in names:
+        collections.put_document("short", document(NAMESPACE, name, chain(NAMESPACE, 1, 1)))
+    gone: list[str] = []
+    desk = daemon.manager.collections
+    take_page = page_of
+
+    def removes_the_last(documents: Iterator[DocumentInfo]) -> tuple[list[DocumentInfo], bool]:
+        if gone:
+            desk._registry.remove("short", gone[-1:], 1)  # type: ignore[union-attr]
+        page, has_more = take_page(documents)
+        gone.append(page[-1].id)
+        return page, has_more
+
+    monkeypatch.setattr("ucm.collection_service.page_of", removes_the_last)
+    listed = [each.id for each in collections.list_documents("short")]
+    assert len(listed) == len(names)
+    assert set(listed) == names, "each once, as they were when their page was read"
+
+
+def test_a_place_in_a_listing_that_is_none_is_refused(daemon: Daemon) -> None:
+    path = daemon.config.service.socket_path
+    with grpc.insecure_channel(grpc_target(admin_path(path))) as channel:
+        stub = pb_grpc.CollectionsStub(channel)
+        for after_id, namespace in (
+            ("a", b""),
+            ("", bytes(32)),
+            ("a", bytes(31)),
+            ("\n", bytes(32)),
+        ):
+            request = pb.ListDocumentsRequest(
+                collection="docs", after_id=after_id, after_namespace=namespace
+            )
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.ListDocuments(request, timeout=5)
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("name", ["\udcff", "a\ud800"])

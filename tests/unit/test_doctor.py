@@ -45,6 +45,8 @@ def test_a_machine_without_a_gpu_will_do(tmp_path: Path) -> None:
     assert found.io is not None
     assert found.io.kind is IoKind.POSIX
     assert check_of(found, "gpu").status is CheckStatus.NOTE
+    about_gpus = {"cupy", *GDS_NEEDS} - {"gpu"}
+    assert about_gpus.isdisjoint(check.name for check in found.checks), "one line says it all"
     assert "not/yet" in check_of(found, "data folder").found
     assert list(tmp_path.iterdir()) == [], "it looks and leaves nothing"
     for check in found.checks:
@@ -133,6 +135,7 @@ def test_limits_are_compared_with_what_is_needed(
     assert found.io == IoChoice(IoKind.GDS, "every check of GPUDirect Storage passed")
     assert check_of(found, "locked memory").status is CheckStatus.NOTE
     assert all(check_of(found, name).status is CheckStatus.OK for name in GDS_NEEDS)
+    assert check_of(found, "cupy")
 
 
 def test_few_and_many_threads_are_noted(tmp_path: Path) -> None:

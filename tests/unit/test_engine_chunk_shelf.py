@@ -11,6 +11,7 @@ from ucm.engine.model import LlamaModel
 from ucm.engine.reuse_report import FallbackReason
 from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
+from ucm.errors import InvalidArgumentError
 from ucm.reuse.dense_rows import encode_chunk
 from ucm.testing.blend_engines import (
     GREEDY,
@@ -64,6 +65,24 @@ def test_the_rest_of_a_chunk_is_loaded_behind_what_the_pool_has(model: LlamaMode
     assert tokens_of(result) == [blended_tokens(model, prompt)]
     assert result.reuse is not None
     assert (result.reuse.num_found_tokens, result.reuse.num_loaded_tokens) == (16, 24)
+    assert [outcome.num_encoded_tokens for outcome in first.stats.reuse.recent] == [len(LONG)]
+    last = second.stats.reuse.recent[-1]
+    assert last.token_ids == LONG
+    assert (last.num_found_tokens, last.num_loaded_tokens, last.is_ready) == (16, 24, True)
+
+
+def test_no_request_has_the_name_of_a_chunk(model: LlamaModel) -> None:
+    hook = DictHook()
+    engine = new_engine(model, hook=hook)
+    asked = engine.add_request(prompt_of(engine, LONG), GREEDY)
+    finish(engine, asked)
+    names = {request.request_id for request in hook.stored} | set(hook.finished)
+    derived = names - {asked}
+    assert len(derived) > 1, "a chunk's, and that of the sequence that computes it"
+    assert all(name.startswith(f"{asked}#") for name in derived)
+    for name in (*derived, f"{asked}#1"):
+        with pytest.raises(InvalidArgumentError, match="has a #"):
+            engine.add_request(text_of(2, 9), GREEDY, request_id=name)
 
 
 def test_a_chunk_without_room_keeps_nothing_of_what_was_found(model: LlamaModel) -> None:

@@ -1,4 +1,4 @@
-"""`--chunk` and `--recompute`: what cannot be is refused, what was done is told."""
+"""`--chunk` and `--recompute`: what cannot be is refused."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from ucm.cli.generate import GenerateOptions
-from ucm.cli.reuse_flags import chunk_texts, reuse_figures, reuse_line, reuse_options
+from ucm.cli.reuse_flags import chunk_texts, reuse_options
 from ucm.engine.chunk_prompts import ChunkPrompts
-from ucm.engine.reuse_report import FallbackReason, ReuseReport
 from ucm.engine.tokenizer import Tokenizer
 from ucm.errors import ConfigError
 from ucm.reuse.options import RecomputePolicy, ReuseTarget
@@ -55,20 +54,3 @@ def test_what_the_engine_is_told() -> None:
     assert (quality.target, quality.blend.guard_tokens > 0) == (ReuseTarget.QUALITY, True)
     assert reuse_options("latency", PROMPTS).target is ReuseTarget.LATENCY
     assert quality.sink_tokens == PROMPTS.sink_tokens
-
-
-def test_what_is_told_of_a_request() -> None:
-    report = ReuseReport(
-        num_chunks=3, num_chunk_tokens=1000, num_loaded_tokens=600, num_encoded_tokens=320, cost=0.2
-    )
-    line = reuse_line(report)
-    for words in ("1,000 tokens reused", "600 of them loaded", "20%", "480 tokens' worth saved"):
-        assert words in line
-    guarded = ReuseReport(num_chunk_tokens=1, drift=0.4, num_guarded=2)
-    assert "drift 0.40; 2 chunks" in reuse_line(guarded)
-    assert "no_room" in reuse_line(ReuseReport(fallback=FallbackReason.NO_ROOM))
-    assert "prefix cache" in reuse_line(ReuseReport(num_chunks=1))
-    figures = reuse_figures(report)
-    assert figures is not None
-    assert (figures["num_recomputed_tokens"], figures["num_saved_tokens"]) == (200.0, 480.0)
-    assert reuse_figures(None) is None

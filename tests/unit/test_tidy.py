@@ -168,7 +168,7 @@ HEAVY_IMPORTS = {
         "ucm.testing",
     ),
     "transformers": ("ucm.bench",),
-    "matplotlib": ("ucm.bench.gsa_plot", "ucm.bench.rag_plot"),
+    "matplotlib": ("ucm.bench.gsa_plot",),
     "kvikio": ("ucm.storage.gds", "ucm.storage.gpu_probe"),
 }
 BANNED_NAMES = re.compile(r"(^|_)(utils?|common|helpers?|misc|manager2)$|_v[0-9]+$|_new$")

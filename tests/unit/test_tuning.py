@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +142,11 @@ def test_the_command_explains_each_choice(
     _, text = run_ucm([], monkeypatch, capsys)
     assert "not kernel (it runs on a GPU only)" in text
     assert "measure them with `ucm doctor kernels --tune`" in text
+    legend, rest = text.split("\n\n", 1)
+    for case in (line for line in rest.splitlines() if ": " in line and line[0].isalpha()):
+        sizes = case.partition(": ")[0].split()[3:]
+        named = [re.match("[A-Za-z]+", size) for size in sizes]
+        assert all(name and name[0] in legend.split() for name in named), case
 
 
 def test_the_command_measures(

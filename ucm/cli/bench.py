@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ucm import model_hub
 from ucm.config_values import parse_size
@@ -17,9 +15,9 @@ from ucm.errors import ConfigError
 from .bench_gsa import GsaOptions, run_gsa
 from .bench_overlap import OverlapOptions, run_overlap
 from .bench_rag import RagOptions, run_rag
-from .console import ExitCode, print_json
+from .console import ExitCode, say, show_result
 from .option_class import takes_options
-from .options import JsonOption
+from .options import DEFAULT_MODEL, JsonOption, ModelOption
 from .termination import unwinding_on_sigterm
 
 command = typer.Typer(help="Measure.", no_args_is_help=True, add_completion=False)
@@ -35,9 +33,7 @@ def engine(
     quick: Annotated[
         bool, typer.Option("--quick", help="512 tokens only; about a minute.")
     ] = False,
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m",
+    model: ModelOption = DEFAULT_MODEL,
     dtype: Annotated[
         list[str] | None, typer.Option(help="fp32 or bf16; may be repeated; default: both.")
     ] = None,
@@ -53,13 +49,8 @@ def engine(
     options = EngineBenchOptions(model_path=path, threads=threads)
     if dtype:
         options = EngineBenchOptions(model_path=path, threads=threads, dtypes=tuple(dtype))
-    result = run_engine_bench(
-        options.quick() if quick else options, lambda line: print(line, file=sys.stderr)
-    )
-    if as_json:
-        print_json(result)
-    else:
-        Console(highlight=False).print(engine_bench_table(result))
+    result = run_engine_bench(options.quick() if quick else options, say)
+    show_result(result, engine_bench_table, as_json=as_json)
 
 
 @command.command()
@@ -67,7 +58,12 @@ def storage(
     quick: Annotated[bool, typer.Option("--quick", help="Less of everything; below 50 s.")] = False,
     path: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where to measure; default: beside the store."),
+        typer.Option(
+            "--path",
+            "--store",
+            metavar="FOLDER",
+            help="Where to measure. Default: beside the store.",
+        ),
     ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes of one NVMe round; default 512MiB.")
@@ -93,13 +89,8 @@ def storage(
         except ValueError as error:
             raise ConfigError(f"--size {size}: write it as 512MiB") from error
     with unwinding_on_sigterm():
-        result = run_storage_bench(
-            options.quick() if quick else options, lambda line: print(line, file=sys.stderr)
-        )
-    if as_json:
-        print_json(result)
-    else:
-        Console(highlight=False).print(storage_bench_report(result))
+        result = run_storage_bench(options.quick() if quick else options, say)
+    show_result(result, storage_bench_report, as_json=as_json)
     if result["wrong_bytes"]:
         raise typer.Exit(ExitCode.CHECK_FAILED)
 
@@ -164,11 +155,8 @@ def policy(asked: PolicyOptions) -> None:
         options = replace(options, policies=tuple(asked.policy))
     if asked.size:
         options = replace(options, fractions=tuple(asked.size))
-    result = run_policy_bench(options, lambda line: print(line, file=sys.stderr))
-    if asked.as_json:
-        print_json(result)
-    else:
-        Console(highlight=False).print(policy_bench_table(result))
+    result = run_policy_bench(options, say)
+    show_result(result, policy_bench_table, as_json=asked.as_json)
 
 
 @command.command()
@@ -176,22 +164,15 @@ def codecs(
     quick: Annotated[
         bool, typer.Option("--quick", help="One pass over the blocks; below a minute.")
     ] = False,
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m",
+    model: ModelOption = DEFAULT_MODEL,
     as_json: JsonOption = False,
 ) -> None:
     """Size, speed and fidelity of the codecs at rest on a real model's KV."""
     from ucm.bench.codecs import CodecBenchOptions, codec_bench_table, run_codec_bench
 
     options = CodecBenchOptions(model_path=model_hub.resolve(model))
-    result = run_codec_bench(
-        options.quick() if quick else options, lambda line: print(line, file=sys.stderr)
-    )
-    if as_json:
-        print_json(result)
-    else:
-        Console(highlight=False).print(codec_bench_table(result))
+    result = run_codec_bench(options.quick() if quick else options, say)
+    show_result(result, codec_bench_table, as_json=as_json)
 
 
 @command.command()

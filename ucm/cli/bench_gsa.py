@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from ucm import model_hub
 from ucm.errors import ConfigError
 
-from .console import ExitCode, print_json
-from .options import JsonOption
+from .console import ExitCode, say, show_result
+from .options import DEFAULT_MODEL, JsonOption, ModelOption
 from .termination import unwinding_on_sigterm
 
 if TYPE_CHECKING:
@@ -55,9 +54,7 @@ class GsaOptions:
         Path | None,
         typer.Option(metavar="FILE", help="Draw quality against bytes read: .png, .svg or .pdf."),
     ] = None
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m"
+    model: ModelOption = DEFAULT_MODEL
     as_json: JsonOption = False
 
 
@@ -75,12 +72,9 @@ def run_gsa(options: GsaOptions) -> None:
     from ucm.bench.gsa_report import gsa_bench_report
 
     with unwinding_on_sigterm():
-        result = run_gsa_bench(wanted, lambda line: print(line, file=sys.stderr, flush=True))
+        result = run_gsa_bench(wanted, say)
     # Before the file: a disk that is full now must not cost what took minutes.
-    if options.as_json:
-        print_json(result)
-    else:
-        Console(highlight=False).print(gsa_bench_report(result))
+    show_result(result, gsa_bench_report, as_json=options.as_json)
     if options.plot is not None:
         from ucm.bench.gsa_plot import save_plot
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from ucm import model_hub
 from ucm.errors import ConfigError
 from ucm.types import TierKind
 
-from .console import ExitCode, print_json
-from .options import JsonOption
+from .console import ExitCode, say, show_result
+from .options import DEFAULT_MODEL, JsonOption, ModelOption
 from .termination import unwinding_on_sigterm
 
 if TYPE_CHECKING:
@@ -39,15 +38,22 @@ class OverlapOptions:
         typer.Option(
             metavar="MB/S",
             help="Of the disk (memory is only measured unlimited); a number or `unlimited`; "
-            "may be repeated.",
+            "may be repeated. Default: 1, 3, 10, 30, 100, unlimited.",
         ),
     ] = None
     hit_ratio: Annotated[
         list[float] | None,
-        typer.Option(min=0.0, max=1.0, help="Share of the prompt in the cache; may be repeated."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of the prompt in the cache; may be repeated. Default: 0.5, 0.9, 1.",
+        ),
     ] = None
     context: Annotated[
-        list[int] | None, typer.Option(min=64, help="Tokens of the prompt; may be repeated.")
+        list[int] | None,
+        typer.Option(
+            min=64, help="Tokens of the prompt; may be repeated. Default: 1024, 3072, 6144."
+        ),
     ] = None
     tier: Annotated[
         list[str] | None,
@@ -58,14 +64,18 @@ class OverlapOptions:
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each way; medians.")] = 1
     decode_rounds: Annotated[
         int | None,
-        typer.Option(min=0, help="Decodes with storing on, and as many with it off; 0: none."),
+        typer.Option(
+            min=0, help="Decodes with storing on, and as many with it off; 0: none. Default: 6."
+        ),
     ] = None
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m"
+    model: ModelOption = DEFAULT_MODEL
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32"
     store: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where the store of the benchmark lies.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where the store of the benchmark lies. Default: temporary files.",
+        ),
     ] = None
     trace_out: Annotated[
         Path | None,
@@ -91,15 +101,10 @@ def run_overlap(options: OverlapOptions) -> None:
     from ucm.bench.overlap_report import overlap_bench_table
 
     with unwinding_on_sigterm():
-        outcome = run_overlap_bench(
-            bench_options(options), lambda line: print(line, file=sys.stderr, flush=True)
-        )
+        outcome = run_overlap_bench(bench_options(options), say)
     result = outcome.result
     # Before the files: a disk that is full now must not cost what took hours.
-    if options.as_json:
-        print_json(result)
-    else:
-        Console(highlight=False).print(overlap_bench_table(result))
+    show_result(result, overlap_bench_table, as_json=options.as_json)
     is_written = _write_files(options, outcome)
     if result["wrong_bytes"] or not all(cell["identical_tokens"] for cell in result["cells"]):
         raise typer.Exit(ExitCode.CHECK_FAILED)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from ucm import model_hub
 
 from .bench_gsa import check_plot_file, draw
-from .console import print_json
-from .options import JsonOption
+from .console import say, show_result
+from .options import DEFAULT_MODEL, JsonOption, ModelOption
 from .termination import unwinding_on_sigterm
 
 if TYPE_CHECKING:
@@ -40,9 +38,7 @@ class RagOptions:
         Path | None,
         typer.Option(metavar="FILE", help="Draw quality against cost: .png, .svg or .pdf."),
     ] = None
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m"
+    model: ModelOption = DEFAULT_MODEL
     as_json: JsonOption = False
 
 
@@ -61,12 +57,9 @@ def run_rag(options: RagOptions) -> None:
     from ucm.bench.rag_report import rag_bench_report
 
     with unwinding_on_sigterm():
-        result = run_rag_bench(wanted, lambda line: print(line, file=sys.stderr, flush=True))
+        result = run_rag_bench(wanted, say)
     # Before the file: a disk that is full now must not cost what took minutes.
-    if options.as_json:
-        print_json(result)
-    else:
-        Console(highlight=False).print(rag_bench_report(result))
+    show_result(result, rag_bench_report, as_json=options.as_json)
     if options.plot is not None:
         draw(partial(save_plot, result), options.plot)
 

@@ -13,14 +13,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import ucm
 from ucm.collection_api import check_time
 from ucm.errors import ConfigError, InvalidArgumentError
 
 from . import collection_add
-from .collection_add import CacheOption, open_folder
-from .console import ExitCode, print_json
+from .cache_choice import socket_or_folder
+from .console import ExitCode, print_json, table_console
 from .option_class import takes_options
-from .options import ConfigOption, JsonOption, SocketOption, loaded_config
+from .options import ConfigOption, FolderOption, JsonOption, SocketOption, loaded_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +54,7 @@ class _Where:
     """Which store, and how to answer."""
 
     socket: SocketOption = None
-    cache: CacheOption = None
+    cache: FolderOption = None
     config: ConfigOption = None
     as_json: JsonOption = False
 
@@ -65,18 +66,17 @@ def _connect(where: _Where) -> Iterator[CollectionApi]:
     Raises:
         ConfigError: both are named, or the folder is not there.
     """
-    if where.cache is None:
+    socket, folder = socket_or_folder(where.socket, where.cache)
+    if folder is None:
         from ucm.admin import AdminClient
 
-        found = loaded_config(where.config, service__socket_path=where.socket)
+        found = loaded_config(where.config, service__socket_path=socket)
         with AdminClient(found.config.service.socket_path) as client:
             yield client.collections
         return
-    if where.socket is not None:
-        raise ConfigError("give either --socket or --cache")
-    if not where.cache.is_dir():
-        raise ConfigError(f"--cache {where.cache}: no such folder; --socket names a daemon")
-    with open_folder(where.cache) as store:
+    if not folder.is_dir():
+        raise ConfigError(f"--cache {folder}: no such folder; --socket names a daemon")
+    with ucm.open(folder) as store:
         yield store.collections
 
 
@@ -107,7 +107,7 @@ def _list_collections(collections: CollectionApi, *, as_json: bool) -> None:
             {"collections": [asdict(each) for each in found], "deletions": asdict(deletions)}
         )
         return
-    console = Console(soft_wrap=True)
+    console = table_console()
     console.print(_collections_table(found))
     console.print(
         f"{deletions.num_waiting} deleted blocks wait to be erased, "
@@ -136,7 +136,7 @@ def _list_documents(collections: CollectionApi, name: str, *, as_json: bool) -> 
     table.add_column("document", overflow="fold")
     for each in found:
         table.add_row(*_document_texts(each))
-    console = Console(soft_wrap=True)
+    console = table_console()
     console.print(table)
     console.print(f"{len(found)} documents")
 

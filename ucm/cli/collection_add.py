@@ -16,7 +16,7 @@ import typer
 import ucm
 from ucm import model_hub
 from ucm.collection_api import CollectionApi, check_collection_name
-from ucm.errors import ConfigError, TierUnavailableError
+from ucm.errors import TierUnavailableError
 from ucm.text_files import (
     DEFAULT_ENCODING,
     SkippedFile,
@@ -27,10 +27,18 @@ from ucm.text_files import (
     read_text,
 )
 
+from .cache_choice import daemon_factory, say_loading, sessions_of, socket_or_folder
 from .console import ExitCode, print_json
-from .generate import cache_factory
 from .option_class import takes_options
-from .options import ConfigOption, JsonOption, SocketOption, loaded_config
+from .options import (
+    DEFAULT_MODEL,
+    ConfigOption,
+    FolderOption,
+    JsonOption,
+    ModelOption,
+    SocketOption,
+    loaded_config,
+)
 from .progress import ByteProgress
 from .reuse_flags import document_prompts
 from .termination import unwinding_on_sigterm
@@ -38,7 +46,6 @@ from .termination import unwinding_on_sigterm
 if TYPE_CHECKING:
     from ucm.api import CacheApi
     from ucm.connectors.collection_ingest import CollectionIngest, Ingested
-    from ucm.embedded import EmbeddedCache
 
 DEADLINE_S = 30.0
 """Nobody waits for a first token here: the cache may take its time."""
@@ -46,12 +53,6 @@ INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended."""
 _HARMLESS = frozenset({SkipReason.BINARY, SkipReason.EMPTY, SkipReason.SPECIAL})
 """What any folder of documents has in it."""
-
-
-CacheOption = Annotated[
-    Path | None,
-    typer.Option("--cache", metavar="PATH", help="A store's folder, to do without a daemon."),
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +67,8 @@ class AddOptions:
         typer.Argument(metavar="PATH", help="Text files, and folders with all below them."),
     ]
     socket: SocketOption = None
-    cache: CacheOption = None
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m"
+    cache: FolderOption = None
+    model: ModelOption = DEFAULT_MODEL
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; the same as when asking.")] = "fp32"
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="How it will be asked; see `ucm generate`.")
@@ -177,6 +176,7 @@ def _opened(model: Path, options: AddOptions) -> Iterator[CollectionIngest]:
     from ucm.reuse.options import ReuseOptions
 
     with _store(options) as (factory, collections):
+        say_loading(model)
         loaded = load_model(model, options.dtype)
         prompts = document_prompts(loaded.tokenizer, is_chat=options.chat)
         settings = CachedEngineOptions(
@@ -203,20 +203,16 @@ def _store(options: AddOptions) -> Iterator[tuple[Callable[[], CacheApi], Collec
 
     Raises:
         TierUnavailableError: no daemon listens there.
-        ConfigError: both a daemon and a folder are named, or what is no store's folder.
+        ConfigError: both a daemon and a folder are named, or what is neither.
     """
-    if options.cache is not None:
-        if options.socket is not None:
-            raise ConfigError("give either --socket or --cache")
-        from ucm.embedded import EmbeddedCache
-
-        with open_folder(options.cache) as store:
-            manager = store.manager
-            yield lambda: EmbeddedCache(manager, owns_manager=False), store.collections
+    socket, folder = socket_or_folder(options.socket, options.cache)
+    if folder is not None:
+        with ucm.open(folder) as store:
+            yield sessions_of(store), store.collections
         return
     from ucm.admin import AdminClient
 
-    found = loaded_config(options.config, service__socket_path=options.socket)
+    found = loaded_config(options.config, service__socket_path=socket)
     path = found.config.service.socket_path
     if not path.is_socket():
         raise TierUnavailableError(
@@ -224,18 +220,7 @@ def _store(options: AddOptions) -> Iterator[tuple[Callable[[], CacheApi], Collec
             "with --socket, or use a folder without a daemon with --cache"
         )
     with AdminClient(path, timeout_s=DEADLINE_S) as admin:
-        yield cache_factory(path, DEADLINE_S), admin.collections
-
-
-def open_folder(path: Path) -> EmbeddedCache:
-    """A store without a daemon; made if there is none.
-
-    Raises:
-        ConfigError: no folder.
-    """
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--cache {path}: not a folder; --socket names a daemon")
-    return ucm.open(path)
+        yield daemon_factory(path, DEADLINE_S), admin.collections
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from .console import print_json
+from .console import print_json, table_console
 from .options import ConfigOption, JsonOption, SetOption, loaded_config
 
 command = typer.Typer(
@@ -46,4 +45,4 @@ def show(
     table = Table("setting", "value", *(["origin"] if origin else []), box=None)
     for name, value in values.items():
         table.add_row(name, str(value), *([loaded.origins[name]] if origin else []))
-    Console(soft_wrap=True).print(table)
+    table_console().print(table)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ucm.errors import (
     CapacityError,
@@ -18,6 +18,14 @@ from ucm.errors import (
     TierUnavailableError,
     UcmError,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+Result = TypeVar("Result", bound=Mapping[str, Any])
+
+MAX_LINE: Final = 1 << 16
+"""Characters in a row of a table that goes to a file or another program."""
 
 
 class ExitCode(enum.IntEnum):
@@ -58,6 +66,33 @@ def _plain(value: object) -> object:
     if isinstance(value, bytes):
         return value.hex()
     raise TypeError(f"no JSON for a {type(value).__name__}")
+
+
+def say(line: str) -> None:
+    """A line for who watches a long command, at once, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def show_result(
+    result: Result, render: Callable[[Result], RenderableType], *, as_json: bool
+) -> None:
+    """What a benchmark found: one JSON object, or what `render` makes of it."""
+    if as_json:
+        print_json(result)
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(render(result))
+
+
+def table_console() -> Console:
+    """For tables: fitted to a terminal; elsewhere each row is one line, however long."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = MAX_LINE
+    return console
 
 
 def format_bytes(size: int) -> str:

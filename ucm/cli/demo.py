@@ -14,11 +14,9 @@ from ucm import model_hub
 from ucm.errors import ConfigError
 
 from .console import ExitCode, format_bytes, print_json
-from .options import JsonOption
+from .options import DEFAULT_MODEL, JsonOption, ModelOption
 from .progress import ByteProgress
 from .termination import unwinding_on_sigterm
-
-DEFAULT_MODEL = "smollm2-135m"
 
 command = typer.Typer(add_completion=False)
 
@@ -31,14 +29,18 @@ def demo(
     dtype: Annotated[
         str, typer.Option(help="fp32, or bf16: faster, and the last bits may differ.")
     ] = "fp32",
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = DEFAULT_MODEL,
+    model: ModelOption = DEFAULT_MODEL,
     deadline_s: Annotated[
         float, typer.Option(min=0.05, help="What a request may lose to a daemon that is away.")
     ] = 2.0,
     folder: Annotated[
-        Path | None, typer.Option(help="Where the daemon keeps its store; default: temporary.")
+        Path | None,
+        typer.Option(
+            "--folder",
+            "--store",
+            metavar="FOLDER",
+            help="Where the daemon keeps its store. Default: temporary.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -15,7 +15,7 @@ from ucm.errors import ConfigError
 
 from .console import ExitCode, print_json
 from .doctor_kernels import kernels_command
-from .options import ConfigOption, JsonOption, SetOption, loaded_config
+from .options import ConfigOption, JsonOption, SetOption, StoreOption, loaded_config
 
 if TYPE_CHECKING:
     from ucm.doctor import Check, Diagnosis
@@ -30,10 +30,7 @@ _MARKS = {"ok": "ok    ", "note": "note  ", "failed": "FAILED"}
 def doctor(
     context: typer.Context,
     config: ConfigOption = None,
-    store: Annotated[
-        str | None,
-        typer.Option("--store", metavar="PATH", help="Data folder; none for memory only."),
-    ] = None,
+    store: StoreOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:

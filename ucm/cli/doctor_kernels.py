@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from ucm.kernels.dispatch import Candidate, Choice
 
 
+LEGEND = """\
+Two lines a case: operation, device, dtype, sizes: which implementation is taken, and why;
+and what a call costs with each, cheapest first. Microseconds; sizes are those of SmolLM2-135M.
+T tokens computed, S tokens attended to, H heads, G heads of keys and values, D head size,
+out and in features, C channels, N rows or slabs, bytes of a slab.
+"""
+
+
 def kernels_command(
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure this machine and keep what it costs.")
@@ -53,6 +61,7 @@ def kernels_command(
         )
         return
     console = Console(soft_wrap=True, highlight=False)
+    console.print(LEGEND, markup=False)
     for choice in choices:
         _show(console, choice)
     _say_where(console, path, num_left)

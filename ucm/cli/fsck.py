@@ -23,7 +23,10 @@ command = typer.Typer(add_completion=False)
 @command.command()
 def fsck(
     path: Annotated[
-        Path | None, typer.Argument(help="Data folder; the configured one if left out.")
+        Path | None, typer.Argument(metavar="FOLDER", help="The data folder. Default: nvme.path.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", metavar="FOLDER", help="The same. Default: nvme.path.")
     ] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Mend it; blocks may be lost.")] = False,
     config: ConfigOption = None,
@@ -32,7 +35,9 @@ def fsck(
     """Check a data folder while no daemon runs on it; exit code 1 when damage is left."""
     from ucm.storage.fsck import check_store
 
-    folder = path or loaded_config(config).config.nvme.path
+    if path is not None and store is not None:
+        raise ConfigError("name the data folder once, with --store or without")
+    folder = path or store or loaded_config(config).config.nvme.path
     if folder is None:
         raise ConfigError("nvme.path is none: there is no data folder to check; name one")
     report = check_store(folder, repair)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,40 +11,46 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import ucm
 from ucm import model_hub
-from ucm.errors import ConfigError, TierUnavailableError
+from ucm.errors import ConfigError
 from ucm.types import SummaryKind
 
+from .cache_choice import CONNECT_TIMEOUT_S, reached_cache, say_loading
+from .chunk_report import (
+    ChunkFate,
+    chunk_fates,
+    fate_line,
+    reuse_figures,
+    reuse_line,
+    unstored_hint,
+)
 from .console import print_json
 from .option_class import takes_options
-from .options import JsonOption
+from .options import DEFAULT_MODEL, CacheOption, JsonOption, ModelOption
 from .reuse_flags import (
     RECOMPUTE_HELP,
     chunk_texts,
     document_prompts,
     pool_blocks,
-    reuse_figures,
-    reuse_line,
     reuse_options,
 )
 from .sparse_flags import sparse_line, sparse_options
 
 if TYPE_CHECKING:
-    from ucm.api import CacheApi
+    from ucm.connectors.cached_engine import CachedEngine
+    from ucm.connectors.link import CacheFactory
     from ucm.connectors.session import CacheSession
     from ucm.engine.chunk_prompts import ChunkPrompts
     from ucm.engine.engine import Engine, EngineOptions
     from ucm.engine.loading import LoadedModel
     from ucm.engine.request import RequestResult
     from ucm.engine.sampling import SamplingParams
-    from ucm.reuse.segments import ChunkSpace, SegmentedPrompt
+    from ucm.reuse.segments import Chunk, SegmentedPrompt
     from ucm.sparse.slab_source import HostSlabSource
 
     Prompt = list[int] | SegmentedPrompt
 
 FLUSH_TIMEOUT_S = 30.0
-CONNECT_TIMEOUT_S = 10.0
 
 command = typer.Typer(add_completion=False)
 
@@ -54,9 +59,7 @@ command = typer.Typer(add_completion=False)
 class GenerateOptions:
     """What the command line asks for."""
 
-    model: Annotated[
-        str, typer.Option(metavar="NAME|PATH", help="A model's folder or GGUF file, or its name.")
-    ] = "smollm2-135m"
+    model: ModelOption = DEFAULT_MODEL
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read the prompt from here; - for stdin.")
@@ -66,18 +69,14 @@ class GenerateOptions:
         typer.Option(
             metavar="FILE",
             help="A document that the prompt asks about; may be repeated. Its KV is computed and "
-            "stored once, and reused wherever it stands.",
+            "stored once, and reused wherever it stands; that of a document deleted from its "
+            "collection is not stored again.",
         ),
     ] = None
     recompute: Annotated[
         str | None, typer.Option(metavar="SHARE|quality|latency", help=RECOMPUTE_HELP)
     ] = None
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="SOCKET|PATH", help="A daemon's socket, or a folder to use without a daemon."
-        ),
-    ] = None
+    cache: CacheOption = None
     accept_lossy: Annotated[
         bool,
         typer.Option("--accept-lossy", help="Use blocks that a codec of the cache made smaller."),
@@ -166,10 +165,9 @@ def generate(options: GenerateOptions) -> None:
     sparse_options(options)  # what cannot be is refused before a model is loaded
     texts = chunk_texts(options)
     model = model_hub.resolve(options.model)
-    factory = None
-    if options.cache is not None:
-        factory = cache_factory(options.cache, options.deadline_s)
-    _generate(options, model, _Asked(prompt, texts), factory)
+    with reached_cache(options.cache, options.deadline_s) as factory:
+        say_loading(model)
+        _generate(options, model, _Asked(prompt, texts), factory)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -192,29 +190,6 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return prompt
 
 
-def cache_factory(cache: Path, deadline_s: float) -> Callable[[], CacheApi]:
-    """How to connect to what `--cache` names: a daemon's socket, or a folder of our own.
-
-    Raises:
-        TierUnavailableError: it looks like a socket, and there is none.
-        ConfigError: it is neither.
-    """
-    if cache.is_socket():
-        from ucm.client import connect
-
-        return lambda: connect(cache, timeout_s=deadline_s)
-    if not cache.exists() and cache.suffix != ".sock":
-        print(f"--cache {cache}: nothing is there yet, a new store is made", file=sys.stderr)
-    if cache.is_dir() or (not cache.exists() and cache.suffix != ".sock"):
-        return lambda: ucm.open(cache)
-    if cache.exists():
-        raise ConfigError(f"--cache {cache}: neither a daemon's socket nor a folder")
-    raise TierUnavailableError(
-        f"--cache {cache}: no daemon listens there; start one with `ucm serve --socket {cache}`, "
-        "or give a folder to use a store without a daemon"
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """The prompt, and the documents in front of it."""
@@ -224,25 +199,18 @@ class _Asked:
 
 
 def _generate(
-    options: GenerateOptions, model: Path, asked: _Asked, factory: Callable[[], CacheApi] | None
+    options: GenerateOptions, model: Path, asked: _Asked, factory: CacheFactory | None
 ) -> None:
     from ucm.connectors.cached_engine import CachedEngineOptions, open_engine
     from ucm.connectors.session import SessionOptions
-    from ucm.engine.engine import EngineOptions
     from ucm.engine.loading import load_model
     from ucm.engine.sampling import SamplingParams
 
     loaded = load_model(model, options.dtype)
-    sizes, prompts = EngineOptions(sparse=sparse_options(options)), None
-    if options.sparse_resident_blocks is not None:
-        sizes = dataclasses.replace(sizes, num_blocks=options.sparse_resident_blocks)
+    prompts = None
     if asked.documents:
         prompts = document_prompts(loaded.tokenizer, is_chat=options.chat)
-        sizes = dataclasses.replace(
-            sizes,
-            reuse=reuse_options(options.recompute, prompts),
-            num_blocks=pool_blocks(asked.documents, loaded.tokenizer, options.max_tokens),
-        )
+    sizes = _sizes(options, loaded, asked, prompts)
     params = SamplingParams(
         max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed
     )
@@ -258,20 +226,41 @@ def _generate(
             source = _host_source(loaded, sizes)
             stack.callback(source.close)
         cached = stack.enter_context(open_engine(loaded, factory, settings, source))
+        documents: list[list[Chunk]] = []
         if prompts is None:
             prompt: Prompt = _encode(loaded, asked.prompt, is_chat=options.chat)
         else:
-            prompt = _with_documents(prompts, asked, cached.engine.chunk_space)
+            space = cached.engine.chunk_space
+            documents = [prompts.chunks_of(text, space) for text in asked.documents]
+            prompt = prompts.prompt([each for chunks in documents for each in chunks], asked.prompt)
         result = _stream(cached.engine, prompt, params, show=not options.as_json)
         cached.flush(FLUSH_TIMEOUT_S)
-        _report(result, cached.session, cached.engine, as_json=options.as_json)
-        if options.explain and not options.as_json:
-            print(_explanation(cached.session), file=sys.stderr)
+        fates = chunk_fates(options.chunk or [], documents, cached)
+        if options.as_json:
+            print_json(_summary(result, cached.session, cached.engine, fates))
+            return
+        _report(result, cached, unstored_hint(fates))
+        if options.explain:
+            for line in (*map(fate_line, fates), _explanation(cached.session)):
+                print(line, file=sys.stderr)
 
 
-def _with_documents(prompts: ChunkPrompts, asked: _Asked, space: ChunkSpace) -> SegmentedPrompt:
-    chunks = [chunk for text in asked.documents for chunk in prompts.chunks_of(text, space)]
-    return prompts.prompt(chunks, asked.prompt)
+def _sizes(
+    options: GenerateOptions, loaded: LoadedModel, asked: _Asked, prompts: ChunkPrompts | None
+) -> EngineOptions:
+    """An engine for this one request; `prompts` are those with documents, if there are any."""
+    from ucm.engine.engine import EngineOptions
+
+    sizes = EngineOptions(sparse=sparse_options(options))
+    if options.sparse_resident_blocks is not None:
+        sizes = dataclasses.replace(sizes, num_blocks=options.sparse_resident_blocks)
+    if prompts is None:
+        return sizes
+    return dataclasses.replace(
+        sizes,
+        reuse=reuse_options(options.recompute, prompts),
+        num_blocks=pool_blocks(asked.documents, loaded.tokenizer, options.max_tokens),
+    )
 
 
 def _host_source(loaded: LoadedModel, sizes: EngineOptions) -> HostSlabSource:
@@ -306,31 +295,30 @@ def _stream(engine: Engine, prompt: Prompt, params: SamplingParams, *, show: boo
     return result
 
 
-def _report(
-    result: RequestResult,
-    session: CacheSession | None,
-    engine: Engine,
-    *,
-    as_json: bool,
-) -> None:
-    output, timings, sparse = result.outputs[0], result.timings, engine.sparse_stats
+def _summary(
+    result: RequestResult, session: CacheSession | None, engine: Engine, fates: list[ChunkFate]
+) -> dict[str, object]:
+    """Everything, for programs."""
+    output, sparse = result.outputs[0], engine.sparse_stats
     is_offloaded = engine.offloads.stats.sequences > 0
-    stats = session.stats() if session is not None else None
-    if as_json:
-        summary: dict[str, object] = {
-            "text": output.text,
-            "token_ids": output.token_ids,
-            "finish_reason": output.finish_reason.value,
-            **dataclasses.asdict(timings),
-            "cache": dataclasses.asdict(stats) if stats is not None else None,
-            "decision": _decision(session),
-            "sparse": dataclasses.asdict(sparse) if sparse is not None else None,
-            "reuse": reuse_figures(result.reuse),
-            "offload": dataclasses.asdict(engine.offloads.stats) if is_offloaded else None,
-        }
-        print_json(summary)
-        return
-    reused = f" and {timings.num_reused_tokens} of reused chunks" if result.reuse else ""
+    return {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason.value,
+        **dataclasses.asdict(result.timings),
+        "cache": dataclasses.asdict(session.stats()) if session is not None else None,
+        "decision": _decision(session),
+        "sparse": dataclasses.asdict(sparse) if sparse is not None else None,
+        "reuse": reuse_figures(result.reuse),
+        "chunks": [dataclasses.asdict(fate) for fate in fates] or None,
+        "offload": dataclasses.asdict(engine.offloads.stats) if is_offloaded else None,
+    }
+
+
+def _report(result: RequestResult, cached: CachedEngine, hint: str | None) -> None:
+    """What a person wants to know, on standard error."""
+    timings, engine = result.timings, cached.engine
+    reused = f" and {timings.num_reused_tokens} from chunks" if result.reuse else ""
     line = (
         f"{timings.num_prompt_tokens} prompt tokens, {timings.num_hook_tokens} of them from the "
         f"cache{reused}; first token after {1e3 * timings.ttft_s:,.0f} ms"
@@ -339,10 +327,11 @@ def _report(
         line += f", then {1 / timings.tpot_s:.1f} tokens/s"
     print(line, file=sys.stderr)
     if result.reuse is not None:
-        print(reuse_line(result.reuse), file=sys.stderr)
-    if sparse is not None:
-        print(sparse_line(sparse), file=sys.stderr)
-    if is_offloaded:
+        line = reuse_line(result.reuse, is_cached=cached.session is not None)
+        print(line if hint is None else f"{line}\n{hint}", file=sys.stderr)
+    if engine.sparse_stats is not None:
+        print(sparse_line(engine.sparse_stats), file=sys.stderr)
+    if engine.offloads.stats.sequences:
         num = engine.options.num_blocks
         print(f"offload: the pool held {num} blocks, host memory the rest", file=sys.stderr)
 
@@ -369,6 +358,9 @@ def _explanation(session: CacheSession | None) -> str:
     if session is None:
         return "no cache, nothing to decide: everything is computed (--cache names one)"
     if not session.loads.decisions:
-        return f"the cache had nothing of this prompt\n{session.loads.model.snapshot()}"
+        return f"nothing was loaded: the cache had none of it\n{session.loads.model.snapshot()}"
     decided = session.loads.decisions[-1].explain()
+    count = len(session.loads.decisions)
+    if count > 1:
+        decided = f"the last of {count} loads, each decided by itself:\n{decided}"
     return f"{decided}\nafterwards:\n{session.loads.model.snapshot()}"

@@ -6,13 +6,12 @@ import os
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ucm import model_hub
 from ucm.model_hub import KNOWN_MODELS, HubOptions
 
-from .console import format_bytes, print_json
+from .console import format_bytes, print_json, table_console
 from .options import JsonOption
 from .progress import ByteProgress
 
@@ -66,4 +65,4 @@ def list_command(as_json: JsonOption = False) -> None:
         if known.name not in present:
             origin = f"{known.summary}, {known.licence}"
             table.add_row(known.name, format_bytes(known.size_bytes), "not pulled", origin)
-    Console(soft_wrap=True).print(table)
+    table_console().print(table)

@@ -1,4 +1,7 @@
-"""Options that several commands take, and the configuration they lead to."""
+"""Options that several commands take, and the configuration they lead to.
+
+Where a default is a setting, help names the setting: `ucm config show --origin` has its value.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,47 @@ ConfigOption = Annotated[
     typer.Option("--config", metavar="FILE", help="TOML file to read instead of the usual ones."),
 ]
 SocketOption = Annotated[
-    Path | None, typer.Option("--socket", metavar="PATH", help="The daemon's gRPC socket.")
+    Path | None,
+    typer.Option(
+        "--socket",
+        metavar="SOCKET",
+        help="The daemon's socket, which `ucm serve` prints. Default: service.socket_path.",
+    ),
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="FOLDER",
+        help="The daemon's data folder; none for memory only. Default: nvme.path.",
+    ),
+]
+FolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        "--store",
+        metavar="FOLDER",
+        help="A data folder that no daemon has open, to do without one. Default: the daemon.",
+    ),
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        "--socket",
+        "--store",
+        metavar="SOCKET|FOLDER",
+        help="A daemon's socket, which `ucm serve` prints, or a data folder that no daemon has "
+        "open. Default: no cache.",
+    ),
+]
+DEFAULT_MODEL = "smollm2-135m"
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", metavar="NAME|PATH", help="A model's folder or GGUF file, or its name."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

@@ -1,8 +1,7 @@
-"""`--chunk` and `--recompute`: what they ask for, and what came of it."""
+"""`--chunk` and `--recompute`: what they ask for."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,6 @@ from ucm.text_files import SkippedFile, read_text
 
 if TYPE_CHECKING:
     from ucm.engine.chunk_prompts import ChunkPrompts
-    from ucm.engine.reuse_report import ReuseReport
     from ucm.engine.tokenizer import Tokenizer
     from ucm.reuse.options import ReuseOptions
 
@@ -113,36 +111,3 @@ def _recompute(text: str | None) -> dict[str, object]:
     policies = {0.0: RecomputePolicy.NONE, 1.0: RecomputePolicy.FULL}
     policy = policies.get(budget, RecomputePolicy.PROGRESSIVE)
     return {"blend": BlendOptions(policy=policy, budget=budget)}
-
-
-def reuse_line(report: ReuseReport) -> str:
-    """What reuse did for a request, for people."""
-    if report.fallback is not None:
-        return (
-            f"chunks: nothing was reused ({report.fallback.value}); the prompt was computed whole"
-        )
-    tokens = report.num_chunk_tokens
-    if not tokens:
-        return "chunks: nothing to reuse, the prefix cache had the whole prompt"
-    line = (
-        f"chunks: {tokens:,} tokens reused ({report.num_loaded_tokens:,} of them loaded, "
-        f"{report.num_found_tokens:,} in the pool, {report.num_encoded_tokens:,} computed for "
-        f"the first time); {report.cost:.0%} of the work repeated in "
-        f"{1e3 * report.seconds:,.0f} ms, {report.num_saved_tokens:,.0f} tokens' worth saved"
-    )
-    if report.drift is not None:
-        line += f"; drift {report.drift:.2f}"
-    if report.num_guarded:
-        line += f"; {report.num_guarded} chunks had drifted too far and were computed in full"
-    return line
-
-
-def reuse_figures(report: ReuseReport | None) -> dict[str, object] | None:
-    """The same for programs; None without chunks."""
-    if report is None:
-        return None
-    return {
-        **dataclasses.asdict(report),
-        "num_recomputed_tokens": report.num_recomputed_tokens,
-        "num_saved_tokens": report.num_saved_tokens,
-    }

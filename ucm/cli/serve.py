@@ -13,7 +13,14 @@ import typer
 from ucm.config import Config
 
 from .console import print_json
-from .options import ConfigOption, JsonOption, SetOption, SocketOption, loaded_config
+from .options import (
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    SocketOption,
+    StoreOption,
+    loaded_config,
+)
 
 command = typer.Typer(add_completion=False)
 
@@ -22,12 +29,13 @@ command = typer.Typer(add_completion=False)
 def serve(
     config: ConfigOption = None,
     socket: SocketOption = None,
-    store: Annotated[
-        str | None,
-        typer.Option("--store", metavar="PATH", help="Data folder; none for memory only."),
-    ] = None,
+    store: StoreOption = None,
     metrics_port: Annotated[
-        int | None, typer.Option("--metrics-port", help="Prometheus port on loopback.")
+        int | None,
+        typer.Option(
+            "--metrics-port",
+            help="Prometheus port on loopback; 0: none. Default: metrics.port.",
+        ),
     ] = None,
     settings: SetOption = None,
     as_json: JsonOption = False,

@@ -6,10 +6,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from .console import format_bytes, print_json
+from .console import format_bytes, print_json, table_console
 from .options import ConfigOption, JsonOption, SocketOption, loaded_config
 
 if TYPE_CHECKING:
@@ -17,6 +16,11 @@ if TYPE_CHECKING:
     from ucm.grants import NamespaceStatus, ShareStatus
 
 command = typer.Typer(add_completion=False)
+
+_LEGEND = (
+    "used: slots that hold blocks. held: what a namespace takes of the machine, memory that was "
+    "ever touched and whole segments on the disk, with its tenant's quota and reservation"
+)
 
 
 @command.command()
@@ -48,7 +52,7 @@ def _as_dict(found: DaemonStatus) -> dict[str, object]:
 
 def _show(found: DaemonStatus) -> None:
     store = found.store
-    console = Console(soft_wrap=True)
+    console = table_console()
     console.print(f"ucm {found.version}, {store.state}, pid {found.pid}, up {found.uptime_s:.0f} s")
     console.print(f"socket {found.socket_path}", f"store {found.store_path or 'none'}", sep="\n")
     console.print(
@@ -70,6 +74,7 @@ def _show(found: DaemonStatus) -> None:
     console.print(table)
     if store.namespaces:
         console.print(_namespaces_table(store.namespaces))
+        console.print(_LEGEND, markup=False)
     for tier in store.tiers:
         if tier.io:
             console.print(f"{tier.kind.value} through {tier.io}: {tier.io_reason}", markup=False)
@@ -78,7 +83,8 @@ def _show(found: DaemonStatus) -> None:
 
 
 def _namespaces_table(namespaces: tuple[NamespaceStatus, ...]) -> Table:
-    tiers = [share.kind.value for share in max((each.shares for each in namespaces), key=len)]
+    shares = max((each.shares for each in namespaces), key=len)
+    tiers = [f"{share.kind.value} held" for share in shares]
     table = Table(
         "namespace",
         "model",
@@ -92,15 +98,16 @@ def _namespaces_table(namespaces: tuple[NamespaceStatus, ...]) -> Table:
         box=None,
     )
     for each in namespaces:
-        shares = [_share_text(share) for share in each.shares]
-        shares += ["none"] * (len(tiers) - len(shares))
+        held = [_share_text(share) for share in each.shares]
+        held += ["none"] * (len(tiers) - len(held))
         table.add_row(
             each.id.hex()[:8],
-            f"{each.model_id} {each.dtype}",
+            each.model_id or "-",
+            each.dtype or "-",
             each.tenant or "-",
             each.codec or "-",
             str(each.num_blocks),
-            *shares,
+            *held,
             format_bytes(each.pinned_bytes),
             str(each.num_sessions),
         )

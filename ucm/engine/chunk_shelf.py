@@ -37,7 +37,7 @@ from .guarded_hook import GuardedHook
 from .hook import LoadRequest, LoadStart, LoadState, StoreRequest
 from .layer_clock import LayerClock
 from .pool import KvPool
-from .reuse_report import ReuseStats
+from .reuse_report import ChunkOutcome, ReuseStats
 from .sampling import SamplingParams
 from .sequence import POOL_NAMESPACE, TokenSequence
 
@@ -165,7 +165,7 @@ class ChunkShelf:
         own = blocks.allocate(num_missing, after=found[-1] if found else None)
         self._num_named += 1
         original = Original(
-            name=f"{owner}/chunk{self._num_named}",
+            name=f"{owner}#chunk{self._num_named}",
             links=links,
             block_ids=found + own,
             arrival=arrival,
@@ -184,6 +184,7 @@ class ChunkShelf:
         if original.num_users:
             return
         del self._originals[original.links[-1].key]
+        self.parts.stats.recent.append(self._outcome(original))
         if original.state is OriginalState.LOADING:
             self._stop(original)
         if original.encoder is not None:
@@ -192,6 +193,17 @@ class ChunkShelf:
             self.parts.pool.clear(original.block_ids[original.num_found :])
         self.parts.pool.blocks.release(original.block_ids)
         self.parts.hook.finish(original.name)
+
+    def _outcome(self, original: Original) -> ChunkOutcome:
+        size = self._block_tokens
+        return ChunkOutcome(
+            token_ids=tuple(self._tokens(original)),
+            num_found_tokens=original.num_found * size,
+            num_loaded_tokens=original.num_loaded * size,
+            num_encoded_tokens=original.num_encoded * size,
+            num_losses=original.num_losses,
+            is_ready=original.is_ready,
+        )
 
     def poll(self) -> None:
         """Look after the loads, begin to compute what is missing, offer what is new."""
@@ -329,7 +341,7 @@ class ChunkShelf:
         tokens = [*self.parts.sink_tokens, *self._tokens(original)]
         original.state = OriginalState.ENCODING
         original.encoder = TokenSequence(
-            request_id=f"{original.name}/encoding",
+            request_id=f"{original.name}#encoding",
             index=0,
             arrival=original.arrival,
             params=SamplingParams(),

@@ -158,23 +158,25 @@ class Engine:
             prompt: text, token ids (then nothing is added to them), or segments with chunks whose
                 KV is reused.
             params: greedy by default.
-            request_id: unique among unfinished requests; one is made up when None.
+            request_id: unique among unfinished requests, without `#`, which begins the names of
+                samples and chunks; one is made up when None.
 
         Returns:
             The request's id.
 
         Raises:
             InvalidArgumentError: an empty prompt, one that does not fit the model or the pool, a
-                token outside the vocabulary, more samples than the batch holds, an id in use, or
-                chunks of another model, sink prefix or block size.
+                token outside the vocabulary, more samples than the batch holds, an id in use or
+                with a `#`, or chunks of another model, sink prefix or block size.
             ConfigError: chunks, in an engine that reuses none.
         """
         params = params or SamplingParams()
         tokens, span = self._read_prompt(prompt)
         max_length = self._check_fits(tokens, params)
         request_id = request_id if request_id is not None else f"request-{self._num_added}"
-        if request_id in self._requests:
-            raise InvalidArgumentError(f"request id {request_id!r} is in use")
+        if request_id in self._requests or "#" in request_id:
+            why = "has a #" if "#" in request_id else "is in use"
+            raise InvalidArgumentError(f"request id {request_id!r} {why}")
         sequence = TokenSequence(
             request_id=request_id,
             index=0,

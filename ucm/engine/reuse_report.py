@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
+
+MAX_RECENT = 64
+"""Chunks of which is remembered where they came from."""
 
 
 class FallbackReason(enum.StrEnum):
@@ -66,6 +69,24 @@ class ReuseReport:
         return self.num_chunk_tokens - self.num_recomputed_tokens - self.num_encoded_tokens
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkOutcome:
+    """Where the rows of one chunk came from. Tokens, where nothing else is said."""
+
+    token_ids: tuple[int, ...]
+    """Of its full blocks."""
+    num_found_tokens: int
+    """The pool held them."""
+    num_loaded_tokens: int
+    """The hook loaded them."""
+    num_encoded_tokens: int
+    """Nobody had them: computed, and offered to the hook."""
+    num_losses: int
+    """Times that its load came short."""
+    is_ready: bool
+    """Whether all of it was there in the end."""
+
+
 @dataclass(slots=True)
 class ReuseStats:
     """Counters over an engine's life; units as in `ReuseReport`."""
@@ -87,6 +108,8 @@ class ReuseStats:
     restarts: int = 0
     seconds: float = 0.0
     fallbacks: Counter[FallbackReason] = field(default_factory=Counter)
+    recent: deque[ChunkOutcome] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
+    """Chunks that were done with last, oldest first."""
 
     def add(self, report: ReuseReport) -> None:
         """Count a request; where its chunks came from is counted when they come."""

@@ -112,10 +112,6 @@ class BudgetController:
         if residual is not None and math.isfinite(residual) and residual >= 0:
             self._learn(options.budget, residual)
 
-    def expected_residual(self, budget: float) -> float:
-        """What of the drift is expected to be left at the grid's point nearest to a budget."""
-        return self._curve()[self._nearest(budget)]
-
     def expected_seconds(self, work: BlendWork, budget: float) -> float:
         """How long a blend is expected to take."""
         computed = budget * work.num_rows + work.num_fresh
