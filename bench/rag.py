@@ -56,8 +56,6 @@ class RagBenchOptions:
     """Folder of anybody's texts; None: our own."""
     prompts: PromptOptions = field(default_factory=PromptOptions)
     quality: QualityOptions = field(default_factory=QualityOptions)
-    num_full: int = 3
-    """Full prefills that are timed for each prompt, between the policies."""
     ratio_lengths: tuple[str, ...] = tuple(RATIO_SHAPES)
     ratio_repeats: int = 3
 
@@ -69,7 +67,6 @@ class RagBenchOptions:
             self,
             prompts=prompts,
             quality=replace(self.quality, copy_budgets=()),
-            num_full=1,
             ratio_lengths=("1k",),
             ratio_repeats=1,
         )
@@ -179,9 +176,9 @@ class _Bench:
             self._warn(f"{prompt.name}: {line}")
 
         quality = measure_quality(model, prompt, options.quality, say)
-        say("TTFT, full prefill")
+        say("TTFT, chunks are computed and stored")
         with TtftRig(self._loaded, prompt) as rig:
-            ttft = measure_ttft(rig, options.quality.budgets, options.num_full, say, warn)
+            ttft = measure_ttft(rig, options.quality.budgets, say, warn)
         return _Row(prompt, quality, ttft)
 
     def ratios(self) -> dict[str, Result]:
@@ -193,8 +190,9 @@ class _Bench:
             if len(prompt.chunks) != shape.num_chunks:
                 continue
             self._say(f"TTFT, {length} tokens of chunks")
+            repeats = self._options.ratio_repeats
             with TtftRig(self._loaded, prompt) as rig:
-                found[length] = ttft_ratio(rig, RATIO_BUDGET, self._options.ratio_repeats)
+                found[length] = ttft_ratio(rig, RATIO_BUDGET, repeats, self._warn)
         return found
 
     def _own_texts(self) -> list[Document]:

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from ucm.engine.model import LlamaModel
 from ucm.reuse.blending import blend
-from ucm.reuse.dense_rows import DenseRows, assemble, compute, run_to_end
+from ucm.reuse.dense_rows import assemble, compute, compute_branches, run_to_end
 from ucm.reuse.options import BlendOptions, RecomputePolicy
-from ucm.reuse.protocols import BlendOutcome, BlendPlan
+from ucm.reuse.protocols import BlendOutcome
 from ucm.reuse.segments import Chunk, ChunkSpace, SegmentedPrompt, Text
 
 from .gsa import quality
@@ -93,8 +93,8 @@ class PromptQuality:
     cells: dict[str, dict[str, Result]] = field(default_factory=dict)
     """Policy, budget: kl, top1, dnll, cost, gold_logp."""
     details: dict[str, dict[str, Result]] = field(default_factory=dict)
-    """Policy, budget: recomputed_token_layers, rows_per_layer, fresh_rows, exact_match, and
-    copy_perplexity where it was measured."""
+    """Policy, budget: recomputed_token_layers, rows_per_layer, fresh_rows, exact_match, answer_kl,
+    and copy_perplexity where it was measured."""
     full: Result = field(default_factory=dict)
     """Of full prefill: gold_logp."""
     full_details: Result = field(default_factory=dict)
@@ -154,9 +154,10 @@ class _Trial:
         room = (0,) * max(len(suffix.token_ids) for suffix in suffixes)
         segmented = _segmented(prompt, room)
         self._reused, self._plan = assemble(model, model.config.rope, segmented)
-        self._computed = self._reused.copy()
-        compute(model, self._computed, self._context, 0)
-        self._truth = {suffix: self._said(self._computed, suffix) for suffix in suffixes}
+        self._scratch = self._reused.copy()
+        """Where full prefill, and then each repair, puts its rows."""
+        compute(model, self._scratch, self._context, 0)
+        self._truth = dict(zip(suffixes, self._said(suffixes), strict=True))
 
     def full(self) -> Result:
         """Of full prefill, what a cell has."""
@@ -175,17 +176,19 @@ class _Trial:
         self, policy: RecomputePolicy, budget: float, *, has_copy: bool
     ) -> tuple[Result, Result]:
         """One policy at one budget: its cell, and its details."""
-        repair = _Repair(
-            self._model, self._reused, self._plan, BlendOptions(policy=policy, budget=budget)
-        )
-        said = self._said(repair.rows_for(self._context, self._window.query), self._window)
-        outcome = repair.outcome
-        answers = [
-            self._said(repair.rows_for(self._context, each.query), each) for each in self._questions
-        ]
+        options = BlendOptions(policy=policy, budget=budget)
+        suffixes = [self._window, *self._questions, *([self._passage] if has_copy else [])]
+        # One repair serves all that follows, where the policy does not look at it.
+        is_asking = policy in ASKS_THE_QUERY
+        said, outcomes = [], []
+        for group in [[each] for each in suffixes] if is_asking else [suffixes]:
+            outcomes.append(self._repair(options, group[0].query))
+            said += self._said(group)
+        outcome, window = outcomes[0], said[0]
+        answers = said[1 : 1 + len(self._questions)]
         targets = torch.tensor(self._window.targets)
         cell = {
-            **quality(self._truth[self._window], said, targets),
+            **quality(self._truth[self._window], window, targets),
             "cost": outcome.cost,
             "gold_logp": self._gold_logp(answers),
         }
@@ -194,10 +197,10 @@ class _Trial:
             "rows_per_layer": list(outcome.rows_per_layer),
             "fresh_rows": outcome.num_fresh,
             "exact_match": self._exact_match(answers),
+            "answer_kl": self._answer_kl(answers),
         }
         if has_copy:
-            rows = repair.rows_for(self._context, self._passage.query)
-            detail["copy_perplexity"] = self._perplexity(self._said(rows, self._passage))
+            detail["copy_perplexity"] = self._perplexity(said[-1])
         return cell, detail
 
     @property
@@ -210,11 +213,18 @@ class _Trial:
         rows = sum(span.stop - span.start for span in self._plan.spans) - self.exact_rows
         return rows * self._model.config.num_layers
 
-    def _said(self, rows: DenseRows, suffix: Suffix) -> Tensor:
-        """[Q, V] log-probabilities of what is scored of a suffix."""
-        tokens = self._context + suffix.token_ids
-        hidden = compute(self._model, rows, tokens, len(self._context))
-        return torch.log_softmax(self._model.logits(hidden[-len(suffix.targets) :]), -1)
+    def _repair(self, options: BlendOptions, query: Sequence[int]) -> BlendOutcome:
+        """Have the scratch rows be those that chunks left, repaired for a query."""
+        self._scratch.restore(self._reused)
+        plan = replace(self._plan, token_ids=(*self._context, *query))
+        return run_to_end(blend(self._model, self._scratch, plan, options))
+
+    def _said(self, suffixes: Sequence[Suffix]) -> list[Tensor]:
+        """[Q, V] log-probabilities of what is scored of each suffix, behind the scratch rows."""
+        texts = [suffix.token_ids for suffix in suffixes]
+        hidden = compute_branches(self._model, self._scratch, texts, len(self._context))
+        scored = [x[-len(each.targets) :] for x, each in zip(hidden, suffixes, strict=True)]
+        return [torch.log_softmax(self._model.logits(x), -1) for x in scored]
 
     def _gold_logp(self, answers: Sequence[Tensor]) -> float:
         """Mean over questions of the answer's log-probability a token."""
@@ -227,36 +237,17 @@ class _Trial:
         hits = [said.argmax(-1).tolist() == list(each.targets) for said, each in pairs]
         return statistics.fmean(hits)
 
+    def _answer_kl(self, answers: Sequence[Tensor]) -> float:
+        """Mean over questions of the divergence from full prefill where the answer stands."""
+        pairs = zip(answers, self._questions, strict=True)
+        kls = [
+            quality(self._truth[each], said, torch.tensor(each.targets))["kl"]
+            for said, each in pairs
+        ]
+        return statistics.fmean(kls)
+
     def _perplexity(self, said: Tensor) -> float:
         return math.exp(-_mean_logp(said, self._passage.targets))
-
-
-class _Repair:
-    """One policy at one budget; repairs as often as what follows makes a difference."""
-
-    def __init__(
-        self, model: LlamaModel, rows: DenseRows, plan: BlendPlan, options: BlendOptions
-    ) -> None:
-        self._model = model
-        self._original = rows
-        self._plan = plan
-        self._options = options
-        self._rows: DenseRows | None = None
-        self._outcome: BlendOutcome | None = None
-
-    @property
-    def outcome(self) -> BlendOutcome:
-        """Of the last repair."""
-        assert self._outcome is not None
-        return self._outcome
-
-    def rows_for(self, context: Sequence[int], query: Sequence[int]) -> DenseRows:
-        """The repaired KV for a query; good until the next call."""
-        if self._rows is None or self._options.policy in ASKS_THE_QUERY:
-            self._rows = self._original.copy()
-            plan = replace(self._plan, token_ids=(*context, *query))
-            self._outcome = run_to_end(blend(self._model, self._rows, plan, self._options))
-        return self._rows
 
 
 def _segmented(prompt: Prompt, room: tuple[int, ...]) -> SegmentedPrompt:

@@ -20,6 +20,7 @@ from ucm.config import Config
 from ucm.connectors.reference import ReferenceConnector, kv_dtype, namespace_spec
 from ucm.connectors.session import CacheSession, SessionOptions
 from ucm.embedded import open_embedded
+from ucm.engine.chunk_shelf import MAX_ENCODING
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.loading import LoadedModel
 from ucm.engine.request import RequestResult
@@ -32,12 +33,14 @@ from .rag_prompts import Prompt
 from .rag_quality import HAS_NO_BUDGET, POLICIES
 
 Result = dict[str, Any]
+Tell = Callable[[str], None]
 
 DEADLINE_S = 120.0
 """Of loads: on a busy machine too the chunks are loaded, not computed."""
 CONNECT_TIMEOUT_S = 60.0
 FLUSH_TIMEOUT_S = 120.0
 SPARE_BLOCKS = 8
+"""Beside the request, its chunks' originals and those that are computed for the first time."""
 SPARE_SHARE = 1.25
 """Memory of the cache over what the chunks take."""
 
@@ -65,8 +68,7 @@ class TtftRig:
         self._loaded = loaded
         self._prompt = prompt
         self._tokens = prompt.context + prompt.window[:-1]
-        # The chunks' originals stand beside the request while they are blended in.
-        num_blocks = 2 * -(-len(self._tokens) // EngineOptions().block_tokens) + SPARE_BLOCKS
+        num_blocks = _num_blocks(prompt, len(self._tokens), EngineOptions().block_tokens)
         self._options = EngineOptions(num_blocks=num_blocks, max_pinned_share=1.0)
         spec = namespace_spec(
             loaded.config,
@@ -128,6 +130,17 @@ class TtftRig:
         return SegmentedPrompt([prefix, *chunks, query])
 
 
+def _num_blocks(prompt: Prompt, num_tokens: int, block_tokens: int) -> int:
+    """Of the pool.
+
+    The chunks' originals stand beside the request while they are blended in, and beside both the
+    sequences that compute chunks when the cache is filled.
+    """
+    longest = len(prompt.sink) + max(map(len, prompt.chunks))
+    encoding = MAX_ENCODING * -(-longest // block_tokens)
+    return 2 * -(-num_tokens // block_tokens) + encoding + SPARE_BLOCKS
+
+
 def _serve(engine: Engine, prompt: SegmentedPrompt | Sequence[int]) -> RequestResult:
     engine.pool.tensor.zero_()
     params = SamplingParams(max_tokens=1, ignore_eos=True)
@@ -149,57 +162,48 @@ def _served(result: RequestResult, num_chunks: int = 0) -> Served:
 
 @dataclass(slots=True)
 class TtftResult:
-    """Times of one prompt."""
+    """Times of one prompt, each of a single run."""
 
     full_ms: float
-    """Median."""
     policies_ms: dict[str, dict[str, float]]
     """Policy, budget; a policy without one the same for all."""
     loaded_bytes: int
     """Of one request that reuses chunks."""
 
 
-def measure_ttft(
-    rig: TtftRig,
-    budgets: Sequence[float],
-    num_full: int,
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
-) -> TtftResult:
-    """Every policy at every budget once, full prefills between them.
+def measure_ttft(rig: TtftRig, budgets: Sequence[float], say: Tell, warn: Tell) -> TtftResult:
+    """Full prefill, and every policy at every budget: once each.
 
     Args:
         rig: of the prompt.
         budgets: of the policies that have one.
-        num_full: how many full prefills: the first before everything, the others spread.
         say: called with a line for each policy.
         warn: called with a line for each request that was not served as it was meant to be.
     """
-    fulls, policies, loaded_bytes = [rig.full().ttft_ms], {}, 0
-    for index, policy in enumerate(POLICIES):
+    say("TTFT, full prefill")
+    full_ms, policies, loaded_bytes = rig.full().ttft_ms, {}, 0
+    for policy in POLICIES:
         say(f"TTFT, {policy}")
         tried = budgets[:1] if policy in HAS_NO_BUDGET else budgets
         found = [rig.reused(BlendOptions(policy=policy, budget=budget)) for budget in tried]
         for served in found:
-            if served.complaint:
-                warn(f"TTFT of {policy}: {served.complaint}")
+            _warn_of(served, policy, warn)
             loaded_bytes = max(loaded_bytes, served.loaded_bytes)
         times = [served.ttft_ms for served in found]
         if policy in HAS_NO_BUDGET:
             times *= len(budgets)
         policies[str(policy)] = dict(zip([f"{each:g}" for each in budgets], times, strict=True))
-        if (index + 1) * (num_full - 1) // len(POLICIES) > len(fulls) - 1:
-            fulls.append(rig.full().ttft_ms)
-    return TtftResult(statistics.median(fulls), policies, loaded_bytes)
+    return TtftResult(full_ms, policies, loaded_bytes)
 
 
-def ttft_ratio(rig: TtftRig, budget: float, repeats: int) -> Result:
+def ttft_ratio(rig: TtftRig, budget: float, repeats: int, warn: Tell) -> Result:
     """`progressive` against full prefill, in turns.
 
     Args:
         rig: of the prompt.
         budget: of the repair.
         repeats: of both.
+        warn: as in `measure_ttft`.
 
     Returns:
         `ratio` of the medians, and both lists of `full_ms` and `progressive_ms`.
@@ -208,9 +212,16 @@ def ttft_ratio(rig: TtftRig, budget: float, repeats: int) -> Result:
     fulls, ours = [], []
     for _ in range(repeats):
         fulls.append(rig.full().ttft_ms)
-        ours.append(rig.reused(blend).ttft_ms)
+        served = rig.reused(blend)
+        _warn_of(served, blend.policy, warn)
+        ours.append(served.ttft_ms)
     return {
         "ratio": statistics.median(ours) / statistics.median(fulls),
         "full_ms": fulls,
         "progressive_ms": ours,
     }
+
+
+def _warn_of(served: Served, policy: RecomputePolicy, warn: Tell) -> None:
+    if served.complaint:
+        warn(f"TTFT of {policy}: {served.complaint}")

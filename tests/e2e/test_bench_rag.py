@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from ucm.bench.rag import RagBenchOptions, run_rag_bench
 from ucm.bench.rag_plot import save_plot
-from ucm.bench.rag_prompts import CONT, RAG, Shape
+from ucm.bench.rag_prompts import CONT, RAG, Prompt, Shape
 from ucm.bench.rag_report import rag_bench_report
+from ucm.bench.rag_ttft import TtftRig
 from ucm.cli.bench_rag import RagOptions, run_rag
+from ucm.engine.loading import load_model
 from ucm.errors import ConfigError
+from ucm.reuse.options import BlendOptions
 from ucm.testing.models import require_real_model, write_tiny_model
 
 pytestmark = pytest.mark.timeout(180)
@@ -131,6 +135,28 @@ def test_a_folder_with_too_little_text_is_refused(model: Path, tmp_path: Path) -
     assert done.returncode == 2
     assert "the texts are too short" in json.loads(done.stdout)["message"]
     assert "Traceback" not in done.stderr
+
+
+def test_long_chunks_come_from_the_cache(model: Path) -> None:
+    """Computing two of them at once takes more room than a few blocks."""
+    loaded = load_model(model, "fp32")
+    dice = torch.Generator().manual_seed(1)
+    drawn = [torch.randint(3, 200, (448,), generator=dice).tolist() for _ in range(3)]
+    tokens = tuple(drawn[0][:9])
+    prompt = Prompt(
+        name="long",
+        kind=CONT,
+        sink=tokens,
+        prefix=(*tokens, 5),
+        chunks=tuple(map(tuple, drawn)),
+        window=tokens,
+        questions=(),
+        passage=(),
+    )
+    with TtftRig(loaded, prompt) as rig:
+        served = rig.reused(BlendOptions())
+    assert not served.complaint
+    assert served.loaded_bytes == 3 * 14 * 3 * 2 * 2 * 32 * 16 * 4
 
 
 @pytest.mark.slow

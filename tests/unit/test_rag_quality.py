@@ -70,6 +70,7 @@ def test_what_everything_recomputed_says_is_full_prefill(found: PromptQuality) -
         assert cell["top1"] == 1.0
         assert abs(cell["dnll"]) < 1e-4
         assert cell["gold_logp"] == pytest.approx(found.full["gold_logp"], abs=1e-3)
+        assert detail["answer_kl"] < 1e-6
         assert detail["copy_perplexity"] == pytest.approx(
             found.full_details["copy_perplexity"], rel=1e-3
         )

@@ -13,7 +13,14 @@ import torch
 from ucm.engine.loading import load_model
 from ucm.errors import ConfigError
 from ucm.reuse.blending import blend
-from ucm.reuse.dense_rows import DenseRows, assemble, compute, encode_chunk, run_to_end
+from ucm.reuse.dense_rows import (
+    DenseRows,
+    assemble,
+    compute,
+    compute_branches,
+    encode_chunk,
+    run_to_end,
+)
 from ucm.reuse.options import BlendOptions, RecomputePolicy, ReuseOptions, ReuseTarget
 from ucm.reuse.protocols import BlendOutcome
 from ucm.reuse.segments import Chunk, ChunkSpace, SegmentedPrompt, Text
@@ -35,6 +42,15 @@ def setup() -> BlendSetup:
 def blend_copy(setup: BlendSetup, options: BlendOptions) -> tuple[DenseRows, BlendOutcome]:
     rows = setup.rows.copy()
     return rows, run_to_end(blend(setup.model, rows, setup.plan, options))
+
+
+def test_branches_are_what_each_of_them_is_alone(setup: BlendSetup) -> None:
+    plan, context = setup.plan, setup.plan.token_ids[: setup.plan.stop]
+    branches = [plan.token_ids[plan.stop :], (5, 6, 7), (9,)]
+    together = compute_branches(setup.model, setup.full.copy(), branches, plan.stop)
+    for branch, found in zip(branches, together, strict=True):
+        alone = compute(setup.model, setup.full.copy(), (*context, *branch), plan.stop)
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

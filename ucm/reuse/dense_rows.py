@@ -17,11 +17,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ucm.kernels.attention import PagedSequence, select_attention
 from ucm.kernels.rope import Rope
 from ucm.kernels.rotate import rotate_keys
 
 from .protocols import BlendPlan, BlendStep, ChunkSpan, LayerwiseModel
-from .row_attention import attend_rows
 from .segments import Chunk, SegmentedPrompt
 
 Result = TypeVar("Result")
@@ -49,6 +49,10 @@ class DenseRows:
     def copy(self) -> DenseRows:
         """Rows of their own, equal to these: a blend changes those it is given."""
         return DenseRows(self.kv_L2GTD.clone(), self._stop)
+
+    def restore(self, original: DenseRows) -> None:
+        """Be equal to others of the same shape again: no memory is asked for, as a copy does."""
+        self.kv_L2GTD.copy_(original.kv_L2GTD)
 
 
 def encode_chunk(model: LayerwiseModel, chunk: Chunk) -> Tensor:
@@ -117,8 +121,59 @@ def compute(model: LayerwiseModel, rows: DenseRows, token_ids: Sequence[int], st
     hidden = [model.embed([])]
     for first in range(start, len(token_ids), SLICE_TOKENS):
         part = token_ids[first : first + SLICE_TOKENS]
-        hidden.append(_compute_slice(model, rows, part, first))
+        hidden += compute_branches(model, rows, [part], first)
     return torch.cat(hidden)
+
+
+def compute_branches(
+    model: LayerwiseModel, rows: DenseRows, branches: Sequence[Sequence[int]], start: int
+) -> list[Tensor]:
+    """Compute several continuations of the same rows, each as if it were the only one.
+
+    They share the products with the weights. Rows from `start` on are left as one of them wrote
+    them.
+
+    Args:
+        model: computes.
+        rows: of all positions; those before `start` are read.
+        branches: tokens of each, from position `start` on.
+        start: where all of them begin.
+
+    Returns:
+        Hidden states behind the last layer, [len(branch), C] for each.
+    """
+    lengths = [len(branch) for branch in branches]
+    x_SC = model.embed([token for branch in branches for token in branch])
+    places = [torch.arange(start, start + length, device=x_SC.device) for length in lengths]
+    positions = torch.cat(places)
+    # A layer's rows are a pool of one block, and each branch is a slice of an ordinary prefill.
+    paged = [PagedSequence.build(start, n, [0], rows.kv_L2GTD[:1]) for n in lengths]
+    for layer in range(model.num_layers):
+        q_SHD, kv_2GSD = model.project(layer, x_SC, positions)
+        parts = zip(
+            places,
+            paged,
+            q_SHD.split_with_sizes(lengths),
+            kv_2GSD.split_with_sizes(lengths, 2),
+            strict=True,
+        )
+        attended = [_attend_branch(rows, layer, *part) for part in parts]
+        x_SC = model.finish(layer, x_SC, torch.cat(attended))
+    return list(x_SC.split_with_sizes(lengths))
+
+
+def _attend_branch(
+    rows: DenseRows,
+    layer: int,
+    positions: Tensor,
+    sequence: PagedSequence,
+    q_SHD: Tensor,
+    kv_2GSD: Tensor,
+) -> Tensor:
+    rows.write(layer, positions, kv_2GSD)
+    kv_layer = rows.kv_L2GTD[layer : layer + 1]
+    attend = select_attention(sequence, (q_SHD.shape[1], q_SHD.shape[2]), kv_layer)
+    return attend(q_SHD, kv_layer, sequence)[0]
 
 
 def run_to_end(blending: Generator[BlendStep, None, Result]) -> Result:
@@ -129,18 +184,6 @@ def run_to_end(blending: Generator[BlendStep, None, Result]) -> Result:
         except StopIteration as end:
             outcome: Result = end.value
             return outcome
-
-
-def _compute_slice(
-    model: LayerwiseModel, rows: DenseRows, token_ids: Sequence[int], first: int
-) -> Tensor:
-    x_SC = model.embed(token_ids)
-    positions = torch.arange(first, first + len(token_ids), device=x_SC.device)
-    for layer in range(model.num_layers):
-        q_SHD, kv_2GSD = model.project(layer, x_SC, positions)
-        rows.write(layer, positions, kv_2GSD)
-        x_SC = model.finish(layer, x_SC, attend_rows(q_SHD, rows.kv_L2GTD[layer], positions))
-    return x_SC
 
 
 def _empty(model: LayerwiseModel, num_positions: int) -> DenseRows:
