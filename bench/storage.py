@@ -1,7 +1,7 @@
 """`ucm bench storage`: the store beside the machine's ceilings and other stores, in one run.
 
     dram        a load through the daemon against a plain copy              storage_dram.py
-    lookup      names over gRPC                                             storage_lookup.py
+    lookup      round trips of names                                        storage_lookup.py
     concurrent  1, 4, 16 clients, with and without stores                   storage_concurrent.py
     nvme        our tier and a whole store against fio, by slab size        storage_nvme.py
     index       opening a large index; the daemon's private memory          storage_lookup.py

@@ -197,18 +197,20 @@ class NamespaceSpec(_message.Message):
     def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ..., kv_quantization: _Optional[str] = ..., slab_layout: _Optional[str] = ..., rope_kind: _Optional[str] = ..., rope_base: _Optional[float] = ..., rope_scaling: _Optional[str] = ..., position_offset: _Optional[int] = ..., attention_kind: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_stage: _Optional[int] = ..., pp_size: _Optional[int] = ..., first_layer: _Optional[int] = ..., kv_group: _Optional[int] = ..., lora_id: _Optional[str] = ..., lora_path: _Optional[str] = ..., cross_layer: _Optional[str] = ..., accepts_lossy: bool = ...) -> None: ...
 
 class DoorRequest(_message.Message):
-    __slots__ = ("hello", "open_namespace", "open_segment", "open_progress", "open_summaries")
+    __slots__ = ("hello", "open_namespace", "open_segment", "open_progress", "open_summaries", "lookup")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OPEN_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     OPEN_SEGMENT_FIELD_NUMBER: _ClassVar[int]
     OPEN_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     OPEN_SUMMARIES_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     open_namespace: OpenNamespace
     open_segment: OpenSegment
     open_progress: OpenProgress
     open_summaries: OpenSummaries
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open_namespace: _Optional[_Union[OpenNamespace, _Mapping]] = ..., open_segment: _Optional[_Union[OpenSegment, _Mapping]] = ..., open_progress: _Optional[_Union[OpenProgress, _Mapping]] = ..., open_summaries: _Optional[_Union[OpenSummaries, _Mapping]] = ...) -> None: ...
+    lookup: LookupRequest
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open_namespace: _Optional[_Union[OpenNamespace, _Mapping]] = ..., open_segment: _Optional[_Union[OpenSegment, _Mapping]] = ..., open_progress: _Optional[_Union[OpenProgress, _Mapping]] = ..., open_summaries: _Optional[_Union[OpenSummaries, _Mapping]] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "client")
@@ -247,20 +249,22 @@ class OpenSummaries(_message.Message):
     def __init__(self, namespace: _Optional[bytes] = ...) -> None: ...
 
 class DoorReply(_message.Message):
-    __slots__ = ("welcome", "opened", "error", "segment", "progress", "summaries")
+    __slots__ = ("welcome", "opened", "error", "segment", "progress", "summaries", "found")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     SUMMARIES_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     opened: NamespaceOpened
     error: DoorError
     segment: SegmentOpened
     progress: ProgressOpened
     summaries: SummariesOpened
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., opened: _Optional[_Union[NamespaceOpened, _Mapping]] = ..., error: _Optional[_Union[DoorError, _Mapping]] = ..., segment: _Optional[_Union[SegmentOpened, _Mapping]] = ..., progress: _Optional[_Union[ProgressOpened, _Mapping]] = ..., summaries: _Optional[_Union[SummariesOpened, _Mapping]] = ...) -> None: ...
+    found: LookupReply
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., opened: _Optional[_Union[NamespaceOpened, _Mapping]] = ..., error: _Optional[_Union[DoorError, _Mapping]] = ..., segment: _Optional[_Union[SegmentOpened, _Mapping]] = ..., progress: _Optional[_Union[ProgressOpened, _Mapping]] = ..., summaries: _Optional[_Union[SummariesOpened, _Mapping]] = ..., found: _Optional[_Union[LookupReply, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("protocol_version", "daemon_version", "token", "staging_bytes", "max_keys_per_call", "max_message_bytes", "max_read_bytes_per_s")

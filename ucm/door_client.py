@@ -1,6 +1,8 @@
 """The client's end of the door: one connection, one session, the memory that comes with it.
 
-`DoorClient` is not thread-safe; `ucm.client` serialises its calls. Every wait is bounded.
+`DoorClient` is not thread-safe; `ucm.client` serialises its calls. Every wait is bounded. A request
+to open something that is not answered in time ends the connection: memory may be on its way. A
+lookup does not: its answer is dropped when it comes, and until then no other lookup is taken.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ from .wire import PROTOCOL_VERSION, TOKEN_BYTES, error_from_wire, spec_to_wire
 _log = logging.getLogger(__name__)
 
 _MAX_PACKET_BYTES: Final = 64 << 10
+
+MAX_LOOKUP_BYTES: Final = _MAX_PACKET_BYTES - 1024
+"""Keys of a lookup that pass the door: 2,016 of them. The rest is for the message around them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,7 @@ class DoorClient:
             PermissionDeniedError: who listens there could be anybody.
         """
         self._path = path
+        self._owes_lookup = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self._socket.settimeout(timeout_s)
         try:
@@ -168,14 +174,26 @@ class DoorClient:
             os.close(event_fd)
             raise
 
+    def takes(self, request: pb.LookupRequest) -> bool:
+        """Whether `lookup` may be called with it; does not wait."""
+        if self._owes_lookup and _has(self._socket.fileno(), select.POLLIN):
+            with contextlib.suppress(OSError):  # it broke off: the next call finds out
+                self._drop_answer(time.monotonic())
+        return not self._owes_lookup and len(request.keys) <= MAX_LOOKUP_BYTES
+
+    def lookup(self, request: pb.LookupRequest, *, timeout_s: float) -> pb.LookupReply:
+        """`Cache.Lookup` without grpc. `takes` has just said that it may be called.
+
+        Raises:
+            UcmError: whatever the daemon refused it with.
+            TierUnavailableError: it does not answer in time; the connection stays.
+        """
+        reply, _ = self._ask(pb.DoorRequest(lookup=request), timeout_s=timeout_s)
+        return reply.found
+
     def is_open(self) -> bool:
         """Whether the daemon still holds its end; does not wait."""
-        fd = self._socket.fileno()
-        if fd < 0:
-            return False
-        poller = select.poll()
-        poller.register(fd, select.POLLRDHUP)
-        return not poller.poll(0)
+        return not _has(self._socket.fileno(), select.POLLRDHUP)
 
     def leave(self, *, timeout_s: float) -> None:
         """End the session and wait until the daemon has ended it too, then `close`."""
@@ -201,21 +219,34 @@ class DoorClient:
                 f"this namespace's description has {len(packet)} bytes, at most "
                 f"{_MAX_PACKET_BYTES} pass the door; shorten its texts"
             )
+        asked = request.WhichOneof("request") or ""
         deadline_s = time.monotonic() + timeout_s
         try:
+            if self._owes_lookup:
+                self._drop_answer(deadline_s)
+            self._owes_lookup = asked == "lookup"  # from here on, also when an interrupt cuts in
             self._socket.settimeout(timeout_s)
             # A door that refuses a client answers before it hears it, and hangs up: then sending
             # fails, but the reason is there to be read.
             with contextlib.suppress(BrokenPipeError):
                 self._socket.sendall(packet)
             data, fds, flags = self._receive(deadline_s)
+            self._owes_lookup = False
         except OSError as error:
-            # A late answer would be taken for the next one's: the connection is spent.
-            self.close()
+            if asked != "lookup" or not isinstance(error, TimeoutError):
+                # A late answer would be taken for the next one's: the connection is spent.
+                self.close()
             raise TierUnavailableError(
                 f"the daemon at {self._path} does not answer ({error.strerror or 'timed out'})"
             ) from error
-        return _parse(data, fds, request.WhichOneof("request") or "", flags)
+        return _parse(data, fds, asked, flags)
+
+    def _drop_answer(self, deadline_s: float) -> None:
+        """Take what a lookup that was given up is answered."""
+        _, fds, _ = self._receive(deadline_s)
+        for fd in fds:
+            os.close(fd)
+        self._owes_lookup = False
 
     def _receive(self, deadline_s: float) -> tuple[bytes, list[int], int]:
         """One packet with its descriptors and flags."""
@@ -235,6 +266,15 @@ class DoorClient:
                 for fd in fds:  # `recv_fds` drops the flag
                     os.set_inheritable(fd, False)
                 return data, list(fds), flags
+
+
+def _has(fd: int, event: int) -> bool:
+    """Whether something waits at a socket; whatever it is, where it is closed."""
+    if fd < 0:
+        return True
+    poller = select.poll()
+    poller.register(fd, event)
+    return bool(poller.poll(0))
 
 
 def _check_listener(connection: socket.socket, path: Path) -> None:
@@ -263,6 +303,7 @@ _EXPECTED: Final = {
     "open_segment": ("segment", 1),
     "open_progress": ("progress", 2),
     "open_summaries": ("summaries", 1),
+    "lookup": ("found", 0),
 }
 """The reply to each request, and how many descriptors come with it."""
 

@@ -22,7 +22,7 @@ from . import __version__
 from .call_guard import Serving, translated
 from .config import Config
 from .credits import Credit, Pacer, ThreadShares
-from .door import SessionTokens
+from .door import SessionTokens, answer_lookup
 from .errors import InvalidArgumentError
 from .hashing import check_key
 from .manager import Manager
@@ -131,9 +131,7 @@ class CacheService(pb_grpc.CacheServicer):
     def Lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> pb.LookupReply:
         """Longest cached prefix."""
         with self._serving(context) as session:
-            keys = keys_from_wire(request.keys, limit=self._max_keys)
-            result = self._manager.lookup(session, NamespaceId(request.namespace), keys)
-            return pb.LookupReply(tiers=words_to_wire(result.tiers, TIER_TO_WIRE))
+            return answer_lookup(self._manager, session, request, limit=self._max_keys)
 
     def Prefetch(
         self, request: pb.PrefetchRequest, context: grpc.ServicerContext

@@ -171,8 +171,10 @@ def test_one_client_cannot_hold_every_thread(daemon: Daemon, disk: FakeDisk) -> 
         wait_until(lambda: len(daemon.manager._loads._waits) == 2)
         started_s = time.monotonic()
         with pytest.raises(CapacityError, match="max_calls_per_session") as caught:
-            greedy.lookup(namespace, chains[0])
+            greedy.prefetch(namespace, chains[0])
         assert caught.value.retry_after_s == 0.05
+        # Asked at the door, where the session has a thread of its own.
+        assert greedy.lookup(namespace, chains[0]).num_blocks == 1
         with connect(daemon.config.service.socket_path, timeout_s=10) as modest:
             handle = modest.open_namespace(tiny_spec())
             assert modest.lookup(handle.id, chains[2]).num_blocks == 1

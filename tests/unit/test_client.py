@@ -8,17 +8,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from ucm.api import CacheApi
 from ucm.client import RemoteCache, connect
 from ucm.daemon import Daemon
+from ucm.door_client import MAX_LOOKUP_BYTES
 from ucm.errors import CapacityError, ConfigError, InvalidArgumentError, TierUnavailableError
 from ucm.protos import cache_pb2 as pb
 from ucm.testing.blocks import chain, content, get, put, tiny_spec
 from ucm.testing.daemon import running_daemon, short_folder, small_config
-from ucm.types import ROOT_KEY, LeaseId, NamespaceId
+from ucm.types import KEY_BYTES, ROOT_KEY, LeaseId, NamespaceId
 
 NO_LEASE = LeaseId(bytes(16))
 
@@ -169,6 +171,32 @@ def test_threads_share_a_session(socket_path: Path) -> None:
         for thread in threads:
             thread.join()
     assert not failures
+
+
+def test_a_lookup_goes_by_grpc_where_the_door_does_not_take_it(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many keys for a packet, or another thread at the door: the answers are the same."""
+    by_grpc: list[int] = []
+    with connect(socket_path, timeout_s=5) as cache:
+        handle = cache.open_namespace(tiny_spec())
+        keys = chain(handle.id, 3)
+        put(cache, handle, keys)
+        lookup = cache._stub.Lookup
+
+        def through(request: pb.LookupRequest, **options: Any) -> pb.LookupReply:
+            by_grpc.append(len(request.keys) // KEY_BYTES)
+            return cast(pb.LookupReply, lookup(request, **options))
+
+        monkeypatch.setattr(cache._stub, "Lookup", through)
+        assert cache.lookup(handle.id, keys).num_blocks == 3
+        assert by_grpc == []
+        with cache._at_door():
+            assert cache.lookup(handle.id, keys).num_blocks == 3
+        assert by_grpc == [3]
+        too_many = [*keys, *chain(handle.id, MAX_LOOKUP_BYTES // KEY_BYTES, seed=1)]
+        assert cache.lookup(handle.id, too_many).num_blocks == 3
+        assert by_grpc == [3, len(too_many)]
 
 
 def test_unequal_checksums_are_refused_before_they_are_sent(socket_path: Path) -> None:

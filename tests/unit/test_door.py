@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 
 from ucm import door as door_module
+from ucm.checksum import block_checksums
 from ucm.config import ServiceConfig
 from ucm.door import MAX_PACKET_BYTES, Door, SessionTokens
-from ucm.door_client import DoorClient
+from ucm.door_client import MAX_LOOKUP_BYTES, DoorClient
 from ucm.errors import (
+    BlockNotFoundError,
     CapacityError,
     InvalidArgumentError,
     LayoutMismatchError,
@@ -34,11 +36,12 @@ from ucm.layout import KvDtype, KvLayout
 from ucm.manager import Manager
 from ucm.protos import cache_pb2 as pb
 from ucm.testing.daemon import short_folder, small_config
-from ucm.types import NamespaceId
+from ucm.types import ROOT_KEY, BlockKey, NamespaceId
 from ucm.wire import PROTOCOL_VERSION, spec_to_wire
 
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=2, head_dim=64, block_tokens=8, dtype=KvDtype.FLOAT32)
 SPEC = NamespaceSpec(layout=LAYOUT, model_id="m", weights_digest="w")
+MAX_KEYS = 100
 HELLO = pb.DoorRequest(hello=pb.Hello(protocol_version=PROTOCOL_VERSION, client="test"))
 
 
@@ -94,7 +97,10 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def house(folder: Path) -> Iterator[House]:
-    found = make_house(folder, lambda service: dataclasses.replace(service, max_sessions=3))
+    found = make_house(
+        folder,
+        lambda service: dataclasses.replace(service, max_sessions=3, max_keys_per_call=MAX_KEYS),
+    )
     yield found
     found.clients.close()
     found.door.stop()
@@ -349,6 +355,97 @@ def test_a_daemon_that_passes_less_memory_than_it_says_is_not_believed(folder: P
     client.close()
     thread.join()
     listener.close()
+
+
+def test_a_lookup_is_answered_like_any_other(house: House) -> None:
+    client = house.connect()
+    session = house.tokens.session_of(client.hello(timeout_s=5).token)
+    client.open_namespace(SPEC, SPEC.fingerprint(), timeout_s=5)
+    key, other = BlockKey(bytes([1] * 32)), bytes([2] * 32)
+    grants = house.manager.prepare_store(session, SPEC.fingerprint(), ROOT_KEY, [key])
+    slot = house.manager.staging(session).view(grants.slots[0].offset, LAYOUT.block_bytes)
+    sums = {key: block_checksums(LAYOUT, slot)}
+    house.manager.complete_store(session, grants.lease_id, sums)
+    request = pb.LookupRequest(namespace=SPEC.fingerprint(), keys=key + other)
+    assert client.takes(request)
+    assert client.lookup(request, timeout_s=5).tiers == bytes([pb.TIER_MEMORY])
+
+
+def test_a_refused_lookup_leaves_the_session(house: House) -> None:
+    client = house.connect()
+    client.hello(timeout_s=5)
+    with pytest.raises(BlockNotFoundError):
+        client.lookup(pb.LookupRequest(namespace=SPEC.fingerprint()), timeout_s=5)
+    client.open_namespace(SPEC, SPEC.fingerprint(), timeout_s=5)
+    for keys in (b"short", bytes(32 * (MAX_KEYS + 1))):
+        request = pb.LookupRequest(namespace=SPEC.fingerprint(), keys=keys)
+        with pytest.raises(InvalidArgumentError):
+            client.lookup(request, timeout_s=5)
+    request = pb.LookupRequest(namespace=SPEC.fingerprint(), keys=bytes(32))
+    assert client.lookup(request, timeout_s=5).tiers == b""
+
+
+def test_as_many_keys_as_the_client_says_pass_the_door(house: House) -> None:
+    client = house.connect()
+    client.hello(timeout_s=5)
+    longest = pb.LookupRequest(namespace=SPEC.fingerprint(), keys=bytes(MAX_LOOKUP_BYTES))
+    packet = pb.DoorRequest(lookup=longest).SerializeToString()
+    assert len(packet) <= MAX_PACKET_BYTES
+    assert client.takes(longest)
+    longer = pb.LookupRequest(namespace=SPEC.fingerprint(), keys=bytes(MAX_LOOKUP_BYTES + 32))
+    assert not client.takes(longer)
+
+
+def slow_door(folder: Path, answers: threading.Event, order: list[str]) -> socket.socket:
+    """A door that keeps every answer back until it is told; each says which request it is to."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(folder / "door"))
+    listener.listen(1)
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        with sock:
+            while packet := sock.recv(MAX_PACKET_BYTES):
+                request = pb.DoorRequest.FromString(packet)
+                answers.wait(10)
+                order.append(request.WhichOneof("request") or "")
+                if order[-1] == "lookup":
+                    found = pb.LookupReply(tiers=request.lookup.keys[:1])
+                    sock.send(pb.DoorReply(found=found).SerializeToString())
+                else:
+                    error = pb.DoorError(error="CapacityError", message="full")
+                    sock.send(pb.DoorReply(error=error).SerializeToString())
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listener
+
+
+def test_a_late_answer_is_never_taken_for_the_next_lookups(folder: Path) -> None:
+    answers, order = threading.Event(), list[str]()
+    first, second = (pb.LookupRequest(keys=bytes([n]) * 32) for n in (1, 2))
+    with slow_door(folder, answers, order):
+        client = DoorClient(folder / "door", timeout_s=5)
+        with pytest.raises(TierUnavailableError, match="does not answer"):
+            client.lookup(first, timeout_s=0.05)
+        assert client.is_open()
+        assert not client.takes(second)
+        answers.set()
+        wait_until(lambda: client.takes(second))
+        assert client.lookup(second, timeout_s=5).tiers == b"\x02"
+        client.close()
+
+
+def test_a_late_answer_is_never_taken_for_what_is_opened_next(folder: Path) -> None:
+    answers, order = threading.Event(), list[str]()
+    with slow_door(folder, answers, order):
+        client = DoorClient(folder / "door", timeout_s=5)
+        with pytest.raises(TierUnavailableError, match="does not answer"):
+            client.lookup(pb.LookupRequest(keys=bytes(32)), timeout_s=0.05)
+        answers.set()
+        with pytest.raises(CapacityError, match="full"):
+            client.open_summaries(SPEC.fingerprint(), timeout_s=5)
+        assert order == ["lookup", "open_summaries"]
+        client.close()
 
 
 def test_a_silent_daemon_is_given_up_in_time(folder: Path) -> None:
