@@ -16,7 +16,8 @@ these ways, one after the other, `repeats` times; medians are reported, seconds 
 Blocks of the tier `memory` lie in the daemon's memory in every run; there is nothing to read
 directly, all loads copy from it. `identical_tokens`: every way gave the greedy answer of
 `compute_only`. `wrong_bytes`: bytes of blocks that a load put into the pool and that differ from
-what was computed for the same tokens (compared by digest, whatever the checksums said).
+what was computed for the same tokens (compared by digest, whatever the checksums said). Ways that
+would read for longer than `longest_load_s` are left out; short loads teach the model instead.
 
 `overlap_efficiency`, of the overlapped run: 1 - stall / load. The stall is what the engine waited
 (in passes, and with nothing else to do), the load is the time during which at least one read was
@@ -63,6 +64,8 @@ from .overlap_rig import (
 from .overlap_trace import Timeline
 
 MB = 1_000_000
+TEACHING_S = 3.0
+"""Of a load that is measured for nothing else."""
 Progress = Callable[[str], None]
 Result = dict[str, Any]
 
@@ -92,8 +95,8 @@ def run_overlap_bench(
     """
     say = progress or (lambda _line: None)
     check_cells(options)
-    if text := left_out(options):
-        say(text)
+    for line in left_out(options):
+        say(line)
     say("loading the model")
     loaded = load_model(options.model_path or default_model_folder(), options.dtype)
     check_contexts(options, loaded.config.max_context_tokens)
@@ -135,6 +138,7 @@ def _measure(rig: OverlapRig, options: OverlapBenchOptions, say: Progress) -> Ov
     for cell in cells_of(options):
         row, runs = _measure_cell(rig, cell, options, say)
         rows.append(row)
+        say(f"{cell}: " + ", ".join(f"{way} {ms} ms" for way, ms in row["ttft_ms"].items()))
         outcome.timelines[str(cell)] = [run.timeline for run in runs]
     outcome.result = {
         "cells": rows,
@@ -156,10 +160,20 @@ def _measure_cell(
         with rig.daemon(speed):
             if cell.tier is TierKind.MEMORY:
                 rig.run(LOAD_ONLY, tokens, 1)
+            if speed is not None and OVERLAPPED not in variants:
+                _teach(rig, speed)
             for variant in variants:
                 say(f"{cell}: {variant.name} ({repeat + 1} of {options.repeats})")
                 runs.append(rig.run(variant, tokens, options.answer_tokens))
     return _row(cell, num_hits, runs), runs[: len(variants)]
+
+
+def _teach(rig: OverlapRig, bytes_per_s: int) -> None:
+    """Short loads where the long ones are left out: the model learns the bandwidth from either."""
+    num_blocks = max(2, int(TEACHING_S * bytes_per_s) // rig.block_bytes)
+    tokens, _ = rig.prompt((num_blocks + 1) * rig.block_tokens, 1.0)
+    for _ in range(2):
+        rig.run(OVERLAPPED, tokens, 1)
 
 
 def _variants_of(

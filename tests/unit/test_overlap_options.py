@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ucm import cli
 from ucm.bench import overlap, overlap_rig
@@ -132,9 +135,39 @@ def test_memory_has_no_bandwidth_and_that_is_said(tmp_path: Path) -> None:
         (TierKind.NVME, None),
         (TierKind.MEMORY, None),
     ]
-    assert left_out(options).startswith("cells of memory left out: 1;")
-    assert left_out(replace(options, tiers=(TierKind.NVME,))) == ""
+    assert left_out(options) == ["bandwidths that memory does not have: 1; they limit the disk"]
+    assert left_out(replace(options, tiers=(TierKind.NVME,))) == []
     check_cells(replace(options, store=tmp_path))
+
+
+@given(
+    speeds=st.lists(st.sampled_from((None, 1.0, 3.0, 10.0, 30.0, 100.0)), min_size=1),
+    ratios=st.lists(st.sampled_from((0.5, 0.9, 1.0)), min_size=1),
+    contexts=st.lists(st.sampled_from((1024, 2048, 3072, 6144)), min_size=1),
+)
+def test_every_pair_is_in_a_cell(
+    speeds: list[float | None], ratios: list[float], contexts: list[int]
+) -> None:
+    options = OverlapBenchOptions(
+        bandwidths_mb_s=tuple(speeds), hit_ratios=tuple(ratios), context_tokens=tuple(contexts)
+    )
+    cells = cells_of(options)
+    found = [(cell.bandwidth_mb_s, cell.hit_ratio, cell.context_tokens) for cell in cells]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        values = (speeds, ratios, contexts)
+        expected = set(itertools.product(values[one], values[other]))
+        assert {(cell[one], cell[other]) for cell in found} == expected
+    sizes = sorted(len(set(values)) for values in (speeds, ratios, contexts))
+    assert len(found) == len(set(found)) == sizes[1] * sizes[2]
+    assert set(cells) <= set(cells_of(replace(options, every_cell=True)))
+
+
+def test_the_matrix_is_a_third_of_all_and_says_so() -> None:
+    options = OverlapBenchOptions()
+    assert len(cells_of(options)) == 18
+    assert len(cells_of(replace(options, every_cell=True))) == 54
+    assert left_out(options)[0].startswith("18 of 54 cells:")
+    assert left_out(replace(options, every_cell=True)) == []
 
 
 def test_a_benchmark_without_a_cell_is_refused_at_once(

@@ -61,6 +61,14 @@ class OverlapOptions:
             help="nvme (the default), or memory, which no --bandwidth limits; may be repeated."
         ),
     ] = None
+    every_cell: Annotated[
+        bool,
+        typer.Option(
+            "--every-cell",
+            help="All combinations of bandwidth, hit ratio and context, not only enough for all "
+            "pairs; about an hour.",
+        ),
+    ] = False
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each way; medians.")] = 1
     decode_rounds: Annotated[
         int | None,
@@ -124,6 +132,7 @@ def bench_options(options: OverlapOptions) -> OverlapBenchOptions:
         model_path=model_hub.resolve(options.model),
         dtype=options.dtype,
         repeats=options.repeats,
+        every_cell=options.every_cell,
         store=options.store,
     )
     found = found.quick() if options.quick else found
