@@ -88,19 +88,23 @@ def find_files(
     Raises:
         ConfigError: one of `paths` does not exist, or `root` is no folder.
     """
+    statuses = [_status_of(path) for path in paths]
     if root is not None and not root.is_dir():
         raise ConfigError(f"{_printable(root)}: names are to begin there, and it is no folder")
     found: dict[Path, None] = {}
     skipped: list[SkippedFile] = []
-    for path in paths:
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise ConfigError(f"cannot read {_printable(path)}: {error.strerror}") from error
+    for path, status in zip(paths, statuses, strict=True):
         below = _walk(path, skipped, root) if stat.S_ISDIR(status.st_mode) else iter((path,))
         found.update(dict.fromkeys(each.absolute() for each in below))
     unique = {each.resolve(): each for each in reversed(list(found))}
     return sorted(unique.values()), skipped
+
+
+def _status_of(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise ConfigError(f"cannot read {_printable(path)}: {error.strerror}") from error
 
 
 def _walk(folder: Path, skipped: list[SkippedFile], root: Path | None) -> Iterator[Path]:
