@@ -77,6 +77,9 @@ _REPLY_MARGIN_S: Final = 0.1
 _MAX_LEAVE_S: Final = 0.5
 """How long `close` waits for a daemon that does not react; it ends the session when it does."""
 
+_MAX_TURN_S: Final = 0.1
+"""How long `close` waits for another thread at the door before it fails that thread's call."""
+
 _ERROR_BY_CODE: Final[Mapping[grpc.StatusCode, type[UcmError]]] = {
     grpc.StatusCode.UNAVAILABLE: TierUnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: TierUnavailableError,
@@ -380,10 +383,16 @@ class RemoteCache:
         if os.getpid() == self._pid:
             self._channel.close()
             leave_s = min(self._timeout_s, _MAX_LEAVE_S)
-            # A lookup is over in a millisecond, and then nobody reads from what is closed here.
-            was_free = self._door_lock.acquire(timeout=leave_s)
-            self._door.leave(timeout_s=leave_s)
-            if was_free:
+            # A lookup is over in a millisecond. What takes longer is ended, so that nobody reads
+            # from a socket that is closed here.
+            is_ours = self._door_lock.acquire(timeout=min(leave_s, _MAX_TURN_S))
+            if is_ours:
+                self._door.leave(timeout_s=leave_s)
+            else:
+                self._door.hang_up()
+                is_ours = self._door_lock.acquire(timeout=leave_s)
+            self._door.close()
+            if is_ours:
                 self._door_lock.release()
         self._door.close()
         # Leases that the caller still holds keep the memory mapped; ours was the last use else.

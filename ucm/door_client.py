@@ -1,8 +1,10 @@
 """The client's end of the door: one connection, one session, the memory that comes with it.
 
-`DoorClient` is not thread-safe; `ucm.client` serialises its calls. Every wait is bounded. A request
-to open something that is not answered in time ends the connection: memory may be on its way. A
-lookup does not: its answer is dropped when it comes, and until then no other lookup is taken.
+`DoorClient` is not thread-safe but for `hang_up`; `ucm.client` serialises its calls. Every wait is
+bounded. A request whose answer was not read as what it asks for ends the connection, whatever cut
+in, an interrupt too: a late answer, perhaps with memory, would be taken for the next request's.
+Only a lookup that was sent and is not answered in time does not: its answer is dropped when it
+comes, and until then no other lookup is taken.
 """
 
 from __future__ import annotations
@@ -207,8 +209,13 @@ class DoorClient:
             _log.debug("leaving: %s", error)
         self.close()
 
+    def hang_up(self) -> None:
+        """End the session without waiting; who waits for an answer on another thread fails now."""
+        with contextlib.suppress(OSError):  # the daemon was the first
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
-        """Hang up without waiting. Idempotent."""
+        """Hang up without waiting, but for no other thread: see `hang_up`. Idempotent."""
         self._socket.close()
 
     def _ask(self, request: pb.DoorRequest, *, timeout_s: float) -> tuple[pb.DoorReply, list[int]]:
@@ -221,32 +228,47 @@ class DoorClient:
             )
         asked = request.WhichOneof("request") or ""
         deadline_s = time.monotonic() + timeout_s
+        is_in_step = False
         try:
             if self._owes_lookup:
                 self._drop_answer(deadline_s)
-            self._owes_lookup = asked == "lookup"  # from here on, also when an interrupt cuts in
             self._socket.settimeout(timeout_s)
             # A door that refuses a client answers before it hears it, and hangs up: then sending
             # fails, but the reason is there to be read.
             with contextlib.suppress(BrokenPipeError):
                 self._socket.sendall(packet)
-            data, fds, flags = self._receive(deadline_s)
-            self._owes_lookup = False
+            try:
+                data, fds, flags = self._receive(deadline_s)
+            except TimeoutError:
+                self._owes_lookup = asked == "lookup"
+                is_in_step = self._owes_lookup
+                raise
+            reply = _parse(data, fds, flags, request)
+            is_in_step = True
         except OSError as error:
-            if asked != "lookup" or not isinstance(error, TimeoutError):
-                # A late answer would be taken for the next one's: the connection is spent.
-                self.close()
             raise TierUnavailableError(
                 f"the daemon at {self._path} does not answer ({error.strerror or 'timed out'})"
             ) from error
-        return _parse(data, fds, asked, flags)
+        finally:
+            # Whatever cut in, an interrupt too: a late answer would be taken for the next one's.
+            if not is_in_step:
+                self.close()
+        if reply.WhichOneof("reply") == "error":
+            raise error_from_wire(reply.error.error, reply.error.message)
+        return reply, fds
 
     def _drop_answer(self, deadline_s: float) -> None:
-        """Take what a lookup that was given up is answered."""
-        _, fds, _ = self._receive(deadline_s)
-        for fd in fds:
-            os.close(fd)
-        self._owes_lookup = False
+        """Take what a lookup that was given up is answered; cut off, it ends the connection."""
+        is_dropped = False
+        try:
+            _, fds, _ = self._receive(deadline_s)
+            for fd in fds:
+                os.close(fd)
+            self._owes_lookup = False
+            is_dropped = True
+        finally:
+            if not is_dropped:
+                self.close()
 
     def _receive(self, deadline_s: float) -> tuple[bytes, list[int], int]:
         """One packet with its descriptors and flags."""
@@ -308,20 +330,31 @@ _EXPECTED: Final = {
 """The reply to each request, and how many descriptors come with it."""
 
 
-def _parse(data: bytes, fds: list[int], asked: str, flags: int) -> tuple[pb.DoorReply, list[int]]:
-    wanted, num_fds = _EXPECTED[asked]
+def _parse(data: bytes, fds: list[int], flags: int, request: pb.DoorRequest) -> pb.DoorReply:
+    """The answer to a request: the one that it asks for, with its descriptors, or an error.
+
+    Raises:
+        TierUnavailableError: it is neither; its descriptors are closed.
+    """
+    wanted, num_fds = _EXPECTED[request.WhichOneof("request") or ""]
     try:
         reply = pb.DoorReply.FromString(data)
     except DecodeError:
         reply = pb.DoorReply()
     kind = reply.WhichOneof("reply")
-    if kind == wanted and len(fds) == num_fds and not flags & socket.MSG_TRUNC:
-        return reply, fds
+    is_whole = len(fds) == num_fds and not flags & socket.MSG_TRUNC
+    if kind == wanted and is_whole and _is_of_the_namespace(reply, request):
+        return reply
     for fd in fds:
         os.close(fd)
     if kind == "error":
-        raise error_from_wire(reply.error.error, reply.error.message)
+        return reply
     raise TierUnavailableError("the daemon closed the door" if not data else "a garbled answer")
+
+
+def _is_of_the_namespace(reply: pb.DoorReply, request: pb.DoorRequest) -> bool:
+    """Whether what was opened is what was asked for, where the answer says what it is."""
+    return reply.opened.namespace in (b"", request.open_namespace.namespace)
 
 
 def _map(fd: int, size_bytes: int, *, writable: bool) -> memoryview:
