@@ -98,21 +98,32 @@ class Link:
         call: Callable[[Connection], T],
         timeout_s: float,
         on_late: Callable[[Connection, T], None] | None = None,
+        *,
+        is_proof: bool = True,
     ) -> Outcome[T]:
-        """Make one call under a deadline; never raises."""
+        """Make one call under a deadline; never raises.
+
+        Args:
+            caller: makes it.
+            call: the call.
+            timeout_s: its deadline.
+            on_late: gets the value of a call that was answered after it.
+            is_proof: whether an answer shows that the connection works. A lookup's does not: it
+                may go another way than all other calls, which may fail at the same time.
+        """
         connection = self._connection
         if connection is None or not self.breaker.allows():
             return Outcome(error=self.last_error)
         late = None if on_late is None else (lambda value: on_late(connection, value))
         outcome = caller.attempt(lambda: call(connection), timeout_s, late)
-        if outcome.error is None:
+        if outcome.error is not None:
+            self._count_failure(outcome, is_proof=is_proof)
+        elif is_proof:
             self._suspect = False
             self.breaker.record_success()
-        else:
-            self._count_failure(outcome)
         return outcome
 
-    def _count_failure(self, outcome: Outcome[T]) -> None:
+    def _count_failure(self, outcome: Outcome[T], *, is_proof: bool) -> None:
         error = outcome.error
         self._counter.add(failures=1, timeouts=int(outcome.timed_out))
         self.last_error = error
@@ -120,7 +131,7 @@ class Link:
             log.error("a cache call failed in an unforeseen way", exc_info=error)
         if isinstance(error, ANSWERS_OF_A_LIVING_CACHE) and not outcome.timed_out:
             log.debug("cache call refused: %s", error)
-            self._suspect = False
+            self._suspect = self._suspect and not is_proof
             if isinstance(error, CapacityError):
                 self._busy_until_us = self._clock.now_us() + round(error.retry_after_s * 1e6)
             return
@@ -139,10 +150,13 @@ class Link:
         self.on_trouble()
 
     def check(self, caller: DeadlineCaller) -> None:
-        """Make the cheapest call there is; the breaker judges by what becomes of it."""
+        """Make a cheap call that changes nothing; the breaker judges by what becomes of it.
+
+        It goes the way of all calls but lookups, which a daemon may answer without the others.
+        """
         self.attempt(
             caller,
-            lambda connection: connection.cache.lookup(connection.namespace.id, ()),
+            lambda connection: connection.cache.prefetch(connection.namespace.id, ()),
             self._options.call_timeout_s,
         )
         self._notify()

@@ -246,7 +246,10 @@ class CacheSession:
         if not keys:
             return num_local_blocks
         found = self._link.attempt(
-            self._caller, lambda link: _lookup(link, keys), self.options.deadline_s
+            self._caller,
+            lambda link: _lookup(link, keys),
+            self.options.deadline_s,
+            is_proof=False,
         )
         tiers = found.value.tiers[: len(keys)] if found.value is not None else ()
         self._counter.add(lookups=1)
