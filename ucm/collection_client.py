@@ -31,6 +31,7 @@ from .collection_wire import (
     put_from_wire,
     removal_from_wire,
 )
+from .errors import TierUnavailableError
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
 from .types import BlockKey, NamespaceId
@@ -67,20 +68,30 @@ class RemoteCollections:
         return tuple(map(collection_from_wire, reply.collections))
 
     def list_documents(self, collection: str) -> tuple[DocumentInfo, ...]:
-        """See `CollectionApi.list_documents`. A change between two pages may show or hide some."""
+        """See `CollectionApi.list_documents`. A change between two pages may show or hide some.
+
+        Raises:
+            TierUnavailableError: a daemon of an older release answers each page with the first.
+        """
         check_collection_name(collection)
-        found: list[DocumentInfo] = []
+        found: dict[tuple[str, NamespaceId], DocumentInfo] = {}
+        last: DocumentInfo | None = None
         while True:
-            last = found[-1] if found else None
             request = pb.ListDocumentsRequest(
                 collection=collection,
                 after_id=last.id if last is not None else "",
                 after_namespace=last.namespace if last is not None else b"",
             )
             reply = self._call(self._stub.ListDocuments, request, COMMIT_TIMEOUT_S)
-            found += map(document_info_from_wire, reply.documents)
+            for last in map(document_info_from_wire, reply.documents):
+                # Pages are in the order of records, each begins behind the one before.
+                if found.setdefault((last.id, last.namespace), last) is not last:
+                    raise TierUnavailableError(
+                        f"the daemon shows the documents of {collection!r} from the first again: "
+                        "run the same release of ucm on both sides"
+                    )
             if not reply.has_more or not reply.documents:
-                return tuple(found)
+                return tuple(found.values())
 
     def remove(
         self, collection: str, ids: Sequence[str] | None = None, *, timeout_s: float = 0.0

@@ -10,10 +10,11 @@ import pytest
 
 from ucm.admin import AdminClient
 from ucm.collection_api import MAX_DOCUMENT_ID_BYTES, CollectionApi, Document, DocumentInfo
+from ucm.collection_client import RemoteCollections
 from ucm.collection_lists import record_of
 from ucm.collection_service import PAGE_BYTES, page_of
 from ucm.daemon import Daemon
-from ucm.errors import InvalidArgumentError
+from ucm.errors import InvalidArgumentError, TierUnavailableError
 from ucm.protos import cache_pb2 as pb
 from ucm.protos import cache_pb2_grpc as pb_grpc
 from ucm.sockets import admin_path, grpc_target
@@ -107,6 +108,25 @@ def test_a_listing_goes_on_behind_a_document_that_is_gone(
     listed = [each.id for each in collections.list_documents("short")]
     assert len(listed) == len(names)
     assert set(listed) == names, "each once, as they were when their page was read"
+
+
+def test_a_daemon_that_knows_no_pages_behind_a_document_is_not_asked_forever() -> None:
+    """It answers each call with the first page."""
+    pages = 0
+
+    def call(_method: object, _request: object, _timeout_s: float) -> pb.ListDocumentsReply:
+        nonlocal pages
+        pages += 1
+        assert pages <= 3, "the same page is asked for again and again"
+        documents = [
+            pb.DocumentInfo(id=f"name {number}", namespace=NAMESPACE) for number in range(3)
+        ]
+        return pb.ListDocumentsReply(documents=documents, has_more=True)
+
+    with grpc.insecure_channel("unix:/nobody") as channel:
+        old = RemoteCollections(channel, call)
+        with pytest.raises(TierUnavailableError, match="same release"):
+            old.list_documents("docs")
 
 
 def test_a_place_in_a_listing_that_is_none_is_refused(daemon: Daemon) -> None:
