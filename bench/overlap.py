@@ -42,11 +42,14 @@ from ucm.tracing import Track
 from ucm.types import TierKind
 
 from .overlap_cells import (
+    MB,
+    TEACHING_BLOCKS,
     Cell,
     OverlapBenchOptions,
     cells_of,
     check_cells,
     check_contexts,
+    check_speeds,
     left_out,
 )
 from .overlap_rig import (
@@ -63,9 +66,9 @@ from .overlap_rig import (
 )
 from .overlap_trace import Timeline
 
-MB = 1_000_000
 TEACHING_S = 3.0
-"""Of a load that is measured for nothing else."""
+"""Of a load that is measured for nothing else; `TEACHING_BLOCKS` may take longer, but no longer
+than `longest_load_s`."""
 Progress = Callable[[str], None]
 Result = dict[str, Any]
 
@@ -89,8 +92,9 @@ def run_overlap_bench(
         progress: called with a line of text before each longer piece of work.
 
     Raises:
-        ConfigError: there is no model, nothing to measure, nowhere to store it, or a context is
-            longer than the model or the machine's memory takes.
+        ConfigError: there is no model, nothing to measure, nowhere to store it, a bandwidth is too
+            low to read anything at, or a context is longer than the model or the machine's memory
+            takes.
         UcmError: the daemon does not start or answer.
     """
     say = progress or (lambda _line: None)
@@ -110,6 +114,7 @@ def run_overlap_bench(
             stores_wait=options.stores_wait,
         )
         try:
+            check_speeds(options, rig.block_bytes)
             outcome = _measure(rig, options, say)
         finally:
             rig.close()
@@ -170,7 +175,7 @@ def _measure_cell(
 
 def _teach(rig: OverlapRig, bytes_per_s: int) -> None:
     """Short loads where the long ones are left out: the model learns the bandwidth from either."""
-    num_blocks = max(2, int(TEACHING_S * bytes_per_s) // rig.block_bytes)
+    num_blocks = max(TEACHING_BLOCKS, int(TEACHING_S * bytes_per_s) // rig.block_bytes)
     tokens, _ = rig.prompt((num_blocks + 1) * rig.block_tokens, 1.0)
     for _ in range(2):
         rig.run(OVERLAPPED, tokens, 1)

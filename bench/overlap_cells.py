@@ -12,15 +12,20 @@ Combinatorial Design", IEEE Transactions on Software Engineering 23(7), 1997.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from ucm.errors import ConfigError
 from ucm.types import TierKind
+
+MB: Final = 1_000_000
+TEACHING_BLOCKS: Final = 2
+"""What a load must read at least that teaches the cost model a bandwidth."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -155,6 +160,28 @@ def check_cells(options: OverlapBenchOptions) -> None:
         raise ConfigError(f"--store {store} is no folder: create it, or name another")
     if not os.access(store, os.W_OK | os.X_OK):
         raise ConfigError(f"--store {store} cannot be written to: name another folder")
+
+
+def check_speeds(options: OverlapBenchOptions, block_bytes: int) -> None:
+    """See that no bandwidth is so low that even the load that teaches the model takes too long.
+
+    Args:
+        options: what to measure.
+        block_bytes: of one block that a load moves.
+
+    Raises:
+        ConfigError: `TEACHING_BLOCKS` would be read for longer than `longest_load_s`.
+    """
+    lowest = TEACHING_BLOCKS * block_bytes / options.longest_load_s / MB
+    # Rounded up to the digits that are shown: what the message names is taken.
+    unit = 10.0 ** (math.floor(math.log10(lowest)) - 2)
+    for cell in cells_of(options):
+        if cell.bandwidth_mb_s is not None and cell.bandwidth_mb_s < lowest:
+            raise ConfigError(
+                f"--bandwidth {cell.bandwidth_mb_s:g}: {TEACHING_BLOCKS} blocks of this model "
+                f"would be read for longer than {options.longest_load_s:g} s; name at least "
+                f"{math.ceil(lowest / unit) * unit:.3g} MB/s"
+            )
 
 
 def check_contexts(options: OverlapBenchOptions, max_context_tokens: int) -> None:

@@ -18,7 +18,13 @@ from hypothesis import strategies as st
 from ucm import cli
 from ucm.bench import overlap, overlap_rig
 from ucm.bench.overlap import OverlapOutcome, run_overlap_bench
-from ucm.bench.overlap_cells import OverlapBenchOptions, cells_of, check_cells, left_out
+from ucm.bench.overlap_cells import (
+    OverlapBenchOptions,
+    cells_of,
+    check_cells,
+    check_speeds,
+    left_out,
+)
 from ucm.cli.console import ExitCode
 from ucm.errors import ConfigError
 from ucm.testing.models import write_tiny_model
@@ -168,6 +174,30 @@ def test_the_matrix_is_a_third_of_all_and_says_so() -> None:
     assert len(cells_of(replace(options, every_cell=True))) == 54
     assert left_out(options)[0].startswith("18 of 54 cells:")
     assert left_out(replace(options, every_cell=True)) == []
+
+
+def test_a_bandwidth_at_which_nothing_can_be_learnt_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even the shortest load that teaches the model would read for longer than any that counts."""
+    monkeypatch.setattr(overlap, "_measure", must_not_measure)
+    for speed in (1e-4, 1e-9):
+        options = OverlapBenchOptions(
+            model_path=model, bandwidths_mb_s=(speed, None), context_tokens=(128,), store=tmp_path
+        )
+        with pytest.raises(ConfigError, match=r"--bandwidth .* at least"):
+            run_overlap_bench(options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_slowest_bandwidth_that_is_named_is_taken() -> None:
+    options = OverlapBenchOptions(bandwidths_mb_s=(0.01, None))
+    with pytest.raises(ConfigError, match=r"at least 0\.0984 MB/s"):
+        check_speeds(options, 1_474_560)
+    for speed in (0.0984, 1.0):
+        check_speeds(replace(options, bandwidths_mb_s=(speed, None)), 1_474_560)
+    in_memory = replace(options, tiers=(TierKind.MEMORY,))
+    check_speeds(in_memory, 1_474_560)  # nothing limits it
 
 
 def test_a_benchmark_without_a_cell_is_refused_at_once(
