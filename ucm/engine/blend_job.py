@@ -226,8 +226,8 @@ class BlendJob:
     # The steps
 
     def _run(self, allowance: float) -> float:
-        if self._steps is None:
-            self._begin()
+        if self._steps is None and not self._begin():
+            return 0.0
         used = 0.0
         while used < allowance and self._may_read():
             if self._outcome is not None:
@@ -244,15 +244,16 @@ class BlendJob:
         has_all = all(shelf.has_layer(original, layer) for original in self._live_originals())
         return has_all and self._has_originals()
 
-    def _begin(self) -> None:
+    def _begin(self) -> bool:
+        """Begin the repair, or give up where the pool has no block to write to."""
         sequence, parts = self.sequence, self._parts
         start = sequence.num_computed
         sequence.loaded_ahead = None  # of a load that left a gap: blended over, or computed anew
         stop = self._stop
-        num_blocks = sequence.num_blocks_for(stop)
-        own = sequence.block_ids[:num_blocks]
-        blocks = parts.pool.blocks
-        assert all(blocks.refs(block_id) == 1 for block_id in own[start // sequence.block_tokens :])
+        if not self._make_writable(start, stop):
+            self.fall_back(FallbackReason.NO_ROOM)
+            return False
+        own = sequence.block_ids[: sequence.num_blocks_for(stop)]
         self._rows = PoolRows(parts.pool.tensor, own, list(self._moved(start)), parts.rope, stop)
         self._plan = BlendPlan(
             token_ids=tuple(sequence.tokens[: sequence.num_prompt]),
@@ -273,6 +274,17 @@ class BlendJob:
         self._options = parts.budgets.choose(self._work)
         self._begun_us, self._num_losses = self._used_us, self._count_losses()
         self._steps = parts.blend(parts.model, self._rows, self._plan, self._options)
+        return True
+
+    def _make_writable(self, start: int, stop: int) -> bool:
+        """See to it that nobody else has the blocks of these positions; False without room."""
+        pool, own = self._parts.pool, self.sequence.block_ids
+        size = self.sequence.block_tokens
+        for index in range(start // size, self.sequence.num_blocks_for(stop)):
+            if pool.blocks.refs(own[index]) > 1 and not pool.blocks.num_available:
+                return False
+            own[index] = pool.make_writable(own[index], max(0, start - index * size))
+        return True
 
     def _moved(self, start: int) -> list[MovedRows]:
         return [
