@@ -401,7 +401,7 @@ class BlendJob:
 
     def _report(self, repaired: ReuseReport) -> ReuseReport:
         originals = {id(original): original for _, original in self.originals}.values()
-        layout = self._parts.pool.layout
+        layout, shelf = self._parts.pool.layout, self._parts.shelf
         num_loaded = sum(original.num_loaded for original in originals)
         num_encoded = sum(original.num_encoded for original in originals)
         num_known = sum(original.num_found for original in originals)
@@ -415,4 +415,5 @@ class BlendJob:
             loaded_bytes=num_loaded * layout.num_layers * layout.slab_bytes,
             num_restarts=self._num_restarts,
             seconds=self._used_us / 1e6,
+            chunks=tuple(shelf.outcome(original) for original in originals),
         )
