@@ -46,7 +46,7 @@ from .sequence import TokenSequence
 Steps = Generator[BlendStep, None, BlendOutcome]
 
 MAX_QUERY_ROWS = 128
-"""A query of at most so many tokens is computed with the repair, all but its last: rows that are
+"""Tokens of a query, its last one not counted, that are computed with the repair at most: rows
 added to a pass over the weights cost less than a pass of their own (SmolLM2-135M on two cores: 1
 row 23 ms, 96 rows 160 ms, 180 rows 290 ms, 276 rows 390 ms)."""
 

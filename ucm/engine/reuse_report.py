@@ -51,7 +51,7 @@ class ReuseReport:
     num_restarts: int = 0
     """Times that the repair began anew, because chunks were lost while they were loaded."""
     seconds: float = 0.0
-    """Computing the repair took."""
+    """Computing the repair took, a short query's rows included (`blend_job.MAX_QUERY_ROWS`)."""
     fallback: FallbackReason | None = None
     """Set: nothing was reused, and why."""
     chunks: tuple[ChunkOutcome, ...] = field(default=(), repr=False)
