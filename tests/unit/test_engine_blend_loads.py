@@ -411,3 +411,25 @@ def test_a_block_in_front_of_the_chunks_with_another_owner_is_copied(
         assert result.reuse.fallback is FallbackReason.NO_ROOM
         plain = new_engine(model, None)
         assert tokens_of(result) == tokens_of(ask(plain, list(prompt.token_ids)))
+
+
+@pytest.mark.parametrize("num_query", [5, 9])
+def test_a_pass_behind_a_load_that_comes_short_may_end_inside_the_chunks(
+    model: LlamaModel, num_query: int
+) -> None:
+    """Two tokens behind the load are computed where it ends then: exactly, and blended behind."""
+    clock = SimClock()
+    first_hook = FakeLoadingHook(clock)
+    first = new_engine(model, None, hook=first_hook, clock=clock)
+    query = text_of(9, num_query)
+    prompt = prompt_of(new_engine(model), A, B, prefix=text_of(7, 9), query=query)
+    ask(first, list(prompt.token_ids))
+    first_hook.tick()
+    num_blocks = (len(prompt.token_ids) - 1) // BLOCK_TOKENS
+    script = LoadScript(slab_us=(500,), bad_slab=2 * num_blocks + 3, optimism=0.0)
+    hook = FakeLoadingHook(clock, script_source([script]), deadline_us=50_000)
+    hook.blocks = dict(first_hook.blocks)
+    engine = new_engine(model, FULL, hook=hook, clock=clock)
+    result = ask(engine, prompt)
+    assert tokens_of(result) == tokens_of(ask(new_engine(model, None), list(prompt.token_ids)))
+    assert hook.faults == []

@@ -9,8 +9,9 @@ It is run in slices between the engine's passes. A chunk that is lost while it i
 job begin anew, once, when the chunk has been computed; the second time, as whenever reuse is not
 possible, the sequence is prefilled as any other.
 
-Invariants: a layer is read only when every original's rows of it are there and verified. Until the
-job is over the sequence computes nothing behind its span's start. What it wrote is marked in the
+Invariants: a layer is read only when every original's rows of it are there and verified. While a
+repair runs the sequence computes nothing beside it; before, a pass behind a load that comes short
+may compute some of the span, exactly as its tokens say. What it wrote is marked in the
 sequence (`approximate_from`), so that it is neither shared nor stored under its tokens' names.
 """
 
@@ -108,11 +109,19 @@ class BlendJob:
         self._options: BlendOptions | None = None
         self._work: BlendWork | None = None
         self._used_us = self._begun_us = 0
+        self._begun_at = 0
+        """Position that the repair began at."""
 
     @property
     def is_over(self) -> bool:
         """Whether the sequence goes on without it."""
         return self._span.is_over
+
+    @property
+    def is_undisturbed(self) -> bool:
+        """Whether nothing was computed beside the repair since it began; for checks."""
+        is_running = self._steps is not None and self._plan is not None
+        return not is_running or self._begun_at == self.sequence.num_computed
 
     @property
     def is_due(self) -> bool:
@@ -272,6 +281,7 @@ class BlendJob:
         )
         self._work = BlendWork.of(self._plan, parts.pool.layout.num_layers)
         self._options = parts.budgets.choose(self._work)
+        self._begun_at = start
         self._begun_us, self._num_losses = self._used_us, self._count_losses()
         self._steps = parts.blend(parts.model, self._rows, self._plan, self._options)
         return True
