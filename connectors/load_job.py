@@ -113,6 +113,7 @@ class LoadJob:
         self._is_ended = False
         self._is_joined = False
         self._given_up = 0
+        """From the back: end of the blocks that the engine computes itself."""
         self._stop_s: float | None = None
         self._num_complete: int | None = None
         """Good blocks, once nothing more will come: the layers left need not be asked for."""
@@ -292,6 +293,7 @@ class LoadJob:
                 return end
         end = first + self._num_claimable(reader, first, last)
         reader.give_up_below(end)
+        self._given_up = max(self._given_up, end)
         return end
 
     def _num_claimable(self, reader: LayerReader | None, first: int, last: int) -> int:
@@ -329,9 +331,7 @@ class LoadJob:
             good = reader.wait_layer(self._layout.num_layers - 1, 0.0)
         straggler = None
         if not is_free:
-            places = range(len(self.task.keys))
-            bad = places[: len(places) - good] if self._is_from_back else places[good:]
-            straggler = Straggler(reader=reader, release=self.task.hold(bad))
+            straggler = Straggler(reader=reader, release=self.task.hold(self._unsettled(good)))
         num_steps, busy_s = reader.effort()
         return JobOutcome(
             plan=plan,
@@ -343,6 +343,13 @@ class LoadJob:
             was_joined=self._is_joined,
             straggler=straggler,
         )
+
+    def _unsettled(self, num_good: int) -> range:
+        """Blocks that a read may yet write to: neither good nor the engine's own."""
+        places = range(len(self.task.keys))
+        if self._is_from_back:
+            return places[self._given_up : len(places) - num_good]
+        return places[num_good:]
 
     def moved_bytes(self) -> int:
         """Slab bytes that are in the pool and verified."""

@@ -3,7 +3,8 @@
     past block   | seen by all queries |  this module, in any order, from anywhere, part by part
     own chunk    | causal              |  `attention`, over a `PagedSequence`
 
-The parts are merged by their log-sum-exp (`attention.merge_partials`), so a context can be attended
+The parts are merged by their log-sum-exp (`merge_partials` here, `attention.merge_two` by who
+attends part by part, as `ucm.sparse.offload` does), so a context can be attended
 to in pieces that never lie in memory together. Equal to attention over all of it within rounding.
 
 Sources: FlashAttention-2 (arXiv 2307.08691); Flash-Decoding.

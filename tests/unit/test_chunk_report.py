@@ -6,11 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import ucm
 from ucm.cli import main
-from ucm.cli.chunk_report import ChunkFate, fate_line, reuse_figures, reuse_line, unstored_hint
+from ucm.cli.chunk_report import (
+    ChunkFate,
+    chunk_fates,
+    fate_line,
+    reuse_figures,
+    reuse_line,
+    unstored_hint,
+)
+from ucm.connectors.cached_engine import CachedEngine
+from ucm.engine.loading import load_model
 from ucm.engine.reuse_report import FallbackReason, ReuseReport
+from ucm.reuse.segments import Chunk
+from ucm.testing.blend_engines import ask, new_engine, prompt_of
 from ucm.testing.models import write_tiny_model
 
 
@@ -70,6 +82,31 @@ def test_a_line_a_chunk() -> None:
     unused = ChunkFate(file="b", number=1, num_tokens=64, num_tail_tokens=0)
     assert fate_line(unused) == "b, chunk 1: 64 tokens; not looked for"
     assert unstored_hint([fate, unused]) is None
+
+
+def test_each_of_many_chunks_is_told_and_counts_once(tmp_path: Path) -> None:
+    """However many a prompt has; one that stands in it twice is computed once."""
+    num_chunks = 70
+    loaded = load_model(write_tiny_model(tmp_path / "tiny", num_hidden_layers=2), torch.float32)
+    engine = new_engine(loaded.model, num_blocks=600)
+    texts = [(3 + i, 4 + i, 7, 9) for i in range(num_chunks)]
+    prompt = prompt_of(engine, *texts, texts[0])
+    result = ask(engine, prompt)
+    assert result.reuse is not None
+    assert len(result.reuse.chunks) == num_chunks
+    chunks: list[list[Chunk]] = [[span.chunk] for span in prompt.spans]
+    paths = [Path(f"{number}.txt") for number in range(len(chunks))]
+    fates = chunk_fates(paths, chunks, CachedEngine(loaded, engine, None), result.reuse)
+    assert all(fate.is_used for fate in fates)
+    num_computed = [fate.num_computed_tokens for fate in fates]
+    assert num_computed == [4] * num_chunks + [0]
+    assert sum(num_computed) == result.reuse.num_encoded_tokens
+    assert [fate.is_repeated for fate in fates] == [False] * num_chunks + [True]
+    assert fate_line(fates[-1]) == "70.txt, chunk 1: 4 tokens; the same as a chunk before it"
+    figures = reuse_figures(result.reuse)
+    assert figures is not None
+    assert "chunks" not in figures, "they are told one by one, and without their tokens"
+    assert "token_ids" not in repr(result.reuse)
 
 
 @pytest.mark.timeout(60)

@@ -118,6 +118,7 @@ def test_a_socket_will_do_for_a_folder(tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
         assert socket_or_folder(None, path) == socket_or_folder(path, None) == (path, None)
+        assert socket_or_folder(None, folder / "absent.sock") == (folder / "absent.sock", None)
     assert socket_or_folder(None, tmp_path) == (None, tmp_path)
     with pytest.raises(ConfigError, match="either --socket or --cache"):
         socket_or_folder(tmp_path, tmp_path)
@@ -131,3 +132,37 @@ def test_loading_is_told_on_a_terminal_only(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     say_loading(Path("models/tiny"))
     assert capsys.readouterr().err == "loading tiny ...\n"
+
+
+def test_a_folder_may_be_called_as_a_socket_is(tmp_path: Path) -> None:
+    folder = tmp_path / "x.sock"
+    folder.mkdir()
+    assert socket_or_folder(None, folder) == (None, folder)
+    with reached_cache(folder, 1.0) as factory:
+        assert factory is not None
+        factory().close()
+    (tmp_path / "file.sock").write_text("x")
+    with pytest.raises(ConfigError, match="neither"):
+        socket_or_folder(None, tmp_path / "file.sock")
+
+
+@pytest.mark.parametrize("command", ["ls", "rm", "add"])
+def test_no_command_makes_a_folder_where_a_daemon_should_be(
+    command: str,
+    tiny: Path,
+    no_model: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tiny / "text.txt").write_text("a text")
+    with short_folder() as run:
+        path = run / "ucm.sock"
+        arguments = ["ucm", "collection", command, "docs", "--cache", str(path)]
+        arguments += {"ls": [], "rm": ["--all"]}.get(command, [str(tiny / "text.txt")])
+        arguments += ["--model", str(tiny)] if command == "add" else []
+        monkeypatch.setattr("sys.argv", arguments)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 3
+        assert list(run.iterdir()) == []
+    assert str(path) in capsys.readouterr().err

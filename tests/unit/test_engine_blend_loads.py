@@ -340,3 +340,96 @@ def test_an_engine_is_closed_in_the_middle(model: LlamaModel) -> None:
     for _ in range(3):
         served.engine.step()
     served.close()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        LoadScript(order=LoadOrder.BLOCKS_FROM_BACK, slab_us=(3_000,), bad_slab=9),
+        LoadScript(order=LoadOrder.BLOCKS_FROM_BACK, slab_us=(3_000,), skipped_blocks=1),
+        LoadScript(order=LoadOrder.BLOCKS_FROM_BACK, slab_us=(3_000,), dropped_blocks=1),
+        LoadScript(dropped_blocks=7),
+    ],
+    ids=["damaged", "skipped", "dropped", "layers"],
+)
+@pytest.mark.parametrize("num_prefix", [7, 9, 10])
+def test_a_prefix_whose_load_cannot_be_ended_takes_no_block_that_was_computed(
+    model: LlamaModel, script: LoadScript, num_prefix: int
+) -> None:
+    """Its hook may write for ever to what it said that it loads, and to nothing else."""
+    clock = SimClock()
+    first_hook = FakeLoadingHook(clock)
+    first = new_engine(model, None, hook=first_hook, clock=clock)
+    prefix = text_of(7, num_prefix)
+    prompt = prompt_of(new_engine(model), A, B, prefix=prefix)
+    ask(first, list(prompt.token_ids))
+    first_hook.tick()
+    script = dataclasses.replace(script, failing=frozenset({"end_load"}))
+    hook = FakeLoadingHook(clock, script_source([script]), deadline_us=50_000)
+    hook.blocks = dict(first_hook.blocks)
+    engine = new_engine(model, hook=hook, clock=clock)
+    result = ask(engine, prompt)
+    assert tokens_of(result) == [blended_tokens(model, prompt)]
+    assert hook.faults == []
+    engine.close()
+    hook.tick()
+    engine.pool.drain()
+    assert engine.check_integrity() == []
+    assert engine.pool.num_pinned == hook.num_given_away
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_block_in_front_of_the_chunks_with_another_owner_is_copied(
+    model: LlamaModel, has_room: bool
+) -> None:
+    """Whoever has it: the engine goes on, in a block of its own or without the chunks."""
+    engine = new_engine(model)
+    prompt = prompt_of(engine, A, prefix=text_of(7, 10))
+    request_id = engine.add_request(prompt, GREEDY)
+    pool, runner = engine.pool, engine._runner
+    while not (runner.running and runner.running[0].num_computed == 10):
+        engine.step()
+    sequence = runner.running[0]
+    assert sequence.blend is not None
+    assert not sequence.blend.is_over
+    pool.blocks.acquire(sequence.block_ids[2:3])  # as another sequence would own it
+    others = [sequence.block_ids[2]]
+    if not has_room:
+        pool.reset()
+        others += pool.blocks.allocate(pool.blocks.num_available)
+    for _ in range(100):
+        engine.step()
+        if sequence.blend.is_over:
+            break
+    pool.blocks.release(others)
+    (result,) = finish(engine, request_id)
+    assert result.reuse is not None
+    if has_room:
+        assert result.reuse.fallback is None
+        assert tokens_of(result) == [blended_tokens(model, prompt)]
+    else:
+        assert result.reuse.fallback is FallbackReason.NO_ROOM
+        plain = new_engine(model, None)
+        assert tokens_of(result) == tokens_of(ask(plain, list(prompt.token_ids)))
+
+
+@pytest.mark.parametrize("num_query", [5, 9])
+def test_a_pass_behind_a_load_that_comes_short_may_end_inside_the_chunks(
+    model: LlamaModel, num_query: int
+) -> None:
+    """Two tokens behind the load are computed where it ends then: exactly, and blended behind."""
+    clock = SimClock()
+    first_hook = FakeLoadingHook(clock)
+    first = new_engine(model, None, hook=first_hook, clock=clock)
+    query = text_of(9, num_query)
+    prompt = prompt_of(new_engine(model), A, B, prefix=text_of(7, 9), query=query)
+    ask(first, list(prompt.token_ids))
+    first_hook.tick()
+    num_blocks = (len(prompt.token_ids) - 1) // BLOCK_TOKENS
+    script = LoadScript(slab_us=(500,), bad_slab=2 * num_blocks + 3, optimism=0.0)
+    hook = FakeLoadingHook(clock, script_source([script]), deadline_us=50_000)
+    hook.blocks = dict(first_hook.blocks)
+    engine = new_engine(model, FULL, hook=hook, clock=clock)
+    result = ask(engine, prompt)
+    assert tokens_of(result) == tokens_of(ask(new_engine(model, None), list(prompt.token_ids)))
+    assert hook.faults == []

@@ -56,7 +56,7 @@ def test_chunks_that_begin_alike_share_their_first_blocks(model: LlamaModel) -> 
 def test_the_rest_of_a_chunk_is_loaded_behind_what_the_pool_has(model: LlamaModel) -> None:
     hook = DictHook()
     first = new_engine(model, hook=hook)
-    ask(first, prompt_of(first, LONG))
+    computed = ask(first, prompt_of(first, LONG)).reuse
     hook.settle()
     second = new_engine(model, hook=DictHook(blocks=hook.blocks))
     ask(second, prompt_of(second, LONG[:16]))
@@ -65,8 +65,9 @@ def test_the_rest_of_a_chunk_is_loaded_behind_what_the_pool_has(model: LlamaMode
     assert tokens_of(result) == [blended_tokens(model, prompt)]
     assert result.reuse is not None
     assert (result.reuse.num_found_tokens, result.reuse.num_loaded_tokens) == (16, 24)
-    assert [outcome.num_encoded_tokens for outcome in first.stats.reuse.recent] == [len(LONG)]
-    last = second.stats.reuse.recent[-1]
+    assert computed is not None
+    assert [outcome.num_encoded_tokens for outcome in computed.chunks] == [len(LONG)]
+    (last,) = result.reuse.chunks
     assert last.token_ids == LONG
     assert (last.num_found_tokens, last.num_loaded_tokens, last.is_ready) == (16, 24, True)
 

@@ -267,3 +267,33 @@ def test_a_held_block_is_nobodys_until_released_and_comes_back_zeroed() -> None:
     assert not pool.is_held(owned[0])
     assert not pool.tensor.any()
     assert pool.check_integrity([]) == []
+
+
+def test_a_released_hold_zeroes_what_is_its_own_only() -> None:
+    """What somebody computed meanwhile, or can be found, is not a loader's rest."""
+    pool = KvPool(LAYOUT, 4)
+    chain = [link("a")]
+    found, shared, own = block_ids = pool.blocks.allocate(3)
+    pool.tensor[:, block_ids] = 7.0
+    release = pool.hold(block_ids)
+    pool.blocks.register(found, chain[0])
+    pool.blocks.release([found, own])
+    release()
+    pool.drain()
+    assert bool((pool.tensor[:, [found, shared]] == 7.0).all())
+    assert not pool.tensor[:, own].any()
+    assert pool.blocks.find(chain) == [found]
+    assert pool.check_integrity([[shared]]) == []
+
+
+def test_a_block_that_is_held_twice_is_zeroed_with_the_last_release() -> None:
+    pool = KvPool(LAYOUT, 2)
+    owned = pool.blocks.allocate(1)
+    first, second = pool.hold(owned), pool.hold(owned)
+    pool.blocks.release(owned)
+    for release, is_zero in ((first, False), (second, True)):
+        pool.tensor[:, owned] = 7.0
+        release()
+        pool.drain()
+        assert bool((pool.tensor[:, owned] == 0).all()) is is_zero
+    assert pool.check_integrity([]) == []

@@ -64,8 +64,21 @@ class Desk:
         reader.start()
         return reader
 
+    def stuck_reader(self, plan: LoadPlan, options: ReaderOptions) -> LayerReader:
+        reader = StuckReader(plan, PAGE_LAYOUT, self.pool, self._io, options)
+        reader.start()
+        return reader
+
     def open(self, plan: LoadPlan | None = None) -> bool:
         return self.job.open(plan or self.file.plan(), self.reader)
+
+
+class StuckReader(LayerReader):
+    """One with a copy under way that does not end in time."""
+
+    def cancel(self, timeout_s: float = 0.0) -> bool:
+        super().cancel(timeout_s)
+        return False
 
 
 def lacking_last(plan: LoadPlan) -> LoadPlan:
@@ -202,3 +215,24 @@ def test_a_reader_that_cannot_be_made_fails_the_load_and_the_plan_is_still_given
     assert desk.job.state().is_done
     assert desk.job.wait_layer(0) == 0
     assert desk.job.end().plan is plan
+
+
+def test_what_was_claimed_while_it_was_read_is_not_held_at_the_end(
+    tmp_path: Path, gate: GatedIo
+) -> None:
+    """The engine computed those blocks, and may have shared them: they are nobody else's."""
+    desk = Desk(tmp_path, LoadKind.HYBRID, gate, PATIENCE_S / 10)
+    assert desk.job.open(desk.file.plan(), desk.stuck_reader)
+    assert gate.wait_arrived()
+    assert wait_for(lambda: desk.job.claim(0, 2) == 2)
+    outcome = desk.job.end()
+    assert outcome.straggler is not None
+    assert (outcome.num_good, desk.held) == (0, [2, 3])
+
+
+def test_what_was_all_claimed_holds_nothing(tmp_path: Path, gate: GatedIo) -> None:
+    desk = Desk(tmp_path, LoadKind.HYBRID, gate, PATIENCE_S / 10)
+    assert desk.job.open(desk.file.plan(), desk.stuck_reader)
+    assert wait_for(lambda: desk.job.claim(0, NUM_BLOCKS) == NUM_BLOCKS)
+    assert desk.job.end().straggler is not None
+    assert desk.held == []

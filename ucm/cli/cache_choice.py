@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 10.0
 """For a cache that is busy at first. One that is not there is not waited for."""
+_SOCKET_SUFFIX = ".sock"
 
 
 @contextlib.contextmanager
@@ -34,8 +35,8 @@ def reached_cache(cache: Path | None, deadline_s: float) -> Iterator[CacheFactor
         yield None
         return
     socket, _ = socket_or_folder(None, cache)
-    if socket is not None or cache.suffix == ".sock":
-        yield daemon_factory(cache, deadline_s)
+    if socket is not None:
+        yield daemon_factory(socket, deadline_s)
         return
     if not cache.exists():
         print(f"--cache {cache}: nothing is there yet, a new store is made", file=sys.stderr)
@@ -72,6 +73,8 @@ def sessions_of(store: EmbeddedCache) -> CacheFactory:
 def socket_or_folder(socket: Path | None, cache: Path | None) -> tuple[Path | None, Path | None]:
     """What `--socket` and `--cache` name: a daemon's socket or a folder, or neither.
 
+    What is not there yet is a socket if it is called like one: a store is not made in its place.
+
     Raises:
         ConfigError: both are given, or a file that is neither.
     """
@@ -81,6 +84,8 @@ def socket_or_folder(socket: Path | None, cache: Path | None) -> tuple[Path | No
         return cache, None
     if cache is not None and cache.exists() and not cache.is_dir():
         raise ConfigError(f"--cache {cache}: neither a folder nor a daemon's socket")
+    if cache is not None and cache.suffix == _SOCKET_SUFFIX and not cache.is_dir():
+        return cache, None
     return socket, cache
 
 

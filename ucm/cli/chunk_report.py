@@ -41,12 +41,17 @@ class ChunkFate:
     """Times that its load came short."""
     is_used: bool = False
     """Whether it was looked for: not where the prefix cache had it, or where there was no room."""
+    is_repeated: bool = False
+    """Whether a chunk before it has the same tokens: what became of them is counted there."""
     is_stored: bool | None = None
     """Whether the cache has it afterwards; None without a cache, or where nothing was computed."""
 
 
 def chunk_fates(
-    paths: Sequence[Path], documents: Sequence[Sequence[Chunk]], cached: CachedEngine
+    paths: Sequence[Path],
+    documents: Sequence[Sequence[Chunk]],
+    cached: CachedEngine,
+    report: ReuseReport | None,
 ) -> list[ChunkFate]:
     """What became of each chunk; asks the cache, once, for those that were computed.
 
@@ -54,28 +59,35 @@ def chunk_fates(
         paths: of the documents.
         documents: their chunks.
         cached: the engine that has answered, its stores flushed.
+        report: of the request.
     """
-    recent = {outcome.token_ids: outcome for outcome in cached.engine.stats.reuse.recent}
-    return [
-        _fate(path, number, chunk, recent.get(chunk.token_ids[: chunk.num_cached_tokens]), cached)
-        for path, chunks in zip(paths, documents, strict=True)
-        for number, chunk in enumerate(chunks, start=1)
-    ]
+    outcomes = {} if report is None else {each.token_ids: each for each in report.chunks}
+    told: set[tuple[int, ...]] = set()
+    fates = []
+    for path, chunks in zip(paths, documents, strict=True):
+        for number, chunk in enumerate(chunks, start=1):
+            fate = ChunkFate(
+                file=str(path),
+                number=number,
+                num_tokens=len(chunk),
+                num_tail_tokens=len(chunk) - chunk.num_cached_tokens,
+            )
+            tokens = chunk.token_ids[: chunk.num_cached_tokens]
+            if tokens in told:
+                fate = dataclasses.replace(fate, is_used=True, is_repeated=True)
+            elif tokens in outcomes:
+                told.add(tokens)
+                fate = _completed(fate, chunk, outcomes[tokens], cached)
+            fates.append(fate)
+    return fates
 
 
-def _fate(
-    path: Path, number: int, chunk: Chunk, outcome: ChunkOutcome | None, cached: CachedEngine
+def _completed(
+    fate: ChunkFate, chunk: Chunk, outcome: ChunkOutcome, cached: CachedEngine
 ) -> ChunkFate:
+    """What came of a chunk that was looked for."""
     from ucm.connectors.chunk_store import is_stored
 
-    fate = ChunkFate(
-        file=str(path),
-        number=number,
-        num_tokens=len(chunk),
-        num_tail_tokens=len(chunk) - chunk.num_cached_tokens,
-    )
-    if outcome is None:
-        return fate
     is_new = outcome.num_encoded_tokens > 0 and cached.session is not None
     return dataclasses.replace(
         fate,
@@ -99,6 +111,8 @@ def fate_line(fate: ChunkFate) -> str:
     parts = [f"{count:,} {what}" for what, count in counts.items() if count]
     if not fate.is_used and fate.num_tail_tokens < fate.num_tokens:
         parts.insert(0, "not looked for")
+    if fate.is_repeated:
+        parts.insert(0, "the same as a chunk before it")
     if fate.num_losses:
         parts.append(f"its load came short, {fate.num_losses} time(s)")
     if fate.is_stored is not None:
@@ -154,11 +168,13 @@ def _savings(report: ReuseReport, *, is_cached: bool) -> str:
 
 
 def reuse_figures(report: ReuseReport | None) -> dict[str, object] | None:
-    """The same for programs; None without chunks."""
+    """The same for programs, but for its `chunks`; None without chunks."""
     if report is None:
         return None
+    figures = dataclasses.asdict(report)
+    del figures["chunks"]
     return {
-        **dataclasses.asdict(report),
+        **figures,
         "num_recomputed_tokens": report.num_recomputed_tokens,
         "num_saved_tokens": report.num_saved_tokens,
     }

@@ -235,7 +235,7 @@ def _generate(
             prompt = prompts.prompt([each for chunks in documents for each in chunks], asked.prompt)
         result = _stream(cached.engine, prompt, params, show=not options.as_json)
         cached.flush(FLUSH_TIMEOUT_S)
-        fates = chunk_fates(options.chunk or [], documents, cached)
+        fates = chunk_fates(options.chunk or [], documents, cached, result.reuse)
         if options.as_json:
             print_json(_summary(result, cached.session, cached.engine, fates))
             return

@@ -193,9 +193,9 @@ class BlendDesk:
             span = sequence.blend
             if span is None:
                 continue
-            is_inside = span.start < sequence.num_computed < span.stop
-            if not span.is_over and is_inside and sequence.num_computed % sequence.block_tokens:
-                faults.append(f"{sequence.id} computed where its chunks are to stand")
+            job = self._jobs.get(sequence.id)
+            if job is not None and not job.is_undisturbed:
+                faults.append(f"{sequence.id} computed beside the repair of its chunks")
             if sequence.approximate_from is None:
                 continue
             blended = sequence.block_ids[sequence.num_exact_blocks(sequence.num_tokens) :]

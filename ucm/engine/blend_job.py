@@ -9,8 +9,9 @@ It is run in slices between the engine's passes. A chunk that is lost while it i
 job begin anew, once, when the chunk has been computed; the second time, as whenever reuse is not
 possible, the sequence is prefilled as any other.
 
-Invariants: a layer is read only when every original's rows of it are there and verified. Until the
-job is over the sequence computes nothing behind its span's start. What it wrote is marked in the
+Invariants: a layer is read only when every original's rows of it are there and verified. While a
+repair runs the sequence computes nothing beside it; before, a pass behind a load that comes short
+may compute some of the span, exactly as its tokens say. What it wrote is marked in the
 sequence (`approximate_from`), so that it is neither shared nor stored under its tokens' names.
 """
 
@@ -46,7 +47,7 @@ from .sequence import TokenSequence
 Steps = Generator[BlendStep, None, BlendOutcome]
 
 MAX_QUERY_ROWS = 128
-"""A query of at most so many tokens is computed with the repair, all but its last: rows that are
+"""Tokens of a query, its last one not counted, that are computed with the repair at most: rows
 added to a pass over the weights cost less than a pass of their own (SmolLM2-135M on two cores: 1
 row 23 ms, 96 rows 160 ms, 180 rows 290 ms, 276 rows 390 ms)."""
 
@@ -108,11 +109,19 @@ class BlendJob:
         self._options: BlendOptions | None = None
         self._work: BlendWork | None = None
         self._used_us = self._begun_us = 0
+        self._begun_at = 0
+        """Position that the repair began at."""
 
     @property
     def is_over(self) -> bool:
         """Whether the sequence goes on without it."""
         return self._span.is_over
+
+    @property
+    def is_undisturbed(self) -> bool:
+        """Whether nothing was computed beside the repair since it began; for checks."""
+        is_running = self._steps is not None and self._plan is not None
+        return not is_running or self._begun_at == self.sequence.num_computed
 
     @property
     def is_due(self) -> bool:
@@ -226,8 +235,8 @@ class BlendJob:
     # The steps
 
     def _run(self, allowance: float) -> float:
-        if self._steps is None:
-            self._begin()
+        if self._steps is None and not self._begin():
+            return 0.0
         used = 0.0
         while used < allowance and self._may_read():
             if self._outcome is not None:
@@ -244,15 +253,16 @@ class BlendJob:
         has_all = all(shelf.has_layer(original, layer) for original in self._live_originals())
         return has_all and self._has_originals()
 
-    def _begin(self) -> None:
+    def _begin(self) -> bool:
+        """Begin the repair, or give up where the pool has no block to write to."""
         sequence, parts = self.sequence, self._parts
         start = sequence.num_computed
         sequence.loaded_ahead = None  # of a load that left a gap: blended over, or computed anew
         stop = self._stop
-        num_blocks = sequence.num_blocks_for(stop)
-        own = sequence.block_ids[:num_blocks]
-        blocks = parts.pool.blocks
-        assert all(blocks.refs(block_id) == 1 for block_id in own[start // sequence.block_tokens :])
+        if not self._make_writable(start, stop):
+            self.fall_back(FallbackReason.NO_ROOM)
+            return False
+        own = sequence.block_ids[: sequence.num_blocks_for(stop)]
         self._rows = PoolRows(parts.pool.tensor, own, list(self._moved(start)), parts.rope, stop)
         self._plan = BlendPlan(
             token_ids=tuple(sequence.tokens[: sequence.num_prompt]),
@@ -271,8 +281,20 @@ class BlendJob:
         )
         self._work = BlendWork.of(self._plan, parts.pool.layout.num_layers)
         self._options = parts.budgets.choose(self._work)
+        self._begun_at = start
         self._begun_us, self._num_losses = self._used_us, self._count_losses()
         self._steps = parts.blend(parts.model, self._rows, self._plan, self._options)
+        return True
+
+    def _make_writable(self, start: int, stop: int) -> bool:
+        """See to it that nobody else has the blocks of these positions; False without room."""
+        pool, own = self._parts.pool, self.sequence.block_ids
+        size = self.sequence.block_tokens
+        for index in range(start // size, self.sequence.num_blocks_for(stop)):
+            if pool.blocks.refs(own[index]) > 1 and not pool.blocks.num_available:
+                return False
+            own[index] = pool.make_writable(own[index], max(0, start - index * size))
+        return True
 
     def _moved(self, start: int) -> list[MovedRows]:
         return [
@@ -389,7 +411,7 @@ class BlendJob:
 
     def _report(self, repaired: ReuseReport) -> ReuseReport:
         originals = {id(original): original for _, original in self.originals}.values()
-        layout = self._parts.pool.layout
+        layout, shelf = self._parts.pool.layout, self._parts.shelf
         num_loaded = sum(original.num_loaded for original in originals)
         num_encoded = sum(original.num_encoded for original in originals)
         num_known = sum(original.num_found for original in originals)
@@ -403,4 +425,5 @@ class BlendJob:
             loaded_bytes=num_loaded * layout.num_layers * layout.slab_bytes,
             num_restarts=self._num_restarts,
             seconds=self._used_us / 1e6,
+            chunks=tuple(shelf.outcome(original) for original in originals),
         )

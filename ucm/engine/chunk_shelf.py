@@ -184,7 +184,6 @@ class ChunkShelf:
         if original.num_users:
             return
         del self._originals[original.links[-1].key]
-        self.parts.stats.recent.append(self._outcome(original))
         if original.state is OriginalState.LOADING:
             self._stop(original)
         if original.encoder is not None:
@@ -194,7 +193,8 @@ class ChunkShelf:
         self.parts.pool.blocks.release(original.block_ids)
         self.parts.hook.finish(original.name)
 
-    def _outcome(self, original: Original) -> ChunkOutcome:
+    def outcome(self, original: Original) -> ChunkOutcome:
+        """Where its rows came from, so far."""
         size = self._block_tokens
         return ChunkOutcome(
             token_ids=tuple(self._tokens(original)),

@@ -96,7 +96,8 @@ class EngineStats:
 
     steps: int = 0
     computed_tokens: int = 0
-    """Tokens that went through the model, recomputed ones included."""
+    """Tokens that went through the model, recomputed ones included. Not what a repair of chunks
+    computes, nor a short query's rows that it takes along: see `ReuseReport.seconds`."""
     preemptions: int = 0
     copied_blocks: int = 0
     """Shared partial blocks that had to be copied before a write."""

@@ -44,11 +44,11 @@ class Load:
     num_blocks: int
     """Blocks that are still counted on."""
     block_ids: tuple[int, ...]
-    """All pool blocks that the loader was given."""
+    """All pool blocks that the loader said it would fill, from `first_block` on."""
     started_us: int
     state: LoadState
     claimed_block: int
-    """From the back: end of the chain blocks that the engine may compute."""
+    """From the back: end of the chain blocks that the engine may compute; else `first_block`."""
     lost_ids: list[int] = field(default_factory=list)
     """Blocks that are no longer the sequence's, and may still be written to."""
     is_void: bool = False
@@ -179,7 +179,7 @@ class LoadQueue:
             order=start.order,
             first_block=start.first_block,
             num_blocks=start.num_blocks,
-            block_ids=tuple(request.block_ids),
+            block_ids=tuple(request.block_ids[start.first_block - first :][: start.num_blocks]),
             started_us=self._clock.now_us(),
             state=LoadState(is_done=True),
             claimed_block=start.first_block,
@@ -306,7 +306,8 @@ class LoadQueue:
             self._keys.update(self._keys_of(other))
         num_good = self._hook.end_load(load.sequence.id)
         if num_good is None:
-            self._pool.hold(load.block_ids)
+            # Not what was claimed: the sequence computed it, and goes on in it.
+            self._pool.hold(load.block_ids[load.claimed_block - load.first_block :])
             num_good = 0
         self._pool.clear(load.lost_ids)
         self._pool.blocks.release(load.lost_ids)

@@ -102,7 +102,10 @@ class KvPool:
         return self._add_pin(_Pin(tuple(block_ids), self._released))
 
     def hold(self, block_ids: Sequence[int]) -> Callable[[], None]:
-        """Like `pin`, for blocks that are still written to; they are zeroed when released."""
+        """Like `pin`, for blocks that are still written to; they are zeroed when released.
+
+        Not those that have another owner by then, or can be found: somebody counts on their bytes.
+        """
         self._held.update(block_ids)
         return self._add_pin(_Pin(tuple(block_ids), self._released, is_hold=True))
 
@@ -146,8 +149,12 @@ class KvPool:
         self.num_pinned -= len(pin.block_ids)
         if pin.is_hold:
             self._held.subtract(pin.block_ids)
-            self.clear(pin.block_ids)
+            self.clear(block_id for block_id in pin.block_ids if self._is_leftover(block_id))
         self.blocks.release(pin.block_ids)
+
+    def _is_leftover(self, block_id: int) -> bool:
+        """Whether a held block has no other use; what others have was never the loader's."""
+        return self.blocks.refs(block_id) == 1 and not self.blocks.is_findable(block_id)
 
     def reset(self) -> int:
         """Empty the prefix cache; blocks in use stay with their owners.

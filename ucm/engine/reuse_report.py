@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
-
-MAX_RECENT = 64
-"""Chunks of which is remembered where they came from."""
 
 
 class FallbackReason(enum.StrEnum):
@@ -54,9 +51,11 @@ class ReuseReport:
     num_restarts: int = 0
     """Times that the repair began anew, because chunks were lost while they were loaded."""
     seconds: float = 0.0
-    """Computing the repair took."""
+    """Computing the repair took, a short query's rows included (`blend_job.MAX_QUERY_ROWS`)."""
     fallback: FallbackReason | None = None
     """Set: nothing was reused, and why."""
+    chunks: tuple[ChunkOutcome, ...] = field(default=(), repr=False)
+    """Of its different chunks, in the prompt's order; none where there was no room for them."""
 
     @property
     def num_recomputed_tokens(self) -> float:
@@ -108,8 +107,6 @@ class ReuseStats:
     restarts: int = 0
     seconds: float = 0.0
     fallbacks: Counter[FallbackReason] = field(default_factory=Counter)
-    recent: deque[ChunkOutcome] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
-    """Chunks that were done with last, oldest first."""
 
     def add(self, report: ReuseReport) -> None:
         """Count a request; where its chunks came from is counted when they come."""

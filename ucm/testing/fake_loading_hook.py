@@ -245,7 +245,7 @@ class FakeLoadingHook:
         )
         if "end_load" in load.script.failing:
             self.lost.update(unfinished)
-            self.num_given_away += len(load.request.block_ids)
+            self.num_given_away += count - load.num_given_up
             raise TierUnavailableError("end_load fails, as the test wants")
         if load.script.write_us and unfinished:
             end_us = self._clock.now_us() + load.script.write_us
