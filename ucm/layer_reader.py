@@ -180,16 +180,15 @@ class LayerReader:
         with self._work:
             if self._is_started or self._is_cancelled:
                 return
-            self._is_started, self._on_progress = True, on_progress
+            self._is_started = True
+            self._on_progress = on_progress
             wanted = self.options.num_threads if self._ledger.num_missing() else 0
-            self._num_threads = wanted
-        # Without the lock: the first thread reads while the others start.
-        num_refused = [_started(self._run, number) for number in range(wanted)].count(False)
-        if wanted and num_refused == wanted:
-            with self._work:
+            threads = [_started(self._run, number) for number in range(wanted)]
+            self._num_threads = threads.count(True)
+            if not wanted and self.plan.progress is not None:
+                self.plan.progress.close()
+            if wanted and not self._num_threads:
                 self._give_up_locked("every thread for reads is taken: earlier ones hang")
-        if num_refused or not wanted:
-            self._leave(num_refused)
 
     def wait_layer(self, layer: int, timeout_s: float) -> int:
         """Wait until layers 0..layer are settled, or time is up.
@@ -204,8 +203,7 @@ class LayerReader:
             horizon = layer + 1 + self.options.read_ahead_layers
             if horizon > self._horizon:
                 self._horizon = horizon
-                if self._in_reach(self._promoted.head) or self._in_reach(self._own.head):
-                    self._work.notify_all()  # else threads wake up for nothing, layer by layer
+                self._work.notify_all()
             self._awaited.append(layer)
             self._settled.wait_for(
                 lambda: self._is_cancelled or self._ledger.is_settled(layer), max(0.0, timeout_s)
@@ -362,8 +360,7 @@ class LayerReader:
                 self._give_up_locked(f"{type(error).__name__}: {error}")
             self._call_back()
         finally:
-            _threads.release()
-            self._leave(1)
+            self._leave()
 
     def _trace(self, step: Step, begun_us: int) -> None:
         """Tell who looks; from the back, blocks are read whole and belong to no layer."""
@@ -375,9 +372,10 @@ class LayerReader:
         blocks = (step.first_block, step.stop_block - step.first_block)
         trace.add(Track.LOAD, begun_us, tracing.now_us(), layers=layers, blocks=blocks)
 
-    def _leave(self, num_threads: int) -> None:
+    def _leave(self) -> None:
+        _threads.release()
         with self._work:
-            self._num_threads -= num_threads
+            self._num_threads -= 1
             is_last = not self._num_threads
         if is_last and self.plan.progress is not None:
             self.plan.progress.close()
@@ -424,14 +422,14 @@ class LayerReader:
         promoted, own = self._promoted.head, self._own.head
         if promoted is not None and self._in_reach(promoted) and self._has_come(promoted):
             return self._promoted.take()
-        return self._own.take() if self._in_reach(own) else None
+        return self._own.take() if own is not None and self._in_reach(own) else None
 
     def _has_come(self, step: Step) -> bool:
         progress = self.plan.progress  # without one they never come: the mover will say so
         return progress is None or progress.num_done() >= step.num_promoted
 
-    def _in_reach(self, step: Step | None) -> bool:
-        return step is not None and step.first_layer < self._horizon
+    def _in_reach(self, step: Step) -> bool:
+        return step.first_layer < self._horizon
 
     def _watch_locked(self, step: Step) -> None:
         """Wait for promotions, outside the lock, one thread at a time."""
