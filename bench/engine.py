@@ -177,7 +177,7 @@ def run_engine_bench(options: EngineBenchOptions, progress: Progress | None = No
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError(
             "`ucm bench engine` compares with Transformers, which is not installed: "
-            "`pip install ucm-cache[dev]`"
+            "`pip install 'ucm-cache[dev]'`"
         )
     say = progress or (lambda _line: None)
     if options.threads is not None:

@@ -1,7 +1,8 @@
 """`ucm bench overlap`: what overlap and load-or-compute gain, by bandwidth, hit ratio and context.
 
 A cell is one bandwidth, hit ratio, context and tier. In it the same prompt is served in each of
-these ways, one after the other, `repeats` times; medians are reported, seconds to the first token:
+these ways, one after the other, in as many rounds as `OverlapBenchOptions.wants_round` says;
+medians are reported, seconds to the first token:
 
     compute_only        no cache
     load_only           every hit through the daemon's memory (MAPPED), awaited whole before the
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,14 +163,16 @@ def _measure_cell(
     variants = _variants_of(rig, cell, num_hits, options)
     speed = None if cell.bandwidth_mb_s is None else int(cell.bandwidth_mb_s * MB)
     runs: list[Run] = []
-    for repeat in range(options.repeats):
+    started_s, num_rounds = time.monotonic(), 0
+    while options.wants_round(num_rounds, time.monotonic() - started_s):
+        num_rounds += 1
         with rig.daemon(speed):
             if cell.tier is TierKind.MEMORY:
                 rig.run(LOAD_ONLY, tokens, 1)
             if speed is not None and OVERLAPPED not in variants:
                 _teach(rig, speed)
             for variant in variants:
-                say(f"{cell}: {variant.name} ({repeat + 1} of {options.repeats})")
+                say(f"{cell}: {variant.name} (round {num_rounds})")
                 runs.append(rig.run(variant, tokens, options.answer_tokens))
     return _row(cell, num_hits, runs), runs[: len(variants)]
 

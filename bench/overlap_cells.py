@@ -27,6 +27,10 @@ MB: Final = 1_000_000
 TEACHING_BLOCKS: Final = 2
 """What a load must read at least that teaches the cost model a bandwidth."""
 
+MOST_ROUNDS: Final = 3
+"""Of a cell, where `repeats` does not ask for more: a median wants three, for one and the same pass
+takes a fifth more or less from run to run on a shared machine."""
+
 A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
@@ -45,6 +49,9 @@ class OverlapBenchOptions:
     context_tokens: tuple[int, ...] = (1024, 3072, 6144)
     tiers: tuple[TierKind, ...] = (TierKind.NVME,)
     repeats: int = 1
+    """Rounds of all ways in each cell, at least."""
+    steady_s: float = 20.0
+    """A cell whose rounds took less so far gets another, up to `MOST_ROUNDS`; 0: none."""
     answer_tokens: int = 8
     """Of each answer; compared with that of `compute_only`."""
     every_cell: bool = False
@@ -64,6 +71,12 @@ class OverlapBenchOptions:
     """Folder in which the daemon's data folder is made while measuring; None: that of temporary
     files."""
 
+    def wants_round(self, num_rounds: int, elapsed_s: float) -> bool:
+        """Whether a cell is measured (again), after so many rounds of all its ways."""
+        if num_rounds < self.repeats:
+            return True
+        return num_rounds < MOST_ROUNDS and elapsed_s < self.steady_s
+
     def quick(self) -> OverlapBenchOptions:
         """The same on two cells of a short context: below 50 s."""
         return replace(
@@ -72,6 +85,7 @@ class OverlapBenchOptions:
             hit_ratios=(0.9,),
             context_tokens=(512,),
             answer_tokens=4,
+            steady_s=5.0,
             decode_rounds=4,
             decode_tokens=34,
             stores_wait=False,

@@ -3,12 +3,13 @@
 Every call goes through `Link.attempt`, under a deadline. What fails is counted and fed to the
 circuit breaker; nothing is raised. Connecting happens in `Link.probe`, on the background thread
 only. A call that says "busy" or "too late" is an answer, not a failure of the connection; after
-"busy", `takes_calls` says no for as long as the cache asked for. What gives something back is sent
-all the same.
+"busy", `takes_calls` says no for as long as the cache asked for, or `takes_loads` if it was a load:
+in a crowd that loads, stores still fill the cache. What gives something back is sent all the same.
 """
 
 from __future__ import annotations
 
+import enum
 import logging
 import threading
 from collections.abc import Callable
@@ -45,6 +46,17 @@ MISTAKES = (ConfigError, LayoutMismatchError, PermissionDeniedError)
 """Connecting failed for a reason that waiting does not mend."""
 
 
+class CallKind(enum.Enum):
+    """What a call says of the cache beside its answer."""
+
+    LOOKUP = "lookup"
+    """Its answer does not show that the connection works: it may go another way than all other
+    calls, which may fail at the same time."""
+    LOAD = "load"
+    """Refused for want of capacity, it says nothing about other calls than loads."""
+    OTHER = "other"
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """One open cache and the session's namespace in it."""
@@ -79,7 +91,7 @@ class Link:
         self._suspect = False
         self._changed = threading.Condition()
         self._clock = clock
-        self._busy_until_us = 0
+        self._busy_until_us = self._no_loads_until_us = 0
         self.breaker = CircuitBreaker(options.breaker, clock)
         self.last_error: BaseException | None = None
         self.on_trouble: Callable[[], None] = lambda: None
@@ -92,6 +104,10 @@ class Link:
         """Whether an ordinary call should be made: open, and not asked to come again later."""
         return self.is_open() and self._clock.now_us() >= self._busy_until_us
 
+    def takes_loads(self) -> bool:
+        """Whether a load should be asked for, and looked for."""
+        return self.takes_calls() and self._clock.now_us() >= self._no_loads_until_us
+
     def attempt(
         self,
         caller: DeadlineCaller,
@@ -99,7 +115,7 @@ class Link:
         timeout_s: float,
         on_late: Callable[[Connection, T], None] | None = None,
         *,
-        is_proof: bool = True,
+        kind: CallKind = CallKind.OTHER,
     ) -> Outcome[T]:
         """Make one call under a deadline; never raises.
 
@@ -108,8 +124,7 @@ class Link:
             call: the call.
             timeout_s: its deadline.
             on_late: gets the value of a call that was answered after it.
-            is_proof: whether an answer shows that the connection works. A lookup's does not: it
-                may go another way than all other calls, which may fail at the same time.
+            kind: what it says of the cache.
         """
         connection = self._connection
         if connection is None or not self.breaker.allows():
@@ -117,13 +132,13 @@ class Link:
         late = None if on_late is None else (lambda value: on_late(connection, value))
         outcome = caller.attempt(lambda: call(connection), timeout_s, late)
         if outcome.error is not None:
-            self._count_failure(outcome, is_proof=is_proof)
-        elif is_proof:
+            self._count_failure(outcome, kind)
+        elif kind is not CallKind.LOOKUP:
             self._suspect = False
             self.breaker.record_success()
         return outcome
 
-    def _count_failure(self, outcome: Outcome[T], *, is_proof: bool) -> None:
+    def _count_failure(self, outcome: Outcome[T], kind: CallKind) -> None:
         error = outcome.error
         self._counter.add(failures=1, timeouts=int(outcome.timed_out))
         self.last_error = error
@@ -131,14 +146,21 @@ class Link:
             log.error("a cache call failed in an unforeseen way", exc_info=error)
         if isinstance(error, ANSWERS_OF_A_LIVING_CACHE) and not outcome.timed_out:
             log.debug("cache call refused: %s", error)
-            self._suspect = self._suspect and not is_proof
+            self._suspect = self._suspect and kind is CallKind.LOOKUP
             if isinstance(error, CapacityError):
-                self._busy_until_us = self._clock.now_us() + round(error.retry_after_s * 1e6)
+                self._note_busy(error.retry_after_s, kind)
             return
         self._suspect = True
         if self.breaker.record_failure(timed_out=outcome.timed_out):
             log.warning("cache switched off until it answers again: %s", error)
         self.on_trouble()
+
+    def _note_busy(self, retry_after_s: float, kind: CallKind) -> None:
+        until_us = self._clock.now_us() + round(retry_after_s * 1e6)
+        if kind is CallKind.LOAD:
+            self._no_loads_until_us = until_us
+        else:
+            self._busy_until_us = until_us
 
     def needs_check(self) -> bool:
         """Whether the last call failed, but not enough of them to give the connection up."""

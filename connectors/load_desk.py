@@ -23,13 +23,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ucm.cost_model import CostModel, OverlapReport
+from ucm.cost_model import CostModel
 from ucm.layer_reader import LayerReader, ReaderOptions
 from ucm.load_decision import Decide, Decision, LoadKind, LoadShape, decide, forced
 from ucm.reader_io import open_reader_io
 from ucm.types import BlockKey, LoadMode, LoadOrder, LoadStatus, SourceKind, TierKind
 
 from .deadline import DeadlineCaller
+from .link import CallKind
 from .load_job import JobOutcome, JobState, LoadJob, LoadTask, Straggler
 
 if TYPE_CHECKING:
@@ -87,9 +88,11 @@ class LoadDesk:
         self._jobs: dict[str, LoadJob] = {}
         self._unfinished: dict[int, tuple[float, Decision]] = {}
         """By prompt length: when it was decided on, and how, until its last pass is over."""
-        self._moved_bytes = 0
-        """Of jobs that ended, and of all of them at the last pass."""
-        self._moved_before = 0
+        self._ended_bytes = 0
+        """What came beside computing, of jobs that ended."""
+        self._bytes_before = 0
+        """The same of all jobs, before the pass that comes next or is under way."""
+        self._is_in_pass = False
         self._can_direct = True
         self._errands: deque[Callable[[], None]] = deque()
         self._stragglers: list[Straggler] = []
@@ -143,12 +146,15 @@ class LoadDesk:
             self._submit(lambda: self._open(job))
 
     def state(self, request_id: str) -> JobState:
-        """How far a load is."""
+        """How far a load is; asked before each pass, at least."""
         job = self._jobs.get(request_id)
+        if not self._is_in_pass:
+            self._bytes_before = self._beside_bytes()
         return NOTHING_LEFT if job is None else job.state()
 
     def wait_layer(self, layer: int, request_id: str) -> int:
         """See `LoadJob.wait_layer`."""
+        self._is_in_pass = True
         job = self._jobs.get(request_id)
         return 0 if job is None else job.wait_layer(layer)
 
@@ -176,29 +182,25 @@ class LoadDesk:
                 self._stragglers.append(straggler)
                 self._work.notify_all()
         self._counter.add_stall(job.stalled_s, job.task.spent_s + job.stalled_s)
-        self._moved_bytes += outcome.moved_bytes
+        self._ended_bytes += outcome.beside_bytes
         self._count(job.task, outcome)
         self._learn(outcome)
         return outcome.num_good
 
     def observe_pass(self, report: StepReport) -> None:
         """Learn from a forward pass."""
-        moved = self._moved_bytes + sum(job.moved_bytes() for job in self._jobs.values())
-        num_bytes, self._moved_before = moved - self._moved_before, moved
+        self._is_in_pass = False
+        now_bytes = self._beside_bytes()
+        num_bytes, self._bytes_before = now_bytes - self._bytes_before, now_bytes
         if report.num_decodes or not report.parts:
             return
-        if not num_bytes and not report.stall_s:
-            self.model.observe_pass(report.parts, report.seconds)
-        else:
-            overlap = OverlapReport(
-                parts=report.parts,
-                seconds=report.seconds,
-                stall_s=report.stall_s,
-                loaded_bytes=num_bytes,
-            )
-            self.model.observe_stall(overlap)
+        seconds = report.seconds - report.stall_s
+        self.model.observe_pass(report.parts, seconds, loaded_bytes=num_bytes)
         for start, count in report.parts:
             self._observe_end(start + count)
+
+    def _beside_bytes(self) -> int:
+        return self._ended_bytes + sum(job.beside_bytes() for job in self._jobs.values())
 
     def _observe_end(self, num_tokens: int) -> None:
         found = self._unfinished.pop(num_tokens, None)
@@ -259,7 +261,7 @@ class LoadDesk:
             outcome.busy_s,
             num_requests=outcome.num_steps,
             mode=plan.mode,
-            is_computing=outcome.was_joined,
+            is_computing=outcome.was_beside,
         )
 
     # The desk's thread
@@ -309,15 +311,15 @@ class LoadDesk:
             # Not the patience that is left: a cache that is a little late for it is not broken.
             self._options.deadline_s,
             on_late=lambda link, late: link.cache.release(late.id),
+            kind=CallKind.LOAD,
         ).value
-        if not job.open(plan, lambda *wanted: self._reader(job, *wanted)) and plan is not None:
+        is_taken = job.open(plan, lambda *wanted: self._reader(job, *wanted), self._progress.set)
+        if not is_taken and plan is not None:
             self._complete(plan, ())
         self._progress.set()
 
     def _reader(self, job: LoadJob, plan: LoadPlan, options: ReaderOptions) -> LayerReader:
-        reader = LayerReader(plan, self._layout, job.task.target, self._io, options)
-        reader.start(self._progress.set)
-        return reader
+        return LayerReader(plan, self._layout, job.task.target, self._io, options)
 
     def _complete(self, plan: LoadPlan, corrupt: tuple[BlockKey, ...]) -> None:
         self._link.attempt(

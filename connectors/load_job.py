@@ -6,6 +6,7 @@
 
 Invariants
     * Until the plan is there nothing is good, and nothing is written.
+    * What the engine has claimed is not written any more, whether or not the plan was there.
     * `end` is called once. A plan that arrives after it is given back, unread.
     * All waiting of one job, over all its layers, ends `patience_s` after the first wait for it:
       what is not there by then is a miss, and later waits return at once.
@@ -16,7 +17,6 @@ Envelope: a call costs some 20 us, the waiting left out.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +27,7 @@ from ucm.cost_model import CostModel
 from ucm.layer_reader import LayerReader, ReaderOptions
 from ucm.load_decision import Decision, claim_blocks
 from ucm.load_pipeline import layerwise
+from ucm.load_steps import LEAST_LAYERS
 from ucm.types import BlockKey, LoadOrder, TierKind
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from ucm.load_plan import LoadPlan
     from ucm.slab_mover import SlabTarget
 
+SLOW_SLAB_S = 1e-3
+"""A slab that takes longer to come is read by itself: asking for it, 0.15 ms of processor time, is
+little beside that, and with two at a time a pass that is hardly slower than its load would wait for
+two. 28 blocks of 48 KiB at 30 MB/s: 45 ms a layer."""
 HOLD_TIMEOUT_S = 0.2
 """How long the end of a load waits for a read that goes straight to the pool; then the read's
 blocks are held for it."""
@@ -92,10 +97,12 @@ class JobOutcome:
     """Complete, verified blocks: leading ones, or those at the end of a load from the back."""
     corrupt: tuple[BlockKey, ...] = ()
     moved_bytes: int = 0
+    beside_bytes: int = 0
+    """Of these, what came while nobody waited for a layer."""
     busy_s: float = 0.0
     num_steps: int = 0
-    was_joined: bool = False
-    """A pass computed while it ran."""
+    was_beside: bool = False
+    """A pass computed for most of the time."""
     straggler: Straggler | None = None
 
 
@@ -115,13 +122,15 @@ class LoadJob:
         self._given_up = 0
         """From the back: end of the blocks that the engine computes itself."""
         self._stop_s: float | None = None
-        self._num_complete: int | None = None
-        """Good blocks, once nothing more will come: the layers left need not be asked for."""
+        self._known_layers, self._known_good = 0, 0
+        """Leading layers that need not be asked for again, and the blocks that are good in them."""
         self._news_s = time.monotonic()
         """When something came, as far as the engine has looked."""
         self._bytes_left = self.total_bytes
         self.stalled_s = 0.0
         """What the engine has waited for its layers."""
+        self._stalled_bytes = 0
+        """What came meanwhile."""
 
     @property
     def total_bytes(self) -> int:
@@ -135,9 +144,17 @@ class LoadJob:
     # The desk's thread
 
     def open(
-        self, plan: LoadPlan | None, make_reader: Callable[[LoadPlan, ReaderOptions], LayerReader]
+        self,
+        plan: LoadPlan | None,
+        make_reader: Callable[[LoadPlan, ReaderOptions], LayerReader],
+        on_progress: Callable[[], None] | None = None,
     ) -> bool:
         """Begin to read what the cache granted; None: it granted nothing.
+
+        Args:
+            plan: for the task's keys.
+            make_reader: makes a reader that has not started.
+            on_progress: see `LayerReader.start`.
 
         Returns:
             False when the job has ended meanwhile: the plan is the caller's to give back.
@@ -149,9 +166,10 @@ class LoadJob:
             self._plan, self._is_failed = plan, True  # and so it stays if making a reader fails
             if plan is not None and self._is_of_use(plan):
                 reader = make_reader(plan, self._reader_options())
-                if self._given_up:
+                if self._given_up:  # before anything is read: the engine computes into it
                     reader.give_up_below(self._given_up)
                 self._reader, self._is_failed = reader, False
+                reader.start(on_progress)
             return True
 
     def fail(self) -> None:
@@ -165,18 +183,15 @@ class LoadJob:
         return plan.num_ready >= (len(self.task.keys) if self._is_from_back else 1)
 
     def _reader_options(self) -> ReaderOptions:
-        decision = self.task.decision
+        decision, load_s = self.task.decision, self._load_s(self.total_bytes)
+        num_layers = self._layout.num_layers
+        slab_s = load_s / (num_layers * len(self.task.keys))
         return ReaderOptions(
             read_ahead_layers=decision.read_ahead_layers,
             order=decision.order,
-            compute_per_load=self._compute_per_load(),
+            compute_per_load=num_layers * self._comp_layer_s() / load_s,
+            least_layers=1 if slab_s > SLOW_SLAB_S else LEAST_LAYERS,
         )
-
-    def _compute_per_load(self) -> float:
-        """How many times as long a layer of the pass takes as loading one."""
-        load_s = self._load_s(self.total_bytes)
-        num_layers = self._layout.num_layers
-        return num_layers * self._comp_layer_s() / load_s if load_s > 0 else math.inf
 
     # The engine's thread
 
@@ -257,8 +272,8 @@ class LoadJob:
         Returns:
             Leading blocks that are good in layers 0..layer.
         """
-        if self._num_complete is not None:
-            return self._num_complete
+        if layer < self._known_layers:
+            return self._known_good
         now_s = time.monotonic()
         if self._stop_s is None:
             self._stop_s = now_s + self.task.patience_s
@@ -271,11 +286,26 @@ class LoadJob:
             reader = self._reader
         num_good = 0
         if reader is not None:
-            num_good = reader.wait_layer(layer, max(0.0, self._stop_s - time.monotonic()))
-            last = self._layout.num_layers - 1
-            if reader.num_layers_ready() > last:
-                self._num_complete = num_good = reader.wait_layer(last, 0.0)
+            num_good = self._wait_reader(reader, layer, self._stop_s)
         self.stalled_s += time.monotonic() - now_s
+        return num_good
+
+    def _wait_reader(self, reader: LayerReader, layer: int, stop_s: float) -> int:
+        """Wait for a layer, and note how many are there behind it.
+
+        These are not asked for again: a call costs 0.1 ms beside threads that read, and lets them
+        read one more layer, for which all of them wake up. So it is made once for half of what is
+        read ahead, or once more if all is there.
+        """
+        before = reader.moved_bytes()
+        num_good = reader.wait_layer(layer, max(0.0, stop_s - time.monotonic()))
+        self._stalled_bytes += reader.moved_bytes() - before
+        num_ready = reader.num_layers_ready()
+        if num_ready < self._layout.num_layers:
+            num_ready = min(num_ready, layer + 1 + reader.options.read_ahead_layers // 2)
+        if num_ready > layer:
+            num_good = reader.wait_layer(num_ready - 1, 0.0)
+            self._known_layers, self._known_good = num_ready, num_good
         return num_good
 
     def claim(self, first: int, last: int) -> int:
@@ -338,9 +368,10 @@ class LoadJob:
             num_good=good,
             corrupt=reader.corrupt_keys(),
             moved_bytes=reader.moved_bytes(),
+            beside_bytes=self.beside_bytes(),
             busy_s=busy_s,
             num_steps=num_steps,
-            was_joined=self._is_joined,
+            was_beside=self._is_joined and self.stalled_s < 0.5 * busy_s,
             straggler=straggler,
         )
 
@@ -351,8 +382,8 @@ class LoadJob:
             return places[self._given_up : len(places) - num_good]
         return places[num_good:]
 
-    def moved_bytes(self) -> int:
-        """Slab bytes that are in the pool and verified."""
+    def beside_bytes(self) -> int:
+        """Slab bytes that came, verified, while nobody waited for a layer."""
         with self._changed:
             reader = self._reader
-        return reader.moved_bytes() if reader is not None else 0
+        return reader.moved_bytes() - self._stalled_bytes if reader is not None else 0

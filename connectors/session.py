@@ -38,7 +38,7 @@ from .block_summaries import fetch_summaries, write_summaries
 from .circuit_breaker import BreakerOptions, BreakerState
 from .deadline import DeadlineCaller
 from .key_chain import ChainCache
-from .link import CacheFactory, Connection, Link, LinkOptions
+from .link import CacheFactory, CallKind, Connection, Link, LinkOptions
 from .load_desk import DeskOptions, LoadDesk
 from .load_job import LoadTask
 from .session_stats import SessionStats, StatsCounter
@@ -239,7 +239,7 @@ class CacheSession:
             num_local_blocks: what the engine holds already.
             extra_keys: what else changed the blocks' bytes: a chunk's chain is not a prompt's.
         """
-        if not self._link.takes_calls():
+        if not self._link.takes_loads():
             return num_local_blocks
         started_s = time.monotonic()
         keys = self._chains.prompt_keys(token_ids, extra_keys)[num_local_blocks:]
@@ -249,7 +249,7 @@ class CacheSession:
             self._caller,
             lambda link: _lookup(link, keys),
             self.options.deadline_s,
-            is_proof=False,
+            kind=CallKind.LOOKUP,
         )
         tiers = found.value.tiers[: len(keys)] if found.value is not None else ()
         self._counter.add(lookups=1)
@@ -268,7 +268,7 @@ class CacheSession:
         keys = self._keys_of(offer)
         keys = keys[offer.blocks.start : offer.blocks.stop]
         match = self._matches.pop(keys[0], None) if keys else None
-        if match is None or not self._link.takes_calls():
+        if match is None or not self._link.takes_loads():
             return None
         if offer.whole and len(match.tiers) < len(keys):
             return None

@@ -267,7 +267,7 @@ class DoorReply(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., opened: _Optional[_Union[NamespaceOpened, _Mapping]] = ..., error: _Optional[_Union[DoorError, _Mapping]] = ..., segment: _Optional[_Union[SegmentOpened, _Mapping]] = ..., progress: _Optional[_Union[ProgressOpened, _Mapping]] = ..., summaries: _Optional[_Union[SummariesOpened, _Mapping]] = ..., found: _Optional[_Union[LookupReply, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol_version", "daemon_version", "token", "staging_bytes", "max_keys_per_call", "max_message_bytes", "max_read_bytes_per_s")
+    __slots__ = ("protocol_version", "daemon_version", "token", "staging_bytes", "max_keys_per_call", "max_message_bytes", "max_read_bytes_per_s", "board_bytes")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     DAEMON_VERSION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -275,6 +275,7 @@ class Welcome(_message.Message):
     MAX_KEYS_PER_CALL_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_READ_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BOARD_BYTES_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     daemon_version: str
     token: bytes
@@ -282,7 +283,8 @@ class Welcome(_message.Message):
     max_keys_per_call: int
     max_message_bytes: int
     max_read_bytes_per_s: int
-    def __init__(self, protocol_version: _Optional[int] = ..., daemon_version: _Optional[str] = ..., token: _Optional[bytes] = ..., staging_bytes: _Optional[int] = ..., max_keys_per_call: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_read_bytes_per_s: _Optional[int] = ...) -> None: ...
+    board_bytes: int
+    def __init__(self, protocol_version: _Optional[int] = ..., daemon_version: _Optional[str] = ..., token: _Optional[bytes] = ..., staging_bytes: _Optional[int] = ..., max_keys_per_call: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_read_bytes_per_s: _Optional[int] = ..., board_bytes: _Optional[int] = ...) -> None: ...
 
 class NamespaceOpened(_message.Message):
     __slots__ = ("namespace", "arena_bytes", "summary")

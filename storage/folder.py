@@ -106,17 +106,27 @@ def check_folder(path: Path) -> None:
     _warn_of_strangers(path)
 
 
-def _warn_of_strangers(path: Path) -> None:
-    with contextlib.suppress(OSError):  # what cannot be listed is refused when it is used
+def strangers(path: Path) -> list[str]:
+    """What a folder holds that is no store yet, and that no store put there; sorted.
+
+    Nothing where a store is, or nothing can be listed: that is refused when it is used.
+    """
+    try:
         names = set(os.listdir(path))
-        foreign = sorted(names - _OWN_NAMES)
-        if foreign and "ns" not in names:
-            log.warning(
-                "nvme.path %s holds %d other things (%s, ...); a new store is made beside them",
-                path,
-                len(foreign),
-                foreign[0],
-            )
+    except OSError:
+        return []
+    return [] if "ns" in names else sorted(names - _OWN_NAMES)
+
+
+def _warn_of_strangers(path: Path) -> None:
+    foreign = strangers(path)
+    if foreign:
+        log.warning(
+            "nvme.path %s holds %d other things (%s, ...); a new store is made beside them",
+            path,
+            len(foreign),
+            foreign[0],
+        )
 
 
 def note_socket(path: Path, socket: Path) -> None:
@@ -132,19 +142,25 @@ def note_socket(path: Path, socket: Path) -> None:
             os.close(fd)
 
 
-def _holder_text(holder: str) -> str:
+def _holder_text(holder: str, remedy: str) -> str:
     """Who has a lock file of this content, and what to do about it."""
     pid, _, socket = holder.strip().partition("\n")
+    pid = pid or "unknown"
     if not socket:
-        return f"process {pid or 'unknown'}: stop it, or use another folder"
-    return (
-        f"process {pid}, a daemon that serves at {socket}: name that socket instead of the folder, "
-        "stop the daemon, or use another folder"
+        return f"process {pid}: {remedy or 'stop it, or use another folder'}"
+    remedy = remedy or (
+        f"stop the daemon (process {pid}), or use another folder; clients of its store name that "
+        "socket instead of the folder"
     )
+    return f"process {pid}, a daemon that serves at {socket}: {remedy}"
 
 
-def lock_folder(path: Path) -> int:
+def lock_folder(path: Path, remedy: str = "") -> int:
     """Take the folder's lock.
+
+    Args:
+        path: the folder.
+        remedy: what to do when it is taken; empty for what holds for everyone.
 
     Returns:
         A descriptor; closing it, or the end of the process, frees the lock.
@@ -167,7 +183,9 @@ def lock_folder(path: Path) -> int:
     except BlockingIOError as error:
         holder = os.pread(fd, MAX_LOCK_BYTES, 0).decode("utf-8", "replace")
         os.close(fd)
-        raise ConfigError(f"the data folder {path} is in use by {_holder_text(holder)}") from error
+        raise ConfigError(
+            f"the data folder {path} is in use by {_holder_text(holder, remedy)}"
+        ) from error
     except OSError as error:
         os.close(fd)
         raise translate_os_error(error, f"cannot lock {path}") from error
@@ -176,13 +194,13 @@ def lock_folder(path: Path) -> int:
 
 @contextlib.contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Check an existing data folder and hold its lock.
+    """Check an existing data folder and hold its lock, for a tool that needs just this one.
 
     Raises:
         ConfigError, CapacityError, TierUnavailableError: as `check_folder` and `lock_folder`.
     """
     check_folder(path)
-    fd = lock_folder(path)
+    fd = lock_folder(path, remedy="stop it first")
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ from . import index as index_file
 from .budget import SegmentBudget
 from .encoded_io import slot_io_for
 from .file_io import PosixFileIo, aligned_buffer
-from .folder import list_namespaces, locked_folder, read_superblock, translate_os_error
+from .folder import current_uid, list_namespaces, locked_folder, read_superblock, translate_os_error
 from .format import HEADER_BYTES
 from .fsck_collections import DeletionProof
 from .fsck_report import FindingKind, FsckFinding, FsckReport
@@ -97,11 +97,25 @@ def _check_namespaces(path: Path, io: FileIo, report: FsckReport, *, repair: boo
 
 
 def _check_is_store(path: Path) -> None:
-    if not path.exists():
+    try:
+        is_there, is_store = path.exists(), (path / "ns").is_dir()
+        owner = path.stat().st_uid if is_there else current_uid()
+    except PermissionError as error:
+        raise ConfigError(
+            f"{path} is another user's, or in a folder of another user: check it as that user"
+        ) from error
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"{path}: {error.strerror}; give the data folder of a daemon") from error
+    if not is_there:
         raise ConfigError(f"there is no folder {path}: give the data folder of a daemon")
     if not path.is_dir():
         raise ConfigError(f"{path} is a file: give the data folder of a daemon")
-    if not (path / "ns").is_dir():
+    if owner != current_uid():
+        raise ConfigError(
+            f"{path} belongs to user {owner}, this process runs as user {current_uid()}: check it "
+            "as its owner"
+        )
+    if not is_store:
         raise ConfigError(
             f"{path} is not a data folder: it has no `ns` in it, which a daemon makes when it "
             "first starts on a folder"

@@ -18,11 +18,11 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "open"]
 
 
-def open(path: str | Path, config: Config | None = None) -> EmbeddedCache:
+def open(path: str | Path | None, config: Config | None = None) -> EmbeddedCache:
     """Open a store in this process (*embedded mode*, no daemon).
 
     Args:
-        path: data folder; created if it does not exist.
+        path: data folder, created if it does not exist; None for host memory only.
         config: limits and sizes; the defaults when None. Its `nvme.path` is replaced by `path`.
 
     Returns:

@@ -23,7 +23,7 @@ from .errors import (
 from .grants import ManagerStatus
 from .protos import cache_pb2 as pb
 from .protos import cache_pb2_grpc as pb_grpc
-from .sockets import admin_path, check_path_length, grpc_target
+from .sockets import admin_path, check_socket_path, grpc_target
 from .status_wire import status_from_wire
 from .wire import error_from_metadata
 
@@ -50,9 +50,9 @@ class AdminClient:
         """Prepare to talk to the daemon whose gRPC socket is `socket_path`; sends nothing yet.
 
         Raises:
-            ConfigError: no socket can have so long a path.
+            ConfigError: no socket can have this path.
         """
-        check_path_length(socket_path)
+        check_socket_path(socket_path)
         self._socket_path = socket_path
         self._path = admin_path(socket_path)
         self._timeout_s = timeout_s

@@ -57,7 +57,7 @@ from .remote_leases import OpenNamespace, known_words, load_lease, store_lease
 from .remote_plans import RemotePlans
 from .remote_selections import RemoteSelections
 from .select_api import SelectRequest, SelectResult, SummaryLease
-from .sockets import check_path_length, door_path, grpc_target
+from .sockets import check_socket_path, door_path, grpc_target
 from .types import BlockKey, LeaseId, LoadMode, NamespaceId, StoreStatus, SummaryKind
 from .wire import (
     STORE_STATUS_FROM_WIRE,
@@ -101,12 +101,12 @@ def connect(socket_path: str | Path, *, timeout_s: float = 2.0) -> RemoteCache:
         timeout_s: deadline of connecting, and of every later call that names none.
 
     Raises:
-        ConfigError: no socket can have so long a path.
+        ConfigError: no socket can have this path.
         TierUnavailableError: no daemon answers there in time.
         PermissionDeniedError: the daemon does not serve this user.
         CapacityError: it has as many sessions as it may.
     """
-    check_path_length(Path(socket_path))
+    check_socket_path(Path(socket_path))
     return RemoteCache(Path(socket_path), timeout_s=timeout_s)
 
 
@@ -129,6 +129,7 @@ class RemoteCache:
         self._staging: memoryview | None = greeting.staging
         self._max_read_bytes_per_s = greeting.max_read_bytes_per_s
         self._metadata = ((TOKEN_METADATA, greeting.token.hex()),)
+        self._board = greeting.board
         self._selections = RemoteSelections(self._door, self._at_door, greeting.max_message_bytes)
         self._channel = _open_channel(socket_path, greeting)
         self._stub = pb_grpc.CacheStub(self._channel)
@@ -205,7 +206,7 @@ class RemoteCache:
         request = pb.PrepareLoadRequest(
             namespace=namespace, keys=keys_to_wire(keys), timeout_s=_daemon_timeout_s(timeout_s)
         )
-        reply = self._call(self._stub.PrepareLoad, request, timeout_s=timeout_s)
+        reply = self._load(self._stub.PrepareLoad, request, timeout_s)
         return load_lease(keys, reply, self._opened(namespace))
 
     def begin_load(
@@ -223,7 +224,7 @@ class RemoteCache:
             mode=LOAD_MODE_TO_WIRE[mode],
             timeout_s=timeout_s,
         )
-        reply = self._call(self._stub.BeginLoad, request)
+        reply = self._load(self._stub.BeginLoad, request)
         with self._kept(reply.lease_id):
             return self._plan(namespace, keys, mode, reply)
 
@@ -307,7 +308,7 @@ class RemoteCache:
             hold_s=hold_s,
             timeout_s=_daemon_timeout_s(timeout_s),
         )
-        reply = self._call(self._stub.Pin, request, timeout_s=timeout_s)
+        reply = self._load(self._stub.Pin, request, timeout_s)
         return PinLease(LeaseId(reply.lease_id), reply.num_blocks, reply.hold_s)
 
     def select(
@@ -341,7 +342,7 @@ class RemoteCache:
             (namespace, layout), keys, request, _daemon_timeout_s(timeout_s)
         )
         whole = pb.SelectAndLoadRequest(select=message, mode=LOAD_MODE_TO_WIRE[mode])
-        reply = self._call(self._stub.SelectAndLoad, whole, timeout_s=timeout_s)
+        reply = self._load(self._stub.SelectAndLoad, whole, timeout_s)
         with self._kept(reply.load.lease_id):
             result = self._selections.result(reply.selection, request, layout, len(keys))
             chosen = [keys[index] for index in result.union()]
@@ -397,6 +398,7 @@ class RemoteCache:
         self._door.close()
         # Leases that the caller still holds keep the memory mapped; ours was the last use else.
         self._staging = None
+        self._board.close()
         self._namespaces.clear()
         self._plans.close()
         self._selections.close()
@@ -414,16 +416,21 @@ class RemoteCache:
         request: object,
         *,
         timeout_s: float | None = None,
+        is_load: bool = False,
     ) -> Any:
         self._check_open()
+        metadata = self._metadata + (self._board.pass_load() if is_load else ())
         deadline_s = max(self._timeout_s if timeout_s is None else timeout_s, MIN_RPC_S)
         try:
-            return method(request, timeout=deadline_s, metadata=self._metadata)
+            return method(request, timeout=deadline_s, metadata=metadata)
         except grpc.RpcError as error:
             raise _translated(error) from error
         except ValueError as error:
             # What grpc raises when the channel was closed by another thread.
             raise TierUnavailableError("the session has ended; connect again") from error
+
+    def _load(self, method: Any, request: object, timeout_s: float | None = None) -> Any:
+        return self._call(method, request, timeout_s=timeout_s, is_load=True)
 
     def _call_patiently(self, method: Callable[..., Any], request: object) -> Any:
         """A call that gives something back: refused, it is made again until its deadline.

@@ -46,6 +46,10 @@ class ServiceConfig:
     """Loads that wait for the disk at once, but never more than half of `rpc_threads`. Twice as
     many are in service at once, from memory or not. On a busy machine each takes as many times
     longer; fewer mean more refusals, with retry hints."""
+    max_crowded_loads: int = 2
+    """Loads in service at once while more come than those limits admit: few, because loads share
+    a processor and a disk, so that who is admitted is about as fast as alone. One waits for the
+    disk while another is looked up; a daemon with a fast disk and many cores takes more."""
     max_calls_per_session: int = 8
     """Calls of one session in service at once; one more is refused with a retry hint, so that no
     client holds all the threads. An engine makes two: one on its step path, one behind it. A lookup
@@ -94,7 +98,7 @@ class NvmeConfig:
     segment_bytes: int = 1 * GIB
     """Size of one preallocated segment file."""
     codec: str = "raw"
-    """How new namespaces encode blocks on the disk: `raw`, `bp-zstd` (exact, a third smaller in
+    """How new namespaces encode blocks on the disk: `raw`, `bp-zstd` (exact, 30 % smaller in
     bfloat16), or `int8`, `fp8`, `int4`, which lose precision: they serve namespaces that accept a
     loss, the others get `bp-zstd`. A namespace keeps the codec that it was made with. Memory is
     always raw, because clients map it."""
@@ -149,8 +153,8 @@ class SummariesConfig:
 
     capacity_bytes: int = 256 * MIB
     """Encoded summaries in memory, over all namespaces; each may use half of what others leave, so
-    that the first does not starve the next. A summary of SmolLM2-135M is 36 KiB, 1/20 of its block.
-    Sparse: costs memory only where it is written."""
+    that the first does not starve the next. A summary of SmolLM2-135M is 36 KiB: 1/20 of its block
+    in bf16, 1/40 in fp32. Sparse: costs memory only where it is written."""
     table_bytes: int = 128 * MIB
     """Tables that selections are computed from, for the sequences that were asked about last."""
     max_queued_blocks: int = 1024

@@ -10,6 +10,7 @@ value of the wrong type or out of range. The origin of every value is kept.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -61,6 +62,10 @@ SECTIONS: Final[Mapping[str, type[Section]]] = {
 }
 
 ENV_PREFIX: Final = "UCM_"
+_BARE_SIZE: Final = re.compile(
+    r"^[ \t]*(\w+)[ \t]*=[ \t]*(\d[\d.]*[ \t]*[KMGT]i?B?)[ \t]*(?:#.*)?$",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +172,22 @@ def _read_tables(path: Path) -> dict[str, object]:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"file {path} is not valid TOML: {error}") from error
+        raise ConfigError(f"file {path} is not valid TOML: {error}{_size_hint(path)}") from error
+
+
+def _size_hint(path: Path) -> str:
+    """What is wrong with a file that is no TOML, if it is a size without quotes."""
+    bare = _BARE_SIZE.search(path.read_text(encoding="utf-8", errors="replace"))
+    if bare is None:
+        return ""
+    return f'; a size with a unit is text, put it into quotes: {bare[1]} = "{bare[2]}"'
 
 
 def _read_file(tables: Mapping[str, object], origin: str) -> dict[str, tuple[object, str]]:
     found: dict[str, tuple[object, str]] = {}
     for section, table in tables.items():
         if section not in SECTIONS:
+            _check_is_below_a_section(section, table, origin)
             raise ConfigError(
                 f"{origin}: unknown section [{section}]{closest(section, [*SECTIONS, 'quota'])}"
             )
@@ -182,6 +196,14 @@ def _read_file(tables: Mapping[str, object], origin: str) -> dict[str, tuple[obj
         for key, raw in table.items():
             found[_known(f"{section}.{key}", origin)] = (raw, origin)
     return found
+
+
+def _check_is_below_a_section(key: str, value: object, origin: str) -> None:
+    """Say where a key belongs that stands before the first section."""
+    homes = [name.split(".")[0] for name in FIELD_TYPES if name.split(".")[1] == key]
+    if homes and not isinstance(value, dict):
+        sections = ", ".join(f"[{home}]" for home in homes)
+        raise ConfigError(f"{origin}: {key} stands before any section; write it below {sections}")
 
 
 def _read_quotas(tables: object, origin: str) -> dict[str, QuotaConfig]:
@@ -240,8 +262,14 @@ def _known(name: str, origin: str) -> str:
             raise ConfigError(
                 f"{origin}: unknown section {section!r}{closest(section, list(SECTIONS))}"
             )
-        raise ConfigError(f"{origin}: unknown key {key!r} in [{section}]{closest(key, keys)}")
+        raise ConfigError(f"{origin}: unknown key {key!r} in [{section}]{_closest_key(key, keys)}")
     return name
+
+
+def _closest_key(key: str, keys: list[str]) -> str:
+    """As `closest`; also for a key that was written without its unit."""
+    longer = [other for other in keys if other.startswith(key + "_")]
+    return f"; did you mean {longer[0]}?" if len(longer) == 1 else closest(key, keys)
 
 
 def _check_watermarks(values: Mapping[str, Value], origins: Mapping[str, str]) -> None:

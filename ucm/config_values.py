@@ -1,6 +1,6 @@
 """One configuration value: text or TOML in, the field's type out, range checked.
 
-*_bytes   a number of bytes, or text such as `512MiB`, `4GiB`, `1.5 TB`
+*bytes*   a number of bytes, or text such as `512MiB`, `4GiB`, `1.5 TB`
 *_s       seconds
 path      `~` is expanded; a relative one starts at the file's folder, or the current one
 tuple     numbers: a TOML list, or text with commas
@@ -36,7 +36,6 @@ _LOG_LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR")
 ADMISSIONS: Final = ("always", "second-touch")
 _IO_KINDS: Final = ("auto", "posix", "pinned", "kvikio-compat", "gds")
 _NO_UID: Final = 2**32 - 1
-_OF_BYTES: Final = ("_bytes", "_bytes_per_s")
 _MAY_BE_ZERO: Final = frozenset(
     {"memory.prefault_bytes", "metrics.port", "nvme.max_read_bytes_per_s"}
 )
@@ -108,10 +107,15 @@ def _text(raw: object) -> str:
 
 def _parse_int(name: str, raw: object) -> int:
     if isinstance(raw, str):
-        return parse_size(raw) if name.endswith(_OF_BYTES) else int(raw)
+        return parse_size(raw) if _is_size(name) else int(raw)
     if isinstance(raw, bool) or not isinstance(raw, int):
         raise TypeError(raw)
     return raw
+
+
+def _is_size(name: str) -> bool:
+    """Whether a field counts bytes: `capacity_bytes`, `inflight_bytes_per_session`."""
+    return "_bytes" in name
 
 
 def _parse_float(raw: object) -> float:
@@ -129,7 +133,7 @@ def _parse_path(raw: object, base: Path) -> Path:
 
 def expected(name: str, kind: FieldType) -> str:
     """What the field takes, in words."""
-    if name.endswith(_OF_BYTES):
+    if _is_size(name):
         return "a size such as 4GiB or a number of bytes"
     if name.endswith("_s"):
         return "a number of seconds"

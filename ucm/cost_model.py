@@ -1,18 +1,20 @@
 """`CostModel`: what computing and loading KV cost on this machine, learnt while it runs.
 
     compute   seconds = w_pass * passes + w_token * tokens + w_pair * (tokens x keys they attend to)
-    load      seconds = w_request * requests + w_byte * bytes       for each tier and way of reading
-    both      computing takes w_contention seconds longer for each byte that is loaded meanwhile,
-              and loading has its own rates while something computes
+                        + w_contention * bytes that are loaded meanwhile
+    load      seconds = w_request * requests + w_byte * bytes         for each tier and way of
+                        reading, and apart from that while something computes
 
-The first is 6.1's `n*(2P + 4*H*D*(start + n/2))/F` with its constants measured instead of assumed;
-the third is what a host pays whose cores compute and copy at once (on a GPU it is learnt to be
-nearly nothing). Where nothing was measured the priors answer, and `CostEstimates` says so.
+The first is 6.1's `n*(2P + 4*H*D*(start + n/2))/F` with its constants measured instead of assumed,
+and what a host pays whose cores compute and copy at once (on a GPU it is learnt to be nearly
+nothing). All four are learnt together, from passes with and without a load beside them: where every
+request hits, the short passes behind loads are the only ones that tell what a pass costs whatever
+its size. Where nothing was measured the priors answer, and `CostEstimates` says so.
 
 Invariants: pure but for its memory, no I/O and no clock; every answer is finite and positive; one
 lock, held for microseconds, so any thread may ask or tell.
 
-Envelope: 20 to 30 us a measurement, 3 us an answer.
+Envelope: 20 to 40 us a measurement, 3 us an answer.
 """
 
 from __future__ import annotations
@@ -57,8 +59,9 @@ class CostOptions:
     """Computing one token at the start of a prompt: a small model on two cores."""
     attention_tokens: float = 8192.0
     """Position at which attention costs as much as the weights: P / (2*L*H*D)."""
-    pass_tokens: float = 8.0
-    """What a pass costs whatever its size (reading the weights), in tokens."""
+    pass_tokens: float = 64.0
+    """What a pass costs whatever its size (reading the weights), in tokens. SmolLM2-135M in fp32 on
+    two cores: 95; what a GPU computes while it reads a weight: 100 and more."""
     chunk_tokens: int = 512
     """Most tokens that the engine computes in one pass."""
     memory: TierPrior = field(
@@ -67,26 +70,14 @@ class CostOptions:
     nvme: TierPrior = field(default_factory=lambda: TierPrior(bytes_per_s=1e9, request_s=2e-5))
     mapped_penalty: float = 1.25
     """Reading NVMe through the daemon's memory over reading it directly: one more copy."""
-    contention_s_per_byte: float = 2e-10
-    """What computing loses to each byte loaded meanwhile: a core's time to copy and verify it."""
+    contention_s_per_byte: float = 1e-9
+    """What computing loses to each byte loaded meanwhile: a core's time to copy and verify it, and
+    what the interpreter takes for a read of 100 to 250 KB."""
 
     def __post_init__(self) -> None:
         positive = (self.token_s, self.attention_tokens, self.pass_tokens, self.chunk_tokens)
         if min(*positive, self.mapped_penalty, self.contention_s_per_byte) <= 0:
             raise ConfigError(f"cost model: every prior must be > 0, got {self}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OverlapReport:
-    """One forward pass during which blocks were being loaded."""
-
-    parts: tuple[tuple[int, int], ...]
-    """(position of the first token, number of tokens) for each prefill of the pass."""
-    seconds: float
-    stall_s: float
-    """How much of `seconds` the pass waited for layers."""
-    loaded_bytes: int
-    """What arrived during the pass, for whichever request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,10 +171,9 @@ class CostModel:
         self.options = options or CostOptions()
         o = self.options
         self._lock = threading.Lock()
-        self._compute = RobustFit(
-            (o.token_s * o.pass_tokens, o.token_s, o.token_s / o.attention_tokens)
-        )
-        self._contention = RobustFit((o.contention_s_per_byte,))
+        pass_s, pair_s = o.token_s * o.pass_tokens, o.token_s / o.attention_tokens
+        self._compute = RobustFit((pass_s, o.token_s, pair_s, o.contention_s_per_byte))
+        self._num_overlaps = 0
         self._loads: dict[tuple[TierKind, LoadMode, bool], _LoadRate] = {}
         self._ratios: dict[str, deque[float]] = {}
 
@@ -199,11 +189,21 @@ class CostModel:
         """
         self.observe_pass(((start, num_tokens),), seconds)
 
-    def observe_pass(self, parts: Sequence[tuple[int, int]], seconds: float) -> None:
-        """As `observe_compute`, for a pass over several prompts: (start, number of tokens) each."""
-        if sum(count for _, count in parts) >= MIN_PASS_TOKENS and seconds > 0:
-            with self._lock:
-                self._compute.observe(_pass_features(parts), seconds)
+    def observe_pass(
+        self, parts: Sequence[tuple[int, int]], seconds: float, *, loaded_bytes: int = 0
+    ) -> None:
+        """A pass over the tokens of one prompt or several.
+
+        Args:
+            parts: (position of the first token, number of tokens) of each prefill.
+            seconds: what the pass took, without what it waited for layers.
+            loaded_bytes: what arrived while it computed, for whichever request.
+        """
+        if sum(count for _, count in parts) < MIN_PASS_TOKENS or seconds <= 0:
+            return
+        with self._lock:
+            self._compute.observe(_pass_features(parts, loaded_bytes), seconds)
+            self._num_overlaps += loaded_bytes > 0
 
     def observe_load(
         self,
@@ -229,18 +229,6 @@ class CostModel:
             return
         with self._lock:
             self._rate(tier, mode, is_computing).observe(num_bytes, seconds, num_requests)
-
-    def observe_stall(self, report: OverlapReport) -> None:
-        """A pass with loads beside it: what it took beyond its own work is contention."""
-        if not report.parts or report.loaded_bytes <= 0:
-            return
-        with self._lock:
-            if self._compute.num_observations < MIN_MEASURED:
-                return
-            alone_s = self._compute.predict(_pass_features(report.parts))
-            lost_s = report.seconds - report.stall_s - alone_s
-            noise_s = max(self._compute.noise * alone_s, 1e-6)
-            self._contention.observe((report.loaded_bytes,), lost_s, noise_s)
 
     def observe_ttft(self, kind: str, estimated_s: float, measured_s: float) -> None:
         """How long a request took whose decision was `kind`, and what the model had said.
@@ -274,7 +262,7 @@ class CostModel:
             return 0.0
         passes = -(-count // self.options.chunk_tokens)
         with self._lock:
-            return self._compute.predict((passes, count, count * (start + 0.5 * count)))
+            return self._compute.predict((passes, count, count * (start + 0.5 * count), 0.0))
 
     def load_s(
         self,
@@ -303,7 +291,7 @@ class CostModel:
     def contention_s(self, num_bytes: float) -> float:
         """Seconds that computing loses to `num_bytes` loaded meanwhile."""
         with self._lock:
-            return self._contention.predict((num_bytes,))
+            return self._compute.predict((0.0, 0.0, 0.0, num_bytes))
 
     def bias(self, kind: str) -> float:
         """Measured over estimated TTFT of such decisions, lately; 1.0 with too few of them."""
@@ -317,15 +305,15 @@ class CostModel:
     def snapshot(self) -> CostEstimates:
         """Everything that the model believes now."""
         with self._lock:
-            pass_s, token_s, pair_s = self._compute.weights
+            pass_s, token_s, pair_s, contention_s_per_byte = self._compute.weights
             return CostEstimates(
                 pass_s=pass_s,
                 token_s=token_s,
                 attention_tokens=token_s / pair_s,
                 compute_noise=self._compute.noise,
                 num_passes=self._compute.num_observations,
-                contention_s_per_byte=self._contention.weights[0],
-                num_overlaps=self._contention.num_observations,
+                contention_s_per_byte=contention_s_per_byte,
+                num_overlaps=self._num_overlaps,
                 loads=tuple(self._load_estimates()),
                 bias={
                     kind: self._bias(kind)
@@ -396,6 +384,9 @@ def usual_mode(tier: TierKind) -> LoadMode:
     return LoadMode.MAPPED if tier is TierKind.MEMORY else LoadMode.DIRECT
 
 
-def _pass_features(parts: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
+def _pass_features(
+    parts: Sequence[tuple[int, int]], loaded_bytes: int
+) -> tuple[float, float, float, float]:
     tokens = sum(count for _, count in parts)
-    return (1.0, tokens, sum(count * (start + 0.5 * count) for start, count in parts))
+    pairs = sum(count * (start + 0.5 * count) for start, count in parts)
+    return (1.0, tokens, pairs, loaded_bytes)

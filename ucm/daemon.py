@@ -115,7 +115,7 @@ class Daemon:
         self.door = Door(door_path(path), self.manager, self.tokens, service)
         stack.callback(self.door.stop)
         self._engine = self._server(stack, service.rpc_threads, ENGINE_POLICIES)
-        self.engine_service = CacheService(self.manager, self.tokens, self.config)
+        self.engine_service = CacheService(self.manager, self.tokens, self.config, self.door.board)
         pb_grpc.add_CacheServicer_to_server(self.engine_service, self._engine)
         _bind(self._engine, path, SOCKET_MODE)
         self._admin = self._server(stack, _ADMIN_THREADS, ADMIN_POLICIES)

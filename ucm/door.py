@@ -8,13 +8,13 @@ long as its recovery; the number of sessions is bounded.
     client                                       daemon
     connect                                      SO_PEERCRED: our user, or one allowed
     Hello(protocol_version)              ->
-                                         <-      Welcome(token, staging_bytes) + staging memfd
+                                         <-      Welcome(token, staging_bytes) + staging and board
     OpenNamespace(spec, fingerprint)     ->
                                          <-      NamespaceOpened(arena_bytes) + arena memfd
     OpenSegment(namespace, number)       ->
                                          <-      SegmentOpened(file_id) + the file, read-only
     OpenProgress                         ->
-                                         <-      ProgressOpened(area_bytes) + memfd + eventfd
+                                         <-      ProgressOpened(area_bytes) + memfd + socket
     OpenSummaries(namespace)             ->
                                          <-      SummariesOpened(area_bytes) + memfd
     LookupRequest(namespace, keys)       ->
@@ -54,6 +54,7 @@ from .errors import (
     UcmError,
 )
 from .hashing import NamespaceSpec
+from .load_board import LoadBoard
 from .manager import Manager
 from .protos import cache_pb2 as pb
 from .select_wire import kind_from_wire, kind_to_wire
@@ -138,6 +139,8 @@ class Door:
         self._draining = False
         self._stopped = False
         self._listener = _listen(path)
+        self.board = LoadBoard()
+        """Every client can read it; see there."""
         self._acceptor = threading.Thread(target=self._accept_loop, name="ucm-door", daemon=True)
 
     def start(self) -> None:
@@ -167,6 +170,7 @@ class Door:
         self._listener.close()
         for thread in threads:
             thread.join(_STOP_TIMEOUT_S)
+        self.board.close()
 
     def _accept_loop(self) -> None:
         while not self._stopped:
@@ -245,7 +249,8 @@ class Door:
         _log.info("session %d began: %s %r", session, peer, client)
         try:
             staging = self._manager.staging_arena(session)
-            _send(connection, self._welcome(staging.size_bytes, token), staging.fd)
+            welcome = self._welcome(staging.size_bytes, token)
+            _send(connection, welcome, staging.fd, *self.board.fds)
             while self._answer_one(connection, session):
                 pass
         finally:
@@ -264,6 +269,7 @@ class Door:
                 max_keys_per_call=self._config.max_keys_per_call,
                 max_message_bytes=self._config.max_message_bytes,
                 max_read_bytes_per_s=self._manager.config.nvme.max_read_bytes_per_s,
+                board_bytes=self.board.size_bytes,
             )
         )
 
@@ -321,7 +327,7 @@ class Door:
     def _open_progress(self, session: SessionId, _request: pb.DoorRequest) -> _Answer:
         area = self._manager.layer_loads.progress_area(session)
         reply = pb.ProgressOpened(area_bytes=area.arena.size_bytes)
-        fds = (area.arena.fd, area.event_fd)
+        fds = (area.arena.fd, area.signal_fd)
         return pb.DoorReply(progress=reply), contextlib.nullcontext(fds)
 
     def _open_summaries(self, session: SessionId, request: pb.DoorRequest) -> _Answer:

@@ -28,6 +28,7 @@ from ucm.storage.extents import SegmentFd
 from . import __version__
 from .errors import InvalidArgumentError, PermissionDeniedError, TierUnavailableError
 from .hashing import NamespaceSpec
+from .load_board import BoardReader
 from .mapping import map_shared
 from .protos import cache_pb2 as pb
 from .select_wire import kind_to_wire
@@ -53,6 +54,8 @@ class Greeting:
     """For who reads segment files itself; 0 is no limit."""
     staging: memoryview
     """The session's staging memory, writable."""
+    board: BoardReader
+    """How the daemon stands with loads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +106,30 @@ class DoorClient:
         request = pb.DoorRequest(
             hello=pb.Hello(protocol_version=PROTOCOL_VERSION, client=f"ucm-python/{__version__}")
         )
-        reply, (fd,) = self._ask(request, timeout_s=timeout_s)
+        reply, (fd, board_fd, tickets) = self._ask(request, timeout_s=timeout_s)
         welcome = reply.welcome
         if welcome.protocol_version != PROTOCOL_VERSION or len(welcome.token) != TOKEN_BYTES:
-            os.close(fd)
+            for each in (fd, board_fd, tickets):
+                os.close(each)
             raise TierUnavailableError(f"what answers at {self._path} is not a daemon of ours")
-        staging = _map(fd, welcome.staging_bytes, writable=True)
+        with contextlib.ExitStack() as unused:
+            unused.callback(os.close, tickets)
+            try:
+                staging = _map(fd, welcome.staging_bytes, writable=True)
+            finally:
+                board = _map(board_fd, welcome.board_bytes, writable=False)
+            try:
+                reader = BoardReader(board, tickets, time.monotonic_ns)
+            except (OSError, ValueError) as error:
+                raise TierUnavailableError(f"the daemon passed no board: {error}") from error
+            unused.pop_all()
         return Greeting(
             token=welcome.token,
             max_keys_per_call=welcome.max_keys_per_call,
             max_message_bytes=welcome.max_message_bytes,
             max_read_bytes_per_s=welcome.max_read_bytes_per_s,
             staging=staging,
+            board=reader,
         )
 
     def open_namespace(
@@ -162,18 +177,18 @@ class DoorClient:
         return SegmentFd(fd, reply.segment.file_id, reply.segment.is_direct)
 
     def open_progress(self, *, timeout_s: float) -> tuple[memoryview, int]:
-        """The session's progress area, mapped read-only, and its eventfd; the caller closes that.
+        """The session's progress area, mapped read-only, and its signal; the caller closes that.
 
         Raises:
             UcmError: whatever the daemon refused it with.
             TierUnavailableError: it does not answer in time; the connection is of no use then.
         """
         request = pb.DoorRequest(open_progress=pb.OpenProgress())
-        reply, (fd, event_fd) = self._ask(request, timeout_s=timeout_s)
+        reply, (fd, signal_fd) = self._ask(request, timeout_s=timeout_s)
         try:
-            return _map(fd, reply.progress.area_bytes, writable=False), event_fd
+            return _map(fd, reply.progress.area_bytes, writable=False), signal_fd
         except TierUnavailableError:
-            os.close(event_fd)
+            os.close(signal_fd)
             raise
 
     def takes(self, request: pb.LookupRequest) -> bool:
@@ -277,7 +292,7 @@ class DoorClient:
             self._socket.settimeout(max(deadline_s - time.monotonic(), 0.001))
             try:
                 data, fds, flags, _ = socket.recv_fds(
-                    self._socket, _MAX_PACKET_BYTES, 2, socket.MSG_CMSG_CLOEXEC
+                    self._socket, _MAX_PACKET_BYTES, 3, socket.MSG_CMSG_CLOEXEC
                 )
             except ConnectionResetError:
                 # Reported once, ahead of what the other side sent before it hung up.
@@ -320,7 +335,7 @@ def _check_listener(connection: socket.socket, path: Path) -> None:
 
 
 _EXPECTED: Final = {
-    "hello": ("welcome", 1),
+    "hello": ("welcome", 3),
     "open_namespace": ("opened", 1),
     "open_segment": ("segment", 1),
     "open_progress": ("progress", 2),

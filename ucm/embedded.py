@@ -166,7 +166,7 @@ class EmbeddedCache:
         found = self._progress
         if found is None:
             area = self.manager.layer_loads.progress_area(self._session)
-            signal = ProgressSignal(os.dup(area.event_fd), lambda: self._closed)
+            signal = ProgressSignal(os.dup(area.signal_fd), lambda: self._closed)
             found = self._progress = SessionProgress(area.memory, signal)
         return found
 

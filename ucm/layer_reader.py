@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Final
 from . import tracing
 from .errors import InvalidArgumentError
 from .layout import MAX_LAYERS
-from .load_steps import Step, own_steps, promoted_steps
+from .load_steps import LEAST_LAYERS, Step, own_steps, promoted_steps
 from .slab_ledger import SlabLedger
 from .slab_mover import Outcome, Scratch, SlabMover, SlabTarget
 from .tracing import Track
@@ -64,14 +64,15 @@ class ReaderOptions:
 
     read_ahead_layers: int = 4
     """Layers that may be read beyond the one that was last waited for; at least 1. Before the
-    first wait so many are read. From `ceil(L * (t_load - t_compute) / t_load)` on, of layers begun
-    before the computation, more hides nothing more."""
+    first wait so many are read."""
     request_bytes: int = 256 << 10
     """Longest read; adjacent layers of a block are one. Smaller ones bring a layer sooner, larger
     ones cost less processor time."""
     compute_per_load: float = math.inf
     """How many times as long computing a layer takes as loading it; where that is little, reads
     are of fewer layers. See `layer_groups`."""
+    least_layers: int = LEAST_LAYERS
+    """Of one read, but of layer 0: 1 where a slab takes long beside asking for it."""
     num_threads: int = 4
     """Reads at once, 1 to `MAX_THREADS`."""
     order: LoadOrder = LoadOrder.LAYERS
@@ -83,9 +84,9 @@ class ReaderOptions:
             raise InvalidArgumentError(f"request_bytes: from 1; num_threads: 1 to {MAX_THREADS}")
 
     @property
-    def sizes(self) -> tuple[int, float]:
+    def sizes(self) -> tuple[int, float, int]:
         """What `own_steps` asks about reads."""
-        return self.request_bytes, self.compute_per_load
+        return self.request_bytes, self.compute_per_load, self.least_layers
 
 
 class _Queue:
@@ -180,15 +181,16 @@ class LayerReader:
         with self._work:
             if self._is_started or self._is_cancelled:
                 return
-            self._is_started = True
-            self._on_progress = on_progress
+            self._is_started, self._on_progress = True, on_progress
             wanted = self.options.num_threads if self._ledger.num_missing() else 0
-            threads = [_started(self._run, number) for number in range(wanted)]
-            self._num_threads = threads.count(True)
-            if not wanted and self.plan.progress is not None:
-                self.plan.progress.close()
-            if wanted and not self._num_threads:
+            self._num_threads = wanted
+        # Without the lock: the first thread reads while the others start.
+        num_refused = [_started(self._run, number) for number in range(wanted)].count(False)
+        if wanted and num_refused == wanted:
+            with self._work:
                 self._give_up_locked("every thread for reads is taken: earlier ones hang")
+        if num_refused or not wanted:
+            self._leave(num_refused)
 
     def wait_layer(self, layer: int, timeout_s: float) -> int:
         """Wait until layers 0..layer are settled, or time is up.
@@ -203,7 +205,8 @@ class LayerReader:
             horizon = layer + 1 + self.options.read_ahead_layers
             if horizon > self._horizon:
                 self._horizon = horizon
-                self._work.notify_all()
+                if self._in_reach(self._promoted.head) or self._in_reach(self._own.head):
+                    self._work.notify_all()  # else threads wake up for nothing, layer by layer
             self._awaited.append(layer)
             self._settled.wait_for(
                 lambda: self._is_cancelled or self._ledger.is_settled(layer), max(0.0, timeout_s)
@@ -318,8 +321,7 @@ class LayerReader:
     def wait_turn(self, block: int, num_bytes: int) -> bool:
         """See `WriteGate.wait_turn`. Nothing is being written meanwhile: `cancel` need not wait."""
         limit = self.plan.read_limit
-        delay_s = limit.take(num_bytes) if limit is not None else 0.0
-        if limit is None or delay_s <= 0:
+        if limit is None or (delay_s := limit.take(num_bytes)) <= 0:
             return True
         with self._work:
             is_useless = self._work.wait_for(
@@ -360,7 +362,8 @@ class LayerReader:
                 self._give_up_locked(f"{type(error).__name__}: {error}")
             self._call_back()
         finally:
-            self._leave()
+            _threads.release()
+            self._leave(1)
 
     def _trace(self, step: Step, begun_us: int) -> None:
         """Tell who looks; from the back, blocks are read whole and belong to no layer."""
@@ -372,10 +375,9 @@ class LayerReader:
         blocks = (step.first_block, step.stop_block - step.first_block)
         trace.add(Track.LOAD, begun_us, tracing.now_us(), layers=layers, blocks=blocks)
 
-    def _leave(self) -> None:
-        _threads.release()
+    def _leave(self, num_threads: int) -> None:
         with self._work:
-            self._num_threads -= 1
+            self._num_threads -= num_threads
             is_last = not self._num_threads
         if is_last and self.plan.progress is not None:
             self.plan.progress.close()
@@ -422,14 +424,14 @@ class LayerReader:
         promoted, own = self._promoted.head, self._own.head
         if promoted is not None and self._in_reach(promoted) and self._has_come(promoted):
             return self._promoted.take()
-        return self._own.take() if own is not None and self._in_reach(own) else None
+        return self._own.take() if self._in_reach(own) else None
 
     def _has_come(self, step: Step) -> bool:
         progress = self.plan.progress  # without one they never come: the mover will say so
         return progress is None or progress.num_done() >= step.num_promoted
 
-    def _in_reach(self, step: Step) -> bool:
-        return step.first_layer < self._horizon
+    def _in_reach(self, step: Step | None) -> bool:
+        return step is not None and step.first_layer < self._horizon
 
     def _watch_locked(self, step: Step) -> None:
         """Wait for promotions, outside the lock, one thread at a time."""

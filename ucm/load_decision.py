@@ -188,13 +188,18 @@ def claim_blocks(
 
     Returns:
         0 to `end_block - first_block`: so many that they and the loading of the others end
-        together, cut to one pass of the engine; 0: wait for the loader.
+        together, or all where nothing came yet and loading the others gains less than the pass
+        costs that begins behind them; cut to one pass of the engine; 0: wait for the loader.
     """
     plan = _Plan(model, shape, _best_mode(model, shape))
     offset = shape.first_block
     seconds = plan.block_s[first_block - offset : end_block - offset]
     back = BackLoad.of(seconds)
     spared_s = seconds[-1] * partial_bytes / shape.block_bytes if seconds else 0.0
+    if end_block - offset == len(shape.tiers) and plan.is_quicker_alone(
+        first_block - offset, back, spared_s
+    ):
+        return min(len(seconds), plan.most_blocks)
     return claim(
         len(seconds),
         lambda count: plan.comp_blocks_s(first_block - offset, first_block - offset + count),
@@ -237,6 +242,7 @@ class _Plan:
         lost_s = model.contention_s(shape.block_bytes * len(shape.tiers))
         self._slowdown = 1.0 + (lost_s / total_s if total_s else 0.0)
         self._loaded_s = [0.0, *accumulate(self.block_s)]
+        self._suffix_s = self._comp_s(shape.first_suffix_token, shape.num_tokens)
 
     def all_ways(self) -> list[Decision]:
         """Every way that is open to the request, the simplest first."""
@@ -259,6 +265,30 @@ class _Plan:
         size, start = self._shape.block_tokens, self._shape.num_local_tokens
         alone_s = self._comp_s(start + first * size, start + last * size)
         return alone_s * self._slowdown
+
+    def is_quicker_alone(self, front: int, back: BackLoad, spared_s: float = 0.0) -> bool:
+        """Whether computing all from block `front` on takes no longer than meeting the load.
+
+        Alone, the passes run on into what no cache has; behind blocks that were loaded, another
+        one begins.
+
+        Args:
+            front: first block that is not computed.
+            back: the load of all that follow.
+            spared_s: what of it is over.
+        """
+        num_left = len(back.done_s)
+
+        def comp_s(count: int) -> float:
+            return self.comp_blocks_s(front, front + count)
+
+        def load_s(count: int) -> float:
+            return max(0.0, back.when(count) - spared_s)
+
+        count = claim(num_left, comp_s, load_s, most=num_left)
+        met_s = max(comp_s(count), load_s(num_left - count)) + self._suffix_s
+        start = self._shape.num_local_tokens + front * self._shape.block_tokens
+        return self._comp_s(start, self._shape.num_tokens) <= met_s
 
     def _comp_s(self, start: int, stop: int) -> float:
         """`CostModel.compute_s` on the snapshot: without the lock, a few hundred times."""
@@ -298,19 +328,17 @@ class _Plan:
         return found
 
     def _hybrid(self) -> Decision:
-        shape = self._shape
-        meeting = meet(
-            BackLoad.of(self.block_s),
-            self.comp_blocks_s,
-            begin_s=shape.queue_s,
-            most=self.most_blocks,
-        )
-        suffix_s = self._comp_s(shape.first_suffix_token, shape.num_tokens)
-        way = self._way(LoadKind.HYBRID, len(shape.tiers), meeting.done_s + suffix_s)
+        shape, back = self._shape, BackLoad.of(self.block_s)
+        num_blocks = len(shape.tiers)
+        meeting = meet(back, self.comp_blocks_s, begin_s=shape.queue_s, most=self.most_blocks)
+        seconds, num_computed = meeting.done_s + self._suffix_s, meeting.num_computed
+        is_alone = not shape.queue_s and self.is_quicker_alone(0, back)
+        if is_alone or num_computed == num_blocks:  # no pass begins behind loaded blocks
+            seconds, num_computed = self._loading(0), num_blocks
         return replace(
-            way,
+            self._way(LoadKind.HYBRID, num_blocks, seconds),
             order=LoadOrder.BLOCKS_FROM_BACK,
-            meeting_block=shape.first_block + meeting.num_computed,
+            meeting_block=shape.first_block + num_computed,
         )
 
     def _way(self, kind: LoadKind, num_blocks: int, seconds: float) -> Decision:

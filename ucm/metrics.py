@@ -42,6 +42,14 @@ METRICS: Final[tuple[MetricSpec, ...]] = (
         "ucm_load_failures_total", "counter", "blocks", ("reason",), "Blocks a load did not get."
     ),
     MetricSpec(
+        "ucm_refused_loads_total",
+        "counter",
+        "calls",
+        ("by",),
+        "Loads refused because too many are in service: by the daemon, or by the client itself "
+        "without a call, as it told with its next one.",
+    ),
+    MetricSpec(
         "ucm_stored_blocks_total", "counter", "blocks", ("status",), "Outcome of offered blocks."
     ),
     MetricSpec("ucm_flushed_blocks_total", "counter", "blocks", (), "Blocks made durable."),
@@ -142,6 +150,7 @@ KNOWN_LABEL_VALUES: Final[Mapping[str, tuple[str, ...]]] = {
     "op": ("read", "write"),
     "source": ("client", "nvme", "computed"),
     "status": tuple(status for status in StoreStatus if status is not StoreStatus.WANTED),
+    "by": ("daemon", "client"),
 }
 """Series of counters that exist, at 0, from the start: `rate()` cannot see the step from nothing to
 one, so an alert would miss the first corrupt block."""

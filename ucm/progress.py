@@ -4,7 +4,7 @@
     region   of one load:   | serial | done | usable | num_blocks | checksums of block 0, 1, ... |
              64-bit words, native byte order (one machine), on a 64-byte boundary; num_layers
              checksums a block
-    signal   an eventfd a session; the daemon adds 1 after it wrote
+    signal   a `TokenPipe` a session; the daemon puts one in after it wrote, if there is room
 
     serial   of the load, from the plan; anything else: the load has ended, its region is another's
     done     see `LoadProgress.num_done`; never falls within a load
@@ -18,8 +18,8 @@ believed: a reader verifies the bytes that it copied.
 from __future__ import annotations
 
 import contextlib
-import os
 import select
+import socket
 import threading
 import time
 import weakref
@@ -34,6 +34,7 @@ from ucm.storage.tier import SlotId
 
 from .layout import KvDtype, KvLayout
 from .staging import RunAllocator
+from .token_pipe import TokenPipe, take_tokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,6 +47,9 @@ WORD_BYTES: Final = 8
 HEADER_WORDS: Final = 4
 REGION_ALIGNMENT_BYTES: Final = 64
 _SERIAL, _DONE, _USABLE, _NUM_BLOCKS = range(HEADER_WORDS)
+
+_MOST_SIGNALS: Final = 4096
+"""Taken at once; more than fit."""
 
 TURN_S: Final = 0.05
 """How long a waiter waits before it looks whether its cache is still there."""
@@ -71,7 +75,7 @@ class ProgressArea:
     """The daemon's side: a session's area. Not thread-safe."""
 
     def __init__(self, capacity_bytes: int) -> None:
-        """Create the memory, rounded down to whole pages, and the eventfd.
+        """Create the memory, rounded down to whole pages, and the sockets.
 
         Raises:
             CapacityError: the kernel refuses it.
@@ -84,11 +88,16 @@ class ProgressArea:
             block_tokens=1,
             dtype=KvDtype.FLOAT32,
         )  # one "slot" of all of it: 2 x head_dim x 4 bytes
+        self._signals = TokenPipe()
         self.arena = Arena(whole, 1, ArenaKind.READ_ONLY)
-        self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._runs = RunAllocator(self.arena.size_bytes)
         self._memory = self.arena.view(SlotId(0))
         self._next_serial = 1
+
+    @property
+    def signal_fd(self) -> int:
+        """The client's end of the signal; -1 when closed."""
+        return self._signals.fd
 
     @property
     def memory(self) -> memoryview:
@@ -127,17 +136,14 @@ class ProgressArea:
         self._signal()
 
     def _signal(self) -> None:
-        if self.event_fd < 0:  # the session has ended; a lease that is being rechecked has not
-            return
-        with contextlib.suppress(BlockingIOError):  # a client filled the counter: it is awake
-            os.eventfd_write(self.event_fd, 1)
+        # No room: it is awake. Closed: the session has ended; a lease that is rechecked has not.
+        self._signals.put(1)
 
     def close(self) -> None:
         """Give everything back. Idempotent. Views that are still held keep their memory alive."""
-        if self.event_fd < 0:
+        if self.signal_fd < 0:
             return
-        os.close(self.event_fd)
-        self.event_fd = -1
+        self._signals.close()
         with contextlib.suppress(BufferError):  # a region that was not freed: its session ends
             self._memory.release()
         self.arena.close()
@@ -184,16 +190,16 @@ class ProgressRegion:
 
 
 class ProgressSignal:
-    """The client's side of a session's eventfd. Thread-safe.
+    """The client's side of a session's signal. Thread-safe.
 
     One of several waiters looks at it, the others wait for that one. `count` taken before looking
     at the progress makes sure that no wake-up is lost.
     """
 
-    def __init__(self, event_fd: int, is_gone: Callable[[], bool]) -> None:
-        """Wait on `event_fd`, and own it; `is_gone` says that nobody will write any more."""
-        self._event_fd = event_fd
-        weakref.finalize(self, os.close, event_fd)
+    def __init__(self, signal_fd: int, is_gone: Callable[[], bool]) -> None:
+        """Wait on `signal_fd`, and own it; `is_gone` says that nobody will write any more."""
+        self._socket = socket.socket(fileno=signal_fd)
+        weakref.finalize(self, self._socket.close)
         self._is_gone = is_gone
         self._changed = threading.Condition()
         self._is_watched = False
@@ -223,7 +229,7 @@ class ProgressSignal:
             self._is_watched = True
         came = False
         try:
-            came = _take_event(self._event_fd, turn_s)
+            came = _take_signals(self._socket, turn_s)
         finally:
             with self._changed:
                 self._is_watched = False
@@ -231,14 +237,13 @@ class ProgressSignal:
                 self._changed.notify_all()
 
 
-def _take_event(event_fd: int, timeout_s: float) -> bool:
+def _take_signals(heard: socket.socket, timeout_s: float) -> bool:
     poller = select.poll()
-    poller.register(event_fd, select.POLLIN)
+    poller.register(heard, select.POLLIN)
     if not poller.poll(timeout_s * 1000):
         return False
-    try:
-        os.eventfd_read(event_fd)
-    except OSError:  # another process of the session took it, or it was closed: look again
+    if not take_tokens(heard, _MOST_SIGNALS):
+        # Another process of the session took them, or it has ended: look again, not all the time.
         time.sleep(0.001)
     return True
 

@@ -89,8 +89,8 @@ class RemotePlans:
             return found
         with self._at_door() as left_s:
             if self._progress is None:
-                memory, event_fd = self._door.open_progress(timeout_s=left_s)
-                signal = ProgressSignal(event_fd, lambda: not self._door.is_open())
+                memory, signal_fd = self._door.open_progress(timeout_s=left_s)
+                signal = ProgressSignal(signal_fd, lambda: not self._door.is_open())
                 self._progress = SessionProgress(memory, signal)
             return self._progress
 

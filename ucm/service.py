@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -23,8 +24,10 @@ from .call_guard import Serving, translated
 from .config import Config
 from .credits import Credit, Pacer, ThreadShares
 from .door import SessionTokens, answer_lookup
-from .errors import InvalidArgumentError
+from .errors import CapacityError, InvalidArgumentError
 from .hashing import check_key
+from .load_board import LoadBoard, made_of, spread
+from .load_gate import GateLimits, LoadGate
 from .manager import Manager
 from .plan_wire import mode_from_wire, plan_to_wire
 from .protos import cache_pb2 as pb
@@ -37,7 +40,7 @@ from .select_wire import (
     summaries_to_wire,
 )
 from .status_wire import status_to_wire
-from .types import NamespaceId, StoreStatus
+from .types import NamespaceId, SessionId, StoreStatus
 from .wire import (
     LOAD_STATUS_TO_WIRE,
     STORE_STATUS_TO_WIRE,
@@ -54,9 +57,6 @@ MAX_RELEASES_PER_CALL: Final = 1024
 
 CALL_RETRY_S: Final = 0.05
 """Hint to a session that has all its calls in service: about what one of them takes."""
-
-LOAD_RETRY_S: Final = 0.25
-"""Hint to a load when as many are in service as may: some tens of loads later."""
 
 STORE_SHARE: Final = 0.1
 """Of the time, for the copies of stores while loads go on: behind a copy come as long a write to
@@ -75,7 +75,9 @@ COPY_RETRY_S: Final = 0.01
 class CacheService(pb_grpc.CacheServicer):
     """What engines call."""
 
-    def __init__(self, manager: Manager, tokens: SessionTokens, config: Config) -> None:
+    def __init__(
+        self, manager: Manager, tokens: SessionTokens, config: Config, board: LoadBoard
+    ) -> None:
         self._manager = manager
         self._tokens = tokens
         self._max_keys = config.service.max_keys_per_call
@@ -86,11 +88,10 @@ class CacheService(pb_grpc.CacheServicer):
             "service.max_calls_per_session; wait for one of them",
             retry_after_s=CALL_RETRY_S,
         )
-        self._loads = Credit(
-            min(2 * config.service.max_waiting_loads, config.service.rpc_threads),
-            "{limit} loads are in service, as many as may; come again or compute",
-            retry_after_s=LOAD_RETRY_S,
-        )
+        most = min(2 * config.service.max_waiting_loads, config.service.rpc_threads)
+        crowded = min(config.service.max_crowded_loads, most)
+        waiting = min(config.service.max_waiting_loads, self._shares.waiting)
+        self._gate = LoadGate(GateLimits(most, crowded, waiting), board)
         self._max_message_bytes = config.service.max_message_bytes
         self._selections = Credit(
             self._shares.selecting,
@@ -109,13 +110,26 @@ class CacheService(pb_grpc.CacheServicer):
         return Serving(context, self._tokens, self._calls)
 
     @contextlib.contextmanager
-    def _loading(self) -> Iterator[None]:
-        self._pacer.note_urgent(time.monotonic())
-        self._loads.take()
+    def _loading(self, session: SessionId, context: grpc.ServicerContext) -> Iterator[None]:
+        began_s = time.monotonic()
+        self._pacer.note_urgent(began_s)
+        made = made_of(context.invocation_metadata(), began_s)
+        self._manager.metrics.add("ucm_refused_loads_total", made.num_refused, by="client")
+        was_refused = False
         try:
-            yield
+            self._gate.enter(session, began_s, made)
+            try:
+                yield
+            except CapacityError as error:
+                was_refused = True
+                error.retry_after_s = spread(error.retry_after_s, random.random())
+                raise
+            finally:
+                self._gate.leave(began_s, time.monotonic(), was_refused=was_refused)
+        except CapacityError:
+            self._manager.metrics.add("ucm_refused_loads_total", 1, by="daemon")
+            raise
         finally:
-            self._loads.give_back()
             self._pacer.note_urgent(time.monotonic())
 
     @contextlib.contextmanager
@@ -149,7 +163,7 @@ class CacheService(pb_grpc.CacheServicer):
         with self._serving(context) as session:
             keys = keys_from_wire(request.keys, limit=self._max_keys)
             timeout_s = _checked_timeout(request.timeout_s)
-            with self._loading():
+            with self._loading(session, context):
                 grants = self._manager.prepare_load(
                     session, NamespaceId(request.namespace), keys, timeout_s=timeout_s
                 )
@@ -173,7 +187,7 @@ class CacheService(pb_grpc.CacheServicer):
             keys = keys_from_wire(request.keys, limit=self._max_keys)
             mode, timeout_s = mode_from_wire(request.mode), _checked_timeout(request.timeout_s)
             namespace = NamespaceId(request.namespace)
-            with self._loading():
+            with self._loading(session, context):
                 grants = self._manager.begin_load(
                     session, namespace, keys, mode=mode, timeout_s=timeout_s
                 )
@@ -233,7 +247,7 @@ class CacheService(pb_grpc.CacheServicer):
         with self._serving(context) as session:
             keys = keys_from_wire(request.keys, limit=self._max_keys)
             timeout_s = _checked_timeout(request.timeout_s)
-            with self._loading():
+            with self._loading(session, context):
                 pin = self._manager.pin(
                     session,
                     NamespaceId(request.namespace),
@@ -265,7 +279,7 @@ class CacheService(pb_grpc.CacheServicer):
         """Choose blocks and pin what was chosen where it is."""
         with self._serving(context) as session:
             asked, mode = self._asked(request.select), mode_from_wire(request.mode)
-            with self._loading(), self._selections_taken():
+            with self._selections_taken(), self._loading(session, context):
                 result, grants = self._manager.selections.select_and_load(
                     (session, NamespaceId(request.select.namespace)),
                     asked.keys,

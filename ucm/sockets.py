@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from .errors import ConfigError
+from .errors import ConfigError, PermissionDeniedError
 
 MAX_PATH_BYTES: Final = 107
 """Longest Unix socket address of Linux: `sun_path` less its final zero."""
@@ -48,12 +48,35 @@ def grpc_target(path: Path) -> str:
     return "unix:" + quote(str(path.absolute()))
 
 
-def check_path_length(socket_path: Path) -> None:
-    """Refuse a path that leaves no room for the longest name beside it.
+def check_socket_path(socket_path: Path) -> None:
+    """Refuse what can be no daemon's socket: a folder, a name beside one, a path without room.
 
     Raises:
-        ConfigError: it is too long.
+        ConfigError: it is one of these.
+        PermissionDeniedError: others may not look at it.
     """
+    if socket_path.suffix in (_DOOR_SUFFIX, _ADMIN_SUFFIX, _LOCK_SUFFIX):
+        raise ConfigError(
+            f"{socket_path} lies beside a daemon's socket: name the socket itself: "
+            f"{socket_path.with_suffix('')}"
+        )
+    _check_length(socket_path)
+    try:
+        is_folder = socket_path.is_dir()
+    except PermissionError as error:
+        raise PermissionDeniedError(
+            f"{socket_path} is in a folder of another user; ask as the daemon's user, or name "
+            "your own socket"
+        ) from error
+    if is_folder:
+        raise ConfigError(
+            f"{socket_path} is a folder, not a socket: name the socket, such as "
+            f"{socket_path / 'ucm.sock'}"
+        )
+
+
+def _check_length(socket_path: Path) -> None:
+    """The path leaves room for the longest name beside it."""
     longest = len(os.fsencode(admin_path(socket_path.absolute())))
     if longest > MAX_PATH_BYTES:
         allowed = MAX_PATH_BYTES - len(_ADMIN_SUFFIX)
@@ -70,9 +93,9 @@ class SocketFolder:
         """Create and check the folder, take the lock, remove what a dead daemon left.
 
         Raises:
-            ConfigError: the path is too long, in use, not a socket, or its folder is not ours.
+            ConfigError: the path is too long, in use, no socket, or its folder is not ours.
         """
-        check_path_length(socket_path)
+        check_socket_path(socket_path)
         self._path = socket_path.absolute()
         _make_folder(self._path.parent)
         self._lock_fd = _take_lock(self._path)

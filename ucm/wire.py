@@ -21,7 +21,7 @@ from .layout import KvDtype, KvLayout
 from .protos import cache_pb2 as pb
 from .types import BlockKey, LeaseId, LoadStatus, SourceKind, StoreStatus, TierKind
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 """Both ends of the door must name the same one."""
 
 TOKEN_BYTES: Final = 32

@@ -6,6 +6,9 @@ Documents are cut into chunks, and the KV of each is computed and stored once. B
 that a question needs; the engine takes them from the cache, moves their keys to where they stand in
 this prompt, and computes again only the tokens that drifted and that the question looks at.
 
+The model is a toy: 135 million parameters show what reuse costs and saves, not good answers.
+Compare each answer with the one "in full" below it, or name another model with --model.
+
 Needs `pip install bm25s`, and a model (`ucm model pull smollm2-135m`). With a daemon, import
 `connect` from `ucm.client` and replace `lambda: ucm.open(...)` by
 `lambda: connect(SOCKET, timeout_s=2.0)`. On cores that others use too, set OMP_WAIT_POLICY=PASSIVE,

@@ -56,5 +56,5 @@ def test_quick_is_smaller() -> None:
 
 def test_without_transformers_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install ucm-cache\[dev\]"):
+    with pytest.raises(ConfigError, match=r"pip install 'ucm-cache\[dev\]'"):
         run_engine_bench(EngineBenchOptions())

@@ -37,6 +37,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> OverlapOutcome:
         hit_ratios=(0.9,),
         context_tokens=(CONTEXT,),
         tiers=(TierKind.NVME, TierKind.MEMORY),
+        steady_s=0.0,
         decode_rounds=1,
         decode_tokens=40,
         store=folder,

@@ -203,3 +203,15 @@ def test_a_claim_leaves_the_loader_its_share() -> None:
     last = claim_blocks(found.model, found.shape, 80, 90)
     assert 2 <= last <= 7
     assert claim_blocks(found.model, found.shape, 90, 90) == 0
+
+
+def test_a_load_that_spares_less_than_a_pass_is_left_alone() -> None:
+    """One block could come until the others are computed, but a pass more would begin behind it."""
+    shape = request(1024, 28)
+    machine = SimulatedMachine(token_s=1e-3, pass_s=0.1, bytes_per_s=shape.block_bytes / 0.5)
+    found = case(machine, shape)
+    assert claim_blocks(found.model, shape, 16, 28) == 12
+    assert claim_blocks(found.model, shape, 16, 27) < 11, "one has come: that pass is due anyway"
+    hybrid = forced(LoadKind.HYBRID)(found.model, shape)
+    compute = forced(LoadKind.COMPUTE)(found.model, shape)
+    assert found.ttft_s(hybrid) <= 1.03 * found.ttft_s(compute)

@@ -51,6 +51,8 @@ def test_a_first_run_saves_nothing_and_says_what_does() -> None:
     exact = ReuseReport(num_chunks=1, num_chunk_tokens=256, num_encoded_tokens=256)
     assert "the next one loads them" in reuse_line(exact)
     assert "without --cache" in reuse_line(first, is_cached=False)
+    unkept = reuse_line(first, is_kept=False)
+    assert unkept.endswith("nothing saved: this run computed them"), "and promises nothing"
 
 
 @pytest.mark.parametrize("reason", FallbackReason)
@@ -146,6 +148,7 @@ def test_each_chunk_is_explained_and_a_deleted_one_is_told(
         assert [chunk["is_stored"] for chunk in reply["chunks"]] == [False] * len(reply["chunks"])
     _, err = run(*asked)
     assert f"the cache did not keep all of {path}" in err
+    assert "the next one loads them" not in err
     assert "ucm collection add" in err
     run("collection", "add", "docs", str(path))
     _, err = run(*asked)

@@ -16,8 +16,11 @@ import pytest
 import typer
 
 from ucm import __version__, cli
+from ucm.cli import serve
 from ucm.cli.console import ExitCode, fail, format_bytes, split_settings
+from ucm.cli.serve import warn_of_memory
 from ucm.client import connect
+from ucm.config import MemoryConfig
 from ucm.errors import LEAVES, ConfigError, UcmError
 from ucm.sockets import admin_path
 from ucm.testing.blocks import chain, put, tiny_spec
@@ -291,3 +294,23 @@ def test_options_of_doctor_stand_behind_the_command(ucm: Runner) -> None:
     result = ucm("doctor", "--json", "kernels")
     assert result.code == 2
     assert "ucm doctor kernels --json" in result.out + result.err
+
+
+def test_more_memory_than_the_machine_has_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_memory(MemoryConfig(capacity_bytes=1 << 20))
+    assert not caplog.records
+    warn_of_memory(MemoryConfig(capacity_bytes=1 << 50))
+    assert "memory.capacity_bytes is 1024 TiB, the machine has " in caplog.text
+
+
+def test_a_containers_limit_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(serve, "_CGROUP_LIMIT", limit)
+    limit.write_text("max\n")
+    warn_of_memory(MemoryConfig(capacity_bytes=1 << 30))
+    assert not caplog.records
+    limit.write_text(f"{1 << 20}\n")
+    warn_of_memory(MemoryConfig(capacity_bytes=1 << 30))
+    assert "memory.capacity_bytes is 1 GiB, the machine has 1 MiB" in caplog.text

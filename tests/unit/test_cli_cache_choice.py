@@ -51,7 +51,8 @@ def test_what_the_option_may_name(tmp_path: Path) -> None:
         reached_cache(tmp_path / "ucm.sock", 1.0),
     ):
         pass
-    for folder in (tmp_path, tmp_path / "to-be-made"):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "empty", tmp_path / "to-be-made"):
         with reached_cache(folder, 1.0) as factory:
             assert factory is not None
             with factory() as cache:  # type: ignore[attr-defined]
@@ -89,7 +90,8 @@ def test_a_folder_that_is_in_use_says_by_whom(
         code, err = run_generate(tiny, path, monkeypatch, capsys)
         where = daemon.config.service.socket_path
     assert code == 2
-    assert f"process {os.getpid()}, a daemon that serves at {where}: name that socket" in err
+    assert f"process {os.getpid()}, a daemon that serves at {where}: stop the daemon" in err
+    assert "clients of its store name that socket instead of the folder" in err
     assert len(err.splitlines()) == 1
     with ucm.open(path):
         code, err = run_generate(tiny, path, monkeypatch, capsys)
@@ -118,10 +120,57 @@ def test_a_socket_will_do_for_a_folder(tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
         assert socket_or_folder(None, path) == socket_or_folder(path, None) == (path, None)
+        with pytest.raises(ConfigError, match=r"itself: \S+/a\.sock$"):
+            socket_or_folder(None, folder / "a.sock.lock")
         assert socket_or_folder(None, folder / "absent.sock") == (folder / "absent.sock", None)
     assert socket_or_folder(None, tmp_path) == (None, tmp_path)
     with pytest.raises(ConfigError, match="either --socket or --cache"):
         socket_or_folder(tmp_path, tmp_path)
+
+
+def test_a_new_folder_may_be_called_anything(tmp_path: Path) -> None:
+    for name in ("x" * 150, "my.lock", "site.admin", "front.door"):
+        assert socket_or_folder(None, tmp_path / name) == (None, tmp_path / name)
+    with pytest.raises(ConfigError, match="File name too long"):
+        socket_or_folder(None, tmp_path / ("x" * 300))
+
+
+def test_a_folder_with_hidden_files_only_is_empty(tmp_path: Path) -> None:
+    (tmp_path / ".gitkeep").touch()
+    with reached_cache(tmp_path, 1.0) as factory:
+        assert factory is not None
+        factory().close()
+
+
+@pytest.mark.parametrize("command", ["generate", "add", "ls"])
+def test_no_store_is_made_among_documents(
+    command: str,
+    tiny: Path,
+    tmp_path: Path,
+    no_model: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a.md", "b.md", "c.md"):
+        (texts / name).write_text("a text")
+    arguments = ["collection", command, "docs", "--cache", str(texts)]
+    if command == "add":
+        arguments += [str(texts), "--model", str(tiny)]
+    if command == "generate":
+        code, err = run_generate(tiny, texts, monkeypatch, capsys)
+    else:
+        monkeypatch.setattr("sys.argv", ["ucm", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code, err = ended.value.code, capsys.readouterr().err
+    assert code == 2
+    assert err == (
+        f"ucm: --cache {texts}: not a data folder, it holds a.md and 2 more; name an empty folder "
+        "or a new one\n"
+    )
+    assert sorted(path.name for path in texts.iterdir()) == ["a.md", "b.md", "c.md"]
 
 
 def test_loading_is_told_on_a_terminal_only(

@@ -116,6 +116,18 @@ def test_rm_of_documents(ucm: Runner, cache: RemoteCache) -> None:
     assert "no such document: a.txt" in ucm("rm", "docs", "a.txt").out
 
 
+def test_rm_by_a_relative_path_says_the_name(ucm: Runner, socket: Path, cache: RemoteCache) -> None:
+    """`add` names documents by their absolute paths."""
+    name = str(Path("docs/x.md").absolute())
+    with AdminClient(socket) as admin:
+        keys = chain(NAMESPACE, 2, 7)
+        admin.collections.put_document("docs", document(NAMESPACE, name, keys))
+    outcome = ucm("rm", "docs", "docs/x.md")
+    assert outcome.code == ExitCode.CHECK_FAILED
+    assert f"docs/x.md; did you mean {name}? See `ucm collection ls docs`" in outcome.out
+    assert "no such document: y; see `ucm collection ls docs`" in ucm("rm", "docs", "y").out
+
+
 def test_rm_that_a_reader_holds_up(ucm: Runner, cache: RemoteCache) -> None:
     handle = cache.open_namespace(tiny_spec())
     with loaded(cache, handle, chain(NAMESPACE, 2, 0)):

@@ -106,6 +106,14 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
+def test_every_setting_of_bytes_is_a_size() -> None:
+    names = [name for name in FIELD_TYPES if "bytes" in name]
+    assert "service.inflight_bytes_per_session" in names
+    for name in names:
+        found = parse_value(name, "3MiB", FIELD_TYPES[name], origin="test", base=Path())
+        assert found == 3 * MIB, name
+
+
 @pytest.mark.parametrize("text", ["", "GiB", "4 XiB", "-1", "4GiB4", "0x10", "1e9", "٣x"])
 def test_texts_that_are_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match=r".*"):
@@ -116,7 +124,9 @@ def test_texts_that_are_no_sizes(text: str) -> None:
     ("text", "message"),
     [
         ("[sevice]\nmax_sessions = 1\n", r"unknown section \[sevice\]; did you mean service\?"),
-        ("[memory]\ncapacity = 1\n", r"unknown key 'capacity' in \[memory\]"),
+        ("[memory]\ncapacity = 1\n", r"\[memory\]; did you mean capacity_bytes\?$"),
+        ("capacity_bytes = 1\n", r"before any section; write it below \[memory\], \[nvme\]"),
+        ("[memory]\ncapacity_bytes = 1GiB\n", r'into quotes: capacity_bytes = "1GiB"$'),
         ("[nvme]\nio_thread = 1\n", r"unknown key 'io_thread' .* did you mean io_threads\?"),
         ("service = 1\n", r"service must be a section"),
         ("[service\n", r"is not valid TOML"),

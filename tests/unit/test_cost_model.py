@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from ucm.cost_model import CostModel, CostOptions, OverlapReport
+from ucm.cost_model import CostModel, CostOptions
 from ucm.errors import ConfigError
 from ucm.testing.load_simulator import SimulatedMachine
 from ucm.types import LoadMode, TierKind
@@ -90,17 +90,30 @@ def test_contention_is_what_passes_lose_beyond_their_stalls() -> None:
     assert model.contention_s(10**9) == pytest.approx(0.4, rel=0.2)
 
 
-def test_passes_that_only_waited_teach_no_contention() -> None:
+def test_passes_that_lost_nothing_teach_no_contention() -> None:
     machine = SimulatedMachine(bytes_per_s=10e6)
     model = taught(machine, noise=0.02)
     alone_s = machine.pass_seconds(0, 512)
     for _ in range(20):
-        model.observe_stall(
-            OverlapReport(
-                parts=((0, 512),), seconds=alone_s + 3.0, stall_s=3.0, loaded_bytes=50 * MIB
-            )
-        )
+        model.observe_pass(((0, 512),), alone_s, loaded_bytes=50 * MIB)
     assert model.contention_s(50 * MIB) < 0.1 * alone_s
+
+
+def test_short_passes_behind_loads_tell_what_a_pass_costs() -> None:
+    """Where nearly all is loaded, they are all there is; a pass of its own costs a tenth of one."""
+    machine = SimulatedMachine(token_s=1e-3, pass_s=0.096, contention_s_per_byte=1.2e-9)
+    model, size = CostModel(), 40 * MIB
+    for start in range(0, 2048, 512):
+        model.observe_compute(start, 512, machine.pass_seconds(start, start + 512))
+    lost_s = size * machine.contention_s_per_byte
+    for start in (900, 1800, 450):
+        alone_s = machine.pass_seconds(start, start + 128)
+        model.observe_pass(((start, 128),), alone_s)
+        model.observe_pass(((start, 128),), alone_s + lost_s, loaded_bytes=size)
+    for count in (64, 256):
+        expected = machine.pass_seconds(900, 900 + count)
+        assert model.compute_s(900, 900 + count) == pytest.approx(expected, rel=0.05)
+    assert model.contention_s(size) == pytest.approx(lost_s, rel=0.2)
 
 
 def test_rates_beside_a_computation_stand_in_for_each_other() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from ucm.engine.loading import load_model
 from ucm.engine.sampling import SamplingParams
 from ucm.testing.models import write_tiny_model
 from ucm.testing.reference import DOCS
@@ -41,10 +40,10 @@ def test_a_context_larger_than_the_pool(
 def test_a_certificate_and_where_its_numbers_are(tmp_path: Path) -> None:
     """The example of docs/sparse-certificates.md as it stands there."""
     text = (DOCS / "sparse-certificates.md").read_text()
-    lines = text.partition("    from ucm.engine")[2].partition("\n\nAll options")[0]
-    loaded = load_model(write_tiny_model(tmp_path / "m"))
-    names: dict[str, Any] = {"model": loaded.model, "tokenizer": loaded.tokenizer}
-    exec(textwrap.dedent("    from ucm.engine" + lines), names)
+    lines = text.partition("    from ucm import")[2].partition("\n\nAll options")[0]
+    lines = lines.replace('"smollm2-135m"', repr(str(write_tiny_model(tmp_path / "m"))))
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent("    from ucm import" + lines), names)
     with names["engine"] as engine:
         prompt = [3 + (i * i + 7 * i) % 90 for i in range(1100)]
         engine.generate_all([prompt], SamplingParams(max_tokens=3, ignore_eos=True))
@@ -124,7 +123,7 @@ def test_reuse_in_twenty_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "TEXTS": list(CORPUS.values()),
     }
     stands_in = {
-        '"rag-store", ["..."]': "STORE, TEXTS",
+        '"rag-store", [Path("README.md").read_text()]': "STORE, TEXTS",
         'model_hub.resolve("smollm2-135m")': "MODEL",
     }
     for written, name in stands_in.items():

@@ -132,7 +132,9 @@ def test_a_namespace_comes_with_its_arena_read_only(house: House) -> None:
 def test_the_arenas_descriptor_cannot_be_written_through(house: House) -> None:
     with house.raw() as sock:
         sock.send(HELLO.SerializeToString())
-        socket.recv_fds(sock, MAX_PACKET_BYTES, 1)
+        _, others, _, _ = socket.recv_fds(sock, MAX_PACKET_BYTES, 3)
+        for each in others:
+            os.close(each)
         request = pb.OpenNamespace(spec=spec_to_wire(SPEC), namespace=SPEC.fingerprint())
         sock.send(pb.DoorRequest(open_namespace=request).SerializeToString())
         _, (fd,), _, _ = socket.recv_fds(sock, MAX_PACKET_BYTES, 1)
@@ -263,8 +265,10 @@ def test_a_bad_request_after_hello_ends_the_session(house: House) -> None:
     for packet in (b"\xff\xff", HELLO.SerializeToString(), bytes(MAX_PACKET_BYTES + 1)):
         with house.raw() as sock:
             sock.send(HELLO.SerializeToString())
-            _, fds, _, _ = socket.recv_fds(sock, MAX_PACKET_BYTES, 1)
-            os.close(fds[0])
+            _, fds, _, _ = socket.recv_fds(sock, MAX_PACKET_BYTES, 3)
+            assert len(fds) == 3
+            for fd in fds:
+                os.close(fd)
             sock.send(packet)
             assert isinstance(error_of(sock), InvalidArgumentError)
             assert sock.recv(1) == b""
@@ -339,11 +343,14 @@ def test_a_daemon_that_passes_less_memory_than_it_says_is_not_believed(folder: P
         sock, _ = listener.accept()
         sock.recv(MAX_PACKET_BYTES)
         welcome = pb.Welcome(
-            protocol_version=PROTOCOL_VERSION, token=bytes(32), staging_bytes=1 << 20
+            protocol_version=PROTOCOL_VERSION,
+            token=bytes(32),
+            staging_bytes=1 << 20,
+            board_bytes=4096,
         )
         fd = os.memfd_create("short")
         os.ftruncate(fd, 4096)
-        socket.send_fds(sock, [pb.DoorReply(welcome=welcome).SerializeToString()], [fd])
+        socket.send_fds(sock, [pb.DoorReply(welcome=welcome).SerializeToString()], [fd] * 3)
         os.close(fd)
         sock.close()
 

@@ -10,6 +10,7 @@ import torch
 
 from ucm.engine.hook import LoadRequest, LoadStart
 from ucm.testing.fake_loading_hook import LoadScript
+from ucm.testing.fake_model import FakeConfig, FakeModel, reference_tokens
 from ucm.testing.virtual_engine import (
     NUM_SLABS,
     OTHER,
@@ -68,6 +69,16 @@ def test_a_load_alone_is_followed_layer_by_layer() -> None:
     assert report.stall_s == pytest.approx(NUM_SLABS * 0.02)
     assert report.seconds == pytest.approx(NUM_SLABS * 0.02 + 0.01)
     assert (report.parts, report.num_decodes) == ((), 1)
+
+
+def test_a_pass_looks_whether_all_is_there_and_waits_for_what_is_not() -> None:
+    """The last layers come while the pass computes: its end finds nothing wrong."""
+    config = FakeConfig(num_layers=6)
+    late = LoadScript(slab_us=(0,) * 16 + (STEP_US // 50,) * 32)
+    bench = VirtualEngine(late, config=config)
+    request = bench.add(PROMPT)
+    bench.run()
+    assert bench.tokens(request) == reference_tokens(FakeModel(config), PROMPT, greedy())
 
 
 def test_a_step_is_reported_by_its_parts() -> None:
@@ -306,6 +317,17 @@ def test_computing_from_the_front_meets_a_load_from_the_back(name: str, chunk: i
         assert 8 <= timings.num_hook_tokens <= 28
     if name == "an inner part":
         assert timings.num_hook_tokens <= 20
+
+
+def test_a_pass_that_leaves_the_load_nothing_runs_on_behind_it() -> None:
+    bench = VirtualEngine(BACK_SCRIPTS["slowly"])
+    object.__setattr__(bench.engine.options.scheduler, "prefill_chunk_tokens", 12)
+    prompt = [*PROMPT, 5, 6, 7]
+    request = bench.add(prompt)
+    bench.run()
+    assert bench.tokens(request) == expect(prompt)
+    passes = [size for size in bench.model.batch_sizes if size > 1]
+    assert passes == [12, 12, 12], "as without a cache, though 32 tokens were to be loaded"
 
 
 def test_others_run_while_a_hybrid_is_under_way() -> None:

@@ -14,6 +14,7 @@ from ucm.errors import CorruptionError
 from ucm.testing.fake_hook import DictHook
 from ucm.testing.fake_model import FakeModel, FakeTokenizer
 from ucm.testing.virtual_engine import (
+    MODEL,
     PROMPT,
     VirtualEngine,
     computed_blocks,
@@ -81,7 +82,7 @@ def test_stores_follow_the_pass_and_hold_what_was_computed() -> None:
     hook.join()
     assert result.outputs[0].token_ids == expect(PROMPT)
     assert hook.copied_during_pass, "nothing was copied before its pass was over"
-    expected = computed_blocks()
+    expected = computed_blocks(MODEL.config)
     shared = [key for key in hook.blocks if key in expected]
     assert len(shared) == 8
     for key in shared:

@@ -6,11 +6,12 @@ import dataclasses
 import errno
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from ucm import layer_reader
 from ucm.clock import SimClock
 from ucm.errors import InvalidArgumentError
 from ucm.layer_reader import LayerReader, ReaderOptions
@@ -315,6 +316,23 @@ def test_the_plans_limit_is_kept_to(file: ExtentFile, io: FileIo) -> None:
     assert quick.wait_layer(LAST, WAIT_S) == NUM_BLOCKS
     owed = limit.take(0)  # the clock stood still: it knows what was read beyond the burst
     assert owed == pytest.approx((NUM_BLOCKS - 1) * PAGE_LAYOUT.block_bytes / 1e6)
+
+
+def test_the_first_read_does_not_wait_for_the_other_threads(
+    file: ExtentFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated = GatedIo()
+    start_thread = layer_reader._started
+
+    def start_behind_a_read(run: Callable[[], None], number: int) -> bool:
+        return (number == 0 or gated.wait_arrived()) and start_thread(run, number)
+
+    monkeypatch.setattr(layer_reader, "_started", start_behind_a_read)
+    reader = reader_of(file, SlabPool(PAGE_LAYOUT, NUM_BLOCKS), gated, ONE_LAYER)
+    reader.start()
+    assert gated.wait_arrived(2)
+    gated.open_gate()
+    assert reader.wait_layer(LAST, WAIT_S) == NUM_BLOCKS
 
 
 def test_readers_share_a_limit_of_threads(

@@ -12,7 +12,7 @@ from ucm.client import connect
 from ucm.clock import SimClock
 from ucm.connectors.circuit_breaker import BreakerOptions, BreakerState
 from ucm.connectors.deadline import DeadlineCaller
-from ucm.connectors.link import Connection, Link, LinkOptions
+from ucm.connectors.link import CallKind, Connection, Link, LinkOptions
 from ucm.connectors.session import CacheSession, SessionOptions
 from ucm.connectors.session_stats import StatsCounter
 from ucm.errors import CapacityError, TierUnavailableError
@@ -57,7 +57,7 @@ def test_a_daemon_that_answers_lookups_only_is_given_up() -> None:
         with connected(lambda: connect(path, timeout_s=2)) as (link, caller):
             daemon._engine.stop(0).wait()
             for _ in range(2):
-                found = link.attempt(caller, look_up, 5.0, is_proof=False)
+                found = link.attempt(caller, look_up, 5.0, kind=CallKind.LOOKUP)
                 assert found.error is None
                 assert link.attempt(caller, load, 5.0).error is not None
                 assert not link.is_open() or link.needs_check()
@@ -74,9 +74,22 @@ def test_an_answer_that_is_no_proof_clears_no_suspicion(error: CapacityError | N
             link.attempt(caller, load, 5.0)
             if error is not None:
                 cache.fail["lookup"] = error
-            link.attempt(caller, look_up, 5.0, is_proof=False)
+            link.attempt(caller, look_up, 5.0, kind=CallKind.LOOKUP)
             assert not link.is_open() or link.needs_check()
         assert link.breaker.state is BreakerState.OPEN
+
+
+def test_a_load_that_is_refused_keeps_loads_away_and_nothing_else() -> None:
+    cache = FakeCache()
+    with connected(lambda: cache) as (link, caller):
+        cache.fail["begin_load"] = CapacityError("busy", retry_after_s=2.0)
+        link.attempt(caller, load, 5.0, kind=CallKind.LOAD)
+        assert (link.takes_calls(), link.takes_loads()) == (True, False)
+        assert isinstance(link._clock, SimClock)
+        link._clock.advance_us(2_000_000)
+        assert link.takes_loads()
+        link.attempt(caller, load, 5.0)
+        assert (link.takes_calls(), link.takes_loads()) == (False, False)
 
 
 def test_what_a_session_matches_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:

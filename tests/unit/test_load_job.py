@@ -60,14 +60,13 @@ class Desk:
         return self.held.clear
 
     def reader(self, plan: LoadPlan, options: ReaderOptions) -> LayerReader:
-        reader = LayerReader(plan, PAGE_LAYOUT, self.pool, self._io, options)
-        reader.start()
-        return reader
+        return LayerReader(plan, PAGE_LAYOUT, self.pool, self._io, options)
 
     def stuck_reader(self, plan: LoadPlan, options: ReaderOptions) -> LayerReader:
-        reader = StuckReader(plan, PAGE_LAYOUT, self.pool, self._io, options)
-        reader.start()
-        return reader
+        return StuckReader(plan, PAGE_LAYOUT, self.pool, self._io, options)
+
+    def eager_reader(self, plan: LoadPlan, options: ReaderOptions) -> LayerReader:
+        return EagerReader(plan, PAGE_LAYOUT, self.pool, self._io, options)
 
     def open(self, plan: LoadPlan | None = None) -> bool:
         return self.job.open(plan or self.file.plan(), self.reader)
@@ -79,6 +78,14 @@ class StuckReader(LayerReader):
     def cancel(self, timeout_s: float = 0.0) -> bool:
         super().cancel(timeout_s)
         return False
+
+
+class EagerReader(LayerReader):
+    """One that has read what there is before whoever starts it runs on."""
+
+    def start(self, on_progress: Callable[[], None] | None = None) -> None:
+        super().start(on_progress)
+        assert wait_for(lambda: self.is_done)
 
 
 def lacking_last(plan: LoadPlan) -> LoadPlan:
@@ -154,6 +161,34 @@ def test_a_load_to_which_something_comes_goes_on_for_longer_than_patience(
     assert desk.job.end().num_good == NUM_BLOCKS
 
 
+@pytest.mark.parametrize("num_ready", range(1, LAST + 1))
+def test_a_layer_is_good_when_it_is_there_not_when_the_one_before_is(
+    tmp_path: Path, num_ready: int
+) -> None:
+    class HalfwayReader(LayerReader):
+        """One that has read so many layers and reads no more."""
+
+        def start(self, on_progress: Callable[[], None] | None = None) -> None:
+            pass
+
+        def num_layers_ready(self) -> int:
+            return num_ready
+
+        def wait_layer(self, layer: int, timeout_s: float) -> int:
+            return NUM_BLOCKS if layer < num_ready else 0
+
+    desk = Desk(tmp_path, LoadKind.LOAD_ALL, PosixFileIo(io_threads=1), PATIENCE_S)
+    target = desk.pool
+    assert desk.job.open(
+        desk.file.plan(),
+        lambda plan, options: HalfwayReader(
+            plan, PAGE_LAYOUT, target, PosixFileIo(io_threads=1), options
+        ),
+    )
+    counts = [desk.job.wait_layer(layer) for layer in range(LAST + 1)]
+    assert counts == [NUM_BLOCKS] * num_ready + [0] * (LAST + 1 - num_ready)
+
+
 def test_a_cache_that_never_answers_costs_no_more_than_patience(tmp_path: Path) -> None:
     desk = Desk(tmp_path, LoadKind.LOAD_ALL, PosixFileIo(io_threads=1), PATIENCE_S)
     assert not desk.job.state().is_done
@@ -195,13 +230,12 @@ def test_in_layers_a_plan_without_the_last_block_is_loaded_as_far_as_it_goes(
 
 
 def test_what_was_claimed_before_the_plan_came_is_never_written(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, LoadKind.HYBRID, PosixFileIo(io_threads=1), LONG_S)
-    end = desk.job.claim(0, 2)
-    assert 0 <= end <= 2
-    assert desk.open()
+    desk = Desk(tmp_path, LoadKind.HYBRID, PosixFileIo(io_threads=1), PATIENCE_S / 10)
+    assert wait_for(lambda: desk.job.claim(0, 2) == 2)
+    assert desk.job.open(desk.file.plan(), desk.eager_reader)
     assert wait_for(lambda: desk.job.state().is_done)
-    assert desk.job.end().num_good == NUM_BLOCKS - end
-    for number in range(end):
+    assert desk.job.end().num_good == NUM_BLOCKS - 2
+    for number in range(2):
         assert all(desk.pool.is_untouched(layer, number) for layer in range(LAST + 1))
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from ucm.bench.policy import PolicyBenchOptions, policy_bench_table, run_policy_bench
 from ucm.bench.synthetic import SyntheticOptions
 from ucm.bench.traces import TraceRequest, write_mooncake
-from ucm.cli import app
+from ucm.cli import app, main
 from ucm.config import POLICY_NAMES
 from ucm.errors import ConfigError
 
@@ -95,3 +95,23 @@ def test_the_command_ends_with_one_json_object(tmp_path: Path) -> None:
     assert {name: list(sizes) for name, sizes in result["policies"].items()} == {"lru": ["0.3"]}
     assert result["policies"]["lru"]["0.3"]["hit_ratio"] > 0
     assert result["parameters"]["admission"] == "second-touch"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--trace", "caht"), "--trace caht: no such file, and none of chat, "),
+        (("--size", "10"), "--size 10: a share of the working set, above 0 and up to 1"),
+    ],
+)
+def test_what_is_mistyped_is_named(
+    arguments: tuple[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ucm", "bench", "policy", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

@@ -132,6 +132,33 @@ def test_the_operators_socket_has_no_cache(admin_channel: grpc.Channel, method: 
     assert code is grpc.StatusCode.PERMISSION_DENIED
 
 
+@pytest.mark.parametrize("error", [errors.CapacityError("no room"), errors.CorruptionError("x")])
+def test_a_load_that_fails_gives_its_place_back(
+    daemon: Daemon,
+    cache: RemoteCache,
+    monkeypatch: pytest.MonkeyPatch,
+    error: errors.UcmError,
+) -> None:
+    handle = cache.open_namespace(tiny_spec())
+    keys = chain(handle.id, 2)
+    put(cache, handle, keys)
+    gate = daemon.engine_service._gate
+    inside: list[int] = []
+
+    def fail(*_args: object, **_options: object) -> None:
+        inside.append(gate.num_inside)
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(daemon.manager, "prepare_load", fail)
+        for _ in range(3):
+            with pytest.raises(type(error)):
+                cache.prepare_load(handle.id, keys, timeout_s=1)
+    assert (inside, gate.num_inside) == ([1] * 3, 0)
+    cache.complete_load(cache.prepare_load(handle.id, keys, timeout_s=1).id)
+    assert gate.num_inside == 0
+
+
 def test_a_token_dies_with_its_session(daemon: Daemon, channel: grpc.Channel) -> None:
     cache = connect(daemon.config.service.socket_path, timeout_s=5)
     metadata = cache._metadata

@@ -10,8 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from ucm.errors import ConfigError
-from ucm.sockets import MAX_PATH_BYTES, SocketFolder, admin_path, door_path, grpc_target
+from ucm.admin import AdminClient
+from ucm.client import connect
+from ucm.errors import ConfigError, PermissionDeniedError
+from ucm.sockets import (
+    MAX_PATH_BYTES,
+    SocketFolder,
+    admin_path,
+    check_socket_path,
+    door_path,
+    grpc_target,
+)
 from ucm.testing.daemon import short_folder
 
 
@@ -34,6 +43,11 @@ def test_the_folder_is_made_for_user_and_group_only(folder: Path) -> None:
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o750
     claimed.close()
     claimed.close()
+
+
+def test_a_name_that_no_file_can_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match="choose a shorter one"):
+        check_socket_path(Path("/tmp") / ("x" * 300))
 
 
 def test_the_longest_path_works_and_one_more_is_refused(folder: Path) -> None:
@@ -107,3 +121,22 @@ def test_a_folder_that_is_a_link_or_a_file_is_refused(folder: Path) -> None:
 
 def test_special_characters_are_escaped_for_grpc() -> None:
     assert grpc_target(Path("/tmp/a b%20c")) == "unix:/tmp/a%20b%2520c"
+
+
+@pytest.mark.parametrize("claim", [SocketFolder, AdminClient, connect])
+def test_what_is_no_socket_is_told_as_what_it_is(folder: Path, claim: type) -> None:
+    with pytest.raises(ConfigError, match=r"is a folder, not a socket: name .*/ucm\.sock$"):
+        claim(folder)
+    for suffix in ("door", "admin", "lock"):
+        with pytest.raises(ConfigError, match=r"name the socket itself: \S+/ucm\.sock$"):
+            claim(folder / f"ucm.sock.{suffix}")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_socket_in_a_folder_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(PermissionDeniedError, match="ask as the daemon's user"):
+        check_socket_path(Path("/run/other/ucm.sock"))

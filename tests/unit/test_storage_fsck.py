@@ -13,6 +13,8 @@ import pytest
 
 from ucm.checksum import checksum
 from ucm.errors import ConfigError
+from ucm.storage import fsck
+from ucm.storage.folder import note_socket
 from ucm.storage.format import HEADER_BYTES
 from ucm.storage.fsck import FindingKind, FsckReport, check_store
 from ucm.storage.index import BlockIndex, IndexRecord
@@ -249,7 +251,23 @@ def test_it_does_not_run_beside_a_daemon_or_on_another_folder(path: Path, tmp_pa
         check_store(path / "lock", repair=True)
     assert list(tmp_path.iterdir()) == []
     store = NvmeStore(nvme_config(path, 8))
-    with pytest.raises(ConfigError, match="in use"):
+    with pytest.raises(ConfigError, match=r"in use by process [0-9]+: stop it first$"):
+        check_store(path, repair=False)
+    note_socket(path, tmp_path / "ucm.sock")
+    with pytest.raises(ConfigError, match=r"serves at \S+ucm.sock: stop it first$"):
         check_store(path, repair=False)
     store.close()
     assert check_store(path, repair=False).ok
+
+
+def test_the_folder_of_another_user(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsck, "current_uid", lambda: os.geteuid() + 1)
+    with pytest.raises(ConfigError, match=f"belongs to user {os.geteuid()}, .* as its owner"):
+        check_store(path, repair=True)
+
+    def refuse(_path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(ConfigError, match="check it as that user"):
+        check_store(path, repair=True)

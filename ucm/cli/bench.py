@@ -141,6 +141,13 @@ def policy(asked: PolicyOptions) -> None:
     from ucm.bench.synthetic import KINDS, SyntheticOptions
 
     made = asked.trace in KINDS
+    if not made and not Path(asked.trace).exists():
+        raise ConfigError(
+            f"--trace {asked.trace}: no such file, and none of {', '.join(KINDS)}, which are made"
+        )
+    for share in asked.size or ():
+        if not 0 < share <= 1:
+            raise ConfigError(f"--size {share:g}: a share of the working set, above 0 and up to 1")
     options = PolicyBenchOptions(
         trace_path=None if made else Path(asked.trace),
         synthetic=SyntheticOptions(kind=asked.trace if made else KINDS[0], seed=asked.seed),

@@ -69,7 +69,10 @@ class OverlapOptions:
             "pairs; about an hour.",
         ),
     ] = False
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each way; medians.")] = 1
+    repeats: Annotated[
+        int,
+        typer.Option(min=1, help="Runs of each way, at least; quick cells get three. Medians."),
+    ] = 1
     decode_rounds: Annotated[
         int | None,
         typer.Option(

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ucm
-from ucm.errors import CapacityError, ConfigError, TierUnavailableError
+from ucm.errors import (
+    CapacityError,
+    ConfigError,
+    PermissionDeniedError,
+    TierUnavailableError,
+)
+from ucm.sockets import check_socket_path
 
 if TYPE_CHECKING:
     from ucm.connectors.link import CacheFactory
@@ -29,7 +35,8 @@ def reached_cache(cache: Path | None, deadline_s: float) -> Iterator[CacheFactor
 
     Raises:
         TierUnavailableError: it is a socket, and nobody answers there.
-        ConfigError: it is neither a socket nor a folder, or another process has the folder open.
+        ConfigError: it is neither a socket nor a folder, the folder is somebody's, or another
+            process has it open.
     """
     if cache is None:
         yield None
@@ -38,6 +45,7 @@ def reached_cache(cache: Path | None, deadline_s: float) -> Iterator[CacheFactor
     if socket is not None:
         yield daemon_factory(socket, deadline_s)
         return
+    check_folder_is_ours(cache)
     if not cache.exists():
         print(f"--cache {cache}: nothing is there yet, a new store is made", file=sys.stderr)
     with ucm.open(cache) as store:
@@ -53,6 +61,7 @@ def daemon_factory(socket: Path, deadline_s: float) -> CacheFactory:
     """
     from ucm.client import connect
 
+    check_socket_path(socket)
     if not socket.exists():
         raise TierUnavailableError(
             f"{socket}: no daemon listens there; start one with `ucm serve --socket {socket}`, or "
@@ -77,16 +86,51 @@ def socket_or_folder(socket: Path | None, cache: Path | None) -> tuple[Path | No
 
     Raises:
         ConfigError: both are given, or a file that is neither.
+        PermissionDeniedError: it is in a folder that this user may not enter.
     """
     if socket is not None and cache is not None:
         raise ConfigError("give either --socket or --cache")
-    if cache is not None and cache.is_socket():
-        return cache, None
-    if cache is not None and cache.exists() and not cache.is_dir():
+    if cache is None or is_folder(cache):
+        return socket, cache
+    if cache.exists() or _SOCKET_SUFFIX in cache.suffixes[-2:]:
+        check_socket_path(cache)  # a door, or a lock
+    if cache.exists() and not cache.is_socket():
         raise ConfigError(f"--cache {cache}: neither a folder nor a daemon's socket")
-    if cache is not None and cache.suffix == _SOCKET_SUFFIX and not cache.is_dir():
-        return cache, None
-    return socket, cache
+    return (cache, None) if cache.exists() or cache.suffix == _SOCKET_SUFFIX else (None, cache)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there.
+
+    Raises:
+        PermissionDeniedError: it is in one that this user may not enter.
+        ConfigError: no path can be like this.
+    """
+    try:
+        return path.is_dir()
+    except PermissionError as error:
+        raise PermissionDeniedError(
+            f"{path} is in a folder of another user: use a path of your own, or ask as that user"
+        ) from error
+    except OSError as error:  # a name that is too long
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def check_folder_is_ours(folder: Path) -> None:
+    """Refuse to make a store among other things: the folder of documents that was meant elsewhere.
+
+    Raises:
+        ConfigError: there is something in it, and no store.
+    """
+    from ucm.storage.folder import strangers
+
+    foreign = [name for name in strangers(folder) if not name.startswith(".")]
+    if foreign:
+        others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise ConfigError(
+            f"--cache {folder}: not a data folder, it holds {foreign[0]}{others}; name an empty "
+            "folder or a new one"
+        )
 
 
 def say_loading(model: Path) -> None:

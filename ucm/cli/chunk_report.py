@@ -132,12 +132,13 @@ def unstored_hint(fates: Sequence[ChunkFate]) -> str | None:
     )
 
 
-def reuse_line(report: ReuseReport, *, is_cached: bool = True) -> str:
+def reuse_line(report: ReuseReport, *, is_cached: bool = True, is_kept: bool = True) -> str:
     """What reuse did for a request, for people.
 
     Args:
         report: of the request.
-        is_cached: whether a cache keeps the chunks for the next one.
+        is_cached: whether there is a cache to keep the chunks for the next one.
+        is_kept: whether it kept all of them; `unstored_hint` says which it did not.
     """
     if report.fallback is not None:
         reason = _REASONS.get(report.fallback.value, report.fallback.value)
@@ -145,11 +146,12 @@ def reuse_line(report: ReuseReport, *, is_cached: bool = True) -> str:
     tokens = report.num_chunk_tokens
     if not tokens:
         return "chunks: nothing to reuse, the prefix cache had the whole prompt"
+    savings = _savings(report, is_cached=is_cached, is_kept=is_kept)
     line = (
         f"chunks: {tokens:,} tokens ({report.num_loaded_tokens:,} loaded, "
         f"{report.num_found_tokens:,} in the pool, {report.num_encoded_tokens:,} computed for "
         f"the first time); {report.cost:.0%} of the work repeated in "
-        f"{1e3 * report.seconds:,.0f} ms, {_savings(report, is_cached=is_cached)}"
+        f"{1e3 * report.seconds:,.0f} ms, {savings}"
     )
     if report.drift is not None:
         line += f"; drift {report.drift:.2f}"
@@ -158,10 +160,12 @@ def reuse_line(report: ReuseReport, *, is_cached: bool = True) -> str:
     return line
 
 
-def _savings(report: ReuseReport, *, is_cached: bool) -> str:
+def _savings(report: ReuseReport, *, is_cached: bool, is_kept: bool) -> str:
     """A first run computes the chunks besides the prompt: it saves nothing, the next one does."""
     if report.num_saved_tokens > 0 or not report.num_encoded_tokens:
         return f"{max(0.0, report.num_saved_tokens):,.0f} tokens' worth saved"
+    if is_cached and not is_kept:
+        return "nothing saved: this run computed them"
     if is_cached:
         return "nothing saved yet: this run computed and stored them, the next one loads them"
     return "nothing saved: without --cache nobody keeps them for the next run"

@@ -7,6 +7,7 @@ import re
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -15,10 +16,10 @@ from rich.table import Table
 
 import ucm
 from ucm.collection_api import check_time
-from ucm.errors import ConfigError, InvalidArgumentError
+from ucm.errors import ConfigError, InvalidArgumentError, UcmError
 
 from . import collection_add
-from .cache_choice import socket_or_folder
+from .cache_choice import check_folder_is_ours, socket_or_folder
 from .console import ExitCode, print_json, table_console
 from .option_class import takes_options
 from .options import ConfigOption, FolderOption, JsonOption, SocketOption, loaded_config
@@ -64,7 +65,7 @@ def _connect(where: _Where) -> Iterator[CollectionApi]:
     """The collections of a daemon's store, or of a folder that no daemon has open.
 
     Raises:
-        ConfigError: both are named, or the folder is not there.
+        ConfigError: both are named, or the folder is not there or no data folder.
     """
     socket, folder = socket_or_folder(where.socket, where.cache)
     if folder is None:
@@ -76,6 +77,7 @@ def _connect(where: _Where) -> Iterator[CollectionApi]:
         return
     if not folder.is_dir():
         raise ConfigError(f"--cache {folder}: no such folder; --socket names a daemon")
+    check_folder_is_ours(folder)
     with ucm.open(folder) as store:
         yield store.collections
 
@@ -194,12 +196,29 @@ def remove_command(options: _Removal) -> None:
     with _connect(options) as collections:
         answer = collections.remove(options.name, ids, timeout_s=options.timeout_s)
         problems = collections.deletions().problems
+        meant = {} if options.as_json else _meant(collections, options.name, answer.missing)
     if options.as_json:
         print_json({"collection": options.name, **asdict(answer), "problems": problems})
     else:
         _show_removal(answer, problems)
+        for each in answer.missing:
+            hint = f"did you mean {meant[each]}? See" if each in meant else "see"
+            line = f"no such document: {each}; {hint} `ucm collection ls {options.name}`"
+            Console(soft_wrap=True, highlight=False).print(line, markup=False)
     if answer.deletion.num_waiting or answer.missing:
         raise typer.Exit(ExitCode.CHECK_FAILED)
+
+
+def _meant(collections: CollectionApi, name: str, missing: tuple[str, ...]) -> dict[str, str]:
+    """Documents by the relative paths that they were asked for by: `add` names absolute ones."""
+    if not missing:
+        return {}
+    try:
+        known = {each.id for each in collections.list_documents(name)}
+    except UcmError:  # nothing is left of the collection; and it is only a hint
+        return {}
+    paths = {each: str(Path(each).absolute()) for each in missing}
+    return {each: path for each, path in paths.items() if path in known}
 
 
 def _show_removal(answer: RemoveAnswer, problems: tuple[str, ...]) -> None:
@@ -211,8 +230,6 @@ def _show_removal(answer: RemoveAnswer, problems: tuple[str, ...]) -> None:
         f"{deletion.num_waiting} wait for the end of a lease or the disk, "
         f"{deletion.num_kept} stay because other documents have them"
     )
-    for each in answer.missing:
-        console.print(f"no such document: {each}; see `ucm collection ls`", markup=False)
     for problem in problems:
         console.print(f"problem: {problem}", style="bold red", markup=False)
 

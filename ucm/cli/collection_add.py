@@ -17,6 +17,7 @@ import ucm
 from ucm import model_hub
 from ucm.collection_api import CollectionApi, check_collection_name
 from ucm.errors import TierUnavailableError
+from ucm.sockets import check_socket_path
 from ucm.text_files import (
     DEFAULT_ENCODING,
     SkippedFile,
@@ -27,7 +28,13 @@ from ucm.text_files import (
     read_text,
 )
 
-from .cache_choice import daemon_factory, say_loading, sessions_of, socket_or_folder
+from .cache_choice import (
+    check_folder_is_ours,
+    daemon_factory,
+    say_loading,
+    sessions_of,
+    socket_or_folder,
+)
 from .console import ExitCode, print_json
 from .option_class import takes_options
 from .options import (
@@ -203,10 +210,12 @@ def _store(options: AddOptions) -> Iterator[tuple[Callable[[], CacheApi], Collec
 
     Raises:
         TierUnavailableError: no daemon listens there.
-        ConfigError: both a daemon and a folder are named, or what is neither.
+        ConfigError: both a daemon and a folder are named, what is neither, or a folder of
+            other things.
     """
     socket, folder = socket_or_folder(options.socket, options.cache)
     if folder is not None:
+        check_folder_is_ours(folder)
         with ucm.open(folder) as store:
             yield sessions_of(store), store.collections
         return
@@ -214,6 +223,7 @@ def _store(options: AddOptions) -> Iterator[tuple[Callable[[], CacheApi], Collec
 
     found = loaded_config(options.config, service__socket_path=socket)
     path = found.config.service.socket_path
+    check_socket_path(path)
     if not path.is_socket():
         raise TierUnavailableError(
             f"no daemon listens at {path}; start it with `ucm serve --socket {path}`, name another "

@@ -327,7 +327,8 @@ def _report(result: RequestResult, cached: CachedEngine, hint: str | None) -> No
         line += f", then {1 / timings.tpot_s:.1f} tokens/s"
     print(line, file=sys.stderr)
     if result.reuse is not None:
-        line = reuse_line(result.reuse, is_cached=cached.session is not None)
+        is_cached = cached.session is not None
+        line = reuse_line(result.reuse, is_cached=is_cached, is_kept=hint is None)
         print(line if hint is None else f"{line}\n{hint}", file=sys.stderr)
     if engine.sparse_stats is not None:
         print(sparse_line(engine.sparse_stats), file=sys.stderr)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from ucm.config import Config
+from ucm.config import Config, MemoryConfig
 
-from .console import print_json
+from .console import format_bytes, print_json
 from .options import (
     ConfigOption,
     JsonOption,
@@ -21,6 +22,10 @@ from .options import (
     StoreOption,
     loaded_config,
 )
+
+_log = logging.getLogger(__name__)
+
+_CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 
 command = typer.Typer(add_completion=False)
 
@@ -56,7 +61,30 @@ def serve(
         level=loaded.config.log.level,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    warn_of_memory(loaded.config.memory)
     _serve(loaded.config, as_json=as_json)
+
+
+def warn_of_memory(memory: MemoryConfig) -> None:
+    """Say so when the host-memory tier may outgrow the machine: it is sparse, so it would start."""
+    machine_bytes = _machine_bytes()
+    if memory.capacity_bytes > machine_bytes:
+        _log.warning(
+            "memory.capacity_bytes is %s, the machine has %s: the kernel may kill the daemon or "
+            "its clients before the store is full; lower it",
+            format_bytes(memory.capacity_bytes),
+            format_bytes(machine_bytes),
+        )
+
+
+def _machine_bytes() -> int:
+    """Memory of the machine, or of the container that this process is in."""
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = _CGROUP_LIMIT.read_text().strip()
+    except OSError:  # no cgroups, or of version 1
+        return machine_bytes
+    return min(machine_bytes, int(limit)) if limit.isdigit() else machine_bytes
 
 
 def _serve(config: Config, *, as_json: bool) -> None:

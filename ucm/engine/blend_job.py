@@ -3,7 +3,7 @@
     waits for       the prefix (ordinary passes, the cache) and for chunks that must be computed
     then, by layer  the layer's originals -> rows moved, some recomputed -> the sequence's blocks
     ends            the sequence goes on behind its chunks, as if they had been prefilled, or
-                    with the last token of a short query
+                    with the last token of a short query, whose logits it has then
 
 It is run in slices between the engine's passes. A chunk that is lost while it is loaded makes the
 job begin anew, once, when the chunk has been computed; the second time, as whenever reuse is not
@@ -47,9 +47,9 @@ from .sequence import TokenSequence
 Steps = Generator[BlendStep, None, BlendOutcome]
 
 MAX_QUERY_ROWS = 128
-"""Tokens of a query, its last one not counted, that are computed with the repair at most: rows
-added to a pass over the weights cost less than a pass of their own (SmolLM2-135M on two cores: 1
-row 23 ms, 96 rows 160 ms, 180 rows 290 ms, 276 rows 390 ms)."""
+"""Tokens of a query, its last one not counted, that are computed with the repair at most; a longer
+one is computed behind it. Rows added to a pass over the weights cost less than a pass of their own
+(SmolLM2-135M on two cores: 1 row 23 ms, 96 rows 160 ms, 180 rows 290 ms, 276 rows 390 ms)."""
 
 
 class Blend(Protocol):
@@ -187,8 +187,12 @@ class BlendJob:
     @property
     def _stop(self) -> int:
         """Position behind the last that is computed here."""
-        end = self.sequence.num_prompt - 1  # the last token's pass gives the logits
-        return end if end - self._span.stop <= MAX_QUERY_ROWS else self._span.stop
+        sequence = self.sequence
+        end = sequence.num_prompt - 1
+        if end - self._span.stop > MAX_QUERY_ROWS:
+            return self._span.stop
+        # The last token's logits are wanted unless tokens that were drawn already follow it.
+        return sequence.num_prompt if sequence.num_tokens == sequence.num_prompt else end
 
     @property
     def _wanted_layer(self) -> int:
@@ -291,7 +295,7 @@ class BlendJob:
         pool, own = self._parts.pool, self.sequence.block_ids
         size = self.sequence.block_tokens
         for index in range(start // size, self.sequence.num_blocks_for(stop)):
-            if pool.blocks.refs(own[index]) > 1 and not pool.blocks.num_available:
+            if not pool.may_make_writable(own[index]):
                 return False
             own[index] = pool.make_writable(own[index], max(0, start - index * size))
         return True
@@ -380,13 +384,19 @@ class BlendJob:
         """All rows are in place: the sequence goes on behind them."""
         assert self._rows is not None
         assert self._first is not None
+        assert self._outcome is not None
         with torch.inference_mode():
             self._rows.finish()
+            if self._outcome.last is not None:
+                logits = self._parts.model.logits(self._outcome.last)
+                # What is not finite is for a pass to find out, which can be repeated.
+                self.sequence.known_logits = logits if bool(logits.isfinite().all()) else None
         for _, original in self.originals:
             self._parts.shelf.settle(original)
         self._span.report = self._report(self._repaired(self._first))
         self.sequence.approximate_from = max(self.sequence.num_computed, self._span.start)
-        self.sequence.num_computed = self._stop
+        # A pass that computes nothing draws from logits that are known.
+        self.sequence.num_computed = min(self._stop, self.sequence.num_prompt - 1)
         self._span.is_over = True
         self._steps = self._rows = None
 

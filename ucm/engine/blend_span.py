@@ -5,7 +5,7 @@
 
 A chunk's tail, which fills no block, and text between chunks have no rows to reuse: they are
 computed in every layer, with what of the chunks is recomputed. So is a short query behind the
-span, but for the prompt's last token (`blend_job`).
+span (`blend_job`).
 """
 
 from __future__ import annotations

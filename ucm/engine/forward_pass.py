@@ -54,6 +54,11 @@ class PassParts:
     clock: Clock
 
 
+_LOOK_EVERY = 4
+"""Layers between two looks at whether a pass has anything left to wait for. A wait for a layer that
+is there costs 25 us, most of it caches that the layer before has emptied; a look a little more."""
+
+
 class LayerShortError(Exception):
     """A layer lacks slabs that the pass counted on; it never leaves this module."""
 
@@ -75,7 +80,10 @@ class _Gate:
     hook: GuardedHook
     clock: Clock
     loads: Sequence[Load]
+    num_layers: int
     progress: LayerClock | None
+    is_through: bool = False
+    """All layers of all loads are there: nothing is waited for any more."""
     stall_us: int = 0
     mark_us: int = field(default_factory=tracing.now_us)
     """Since when the current layer is computed, by the trace's clock."""
@@ -91,7 +99,7 @@ class _Gate:
         self.trace_layer(layer - 1)
         if self.progress is not None:
             self.progress.advance(layer)
-        if self.loads:
+        if self.loads and not self.is_through:
             self._wait(layer)
         self.mark_us = tracing.now_us()
 
@@ -116,6 +124,13 @@ class _Gate:
         ]
         if self.short:
             raise LayerShortError
+        if layer % _LOOK_EVERY == 1:
+            self.is_through = all(map(self._is_there, self.loads))
+
+    def _is_there(self, load: Load) -> bool:
+        state = self.hook.load_state(load.sequence.id)
+        is_complete = state.num_layers_ready >= self.num_layers
+        return is_complete and state.num_good_blocks >= load.num_blocks
 
 
 class ForwardPass:
@@ -154,13 +169,14 @@ class ForwardPass:
         others = attentions or {}
         while batch:
             progress = self._offers.begin_pass(batch)
-            gate = _Gate(self._hook, self._clock, self._loads.joined, progress)
+            num_layers = self._pool.layout.num_layers
+            gate = _Gate(self._hook, self._clock, self._loads.joined, num_layers, progress)
             started_us = self._clock.now_us()
             logits = self._attempt(batch, gate, others)
             seconds = (self._clock.now_us() - started_us) / 1e6
             cut, lost = self._trim_short(gate) if logits is None else self._end_joined(gate)
             if logits is not None and not cut:
-                self._report(batch, gate, seconds)
+                self._report(_computed(batch), gate, seconds)
                 return PassResult(batch, logits)
             self._offers.fail_pass()
             lost += self._offloads.take_lost()
@@ -172,16 +188,20 @@ class ForwardPass:
         self, batch: Sequence[Work], gate: _Gate, others: Mapping[str, ItemAttention]
     ) -> torch.Tensor | None:
         """Run the model once; None when a layer came short, or a long sequence lost a slab."""
-        items = [self._offloads.item(work, others.get(work.sequence.id)) for work in batch]
+        computed = _computed(batch)
+        items = [self._offloads.item(work, others.get(work.sequence.id)) for work in computed]
         begun_us, is_watched = tracing.now_us(), tracing.active() is not None
         is_gated = gate.loads or gate.progress is not None or is_watched
         wait_layer = gate.enter if is_gated else None
         is_over = False
         try:
-            logits = self._model.forward(items, self._pool.tensor, wait_layer=wait_layer)
+            found = None
+            if items:
+                found = self._model.forward(items, self._pool.tensor, wait_layer=wait_layer)
             is_over = True
-            gate.trace_layer(self._pool.layout.num_layers - 1)
-            _trace_pass(batch, begun_us)
+            if items:
+                gate.trace_layer(self._pool.layout.num_layers - 1)
+                _trace_pass(computed, begun_us)
         except (LayerShortError, SlabLostError):
             is_over = True
             return None
@@ -189,7 +209,7 @@ class ForwardPass:
             if not is_over:
                 self._offers.fail_pass()
                 self._loads.unjoin()
-        return logits
+        return _in_order(batch, found)
 
     def _trim_short(self, gate: _Gate) -> tuple[list[TokenSequence], list[TokenSequence]]:
         """Count on less; returns the sequences concerned, and those that must give up."""
@@ -210,7 +230,7 @@ class ForwardPass:
         return cut, lost
 
     def _report(self, batch: Sequence[Work], gate: _Gate, seconds: float) -> None:
-        if not self._hook.is_attached:
+        if not self._hook.is_attached or not batch:
             return
         is_prompt = [work.sequence.num_uncomputed > 1 for work in batch]
         parts = [
@@ -226,6 +246,20 @@ class ForwardPass:
                 num_decodes=len(batch) - len(parts),
             )
         )
+
+
+def _computed(batch: Sequence[Work]) -> list[Work]:
+    """All but those whose logits are known: these are in the batch to draw a token."""
+    return [work for work in batch if work.sequence.known_logits is None]
+
+
+def _in_order(batch: Sequence[Work], found: torch.Tensor | None) -> torch.Tensor:
+    """[len(batch), vocab_size]: those known before the pass, and those that it found."""
+    known = [work.sequence.known_logits for work in batch]
+    if found is not None and all(logits is None for logits in known):
+        return found
+    rows = iter(found if found is not None else ())
+    return torch.stack([next(rows) if logits is None else logits[0] for logits in known])
 
 
 def _trace_pass(batch: Sequence[Work], begun_us: int) -> None:

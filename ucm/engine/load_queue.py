@@ -213,7 +213,10 @@ class LoadQueue:
         return load.state.is_done or is_met or age_us > self._options.max_load_s * 1e6
 
     def claim(self, sequence: TokenSequence, num_tokens: int) -> int:
-        """How many of the next `num_tokens` the sequence may compute itself now."""
+        """How many of the next `num_tokens` the sequence may compute itself now.
+
+        With the load's last block it may go on behind it in the same pass: nothing is loaded.
+        """
         load = self._loads.get(sequence.id)
         size, start = sequence.block_tokens, sequence.num_computed
         if load is None or load.order is LoadOrder.LAYERS:
@@ -224,6 +227,8 @@ class LoadQueue:
             first = max(load.claimed_block, load.first_block)
             load.claimed_block = self._hook.claim(sequence.id, first, last)
             self._clear(range(first, load.claimed_block), sequence)
+        if load.claimed_block == load.end_block:
+            return num_tokens
         return max(0, min(num_tokens, load.claimed_block * size - start))
 
     def join(self, load: Load) -> bool:

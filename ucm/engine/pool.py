@@ -62,6 +62,10 @@ class KvPool:
         self.num_pinned = 0
         """Blocks that pins hold, as of the last `drain`."""
 
+    def may_make_writable(self, block_id: int) -> bool:
+        """Whether `make_writable` has the block that it may need."""
+        return self.blocks.refs(block_id) == 1 or self.blocks.num_available > 0
+
     def make_writable(self, block_id: int, num_rows: int) -> int:
         """Give the caller, one of the block's owners, a block that it may write.
 

@@ -270,7 +270,7 @@ class BatchRunner:
             blocks += self.pool.blocks.allocate(1, after=blocks[-1])
             return Work(sequence, num_tokens)
         index, num_rows = divmod(sequence.num_computed, sequence.block_tokens)
-        if self.pool.blocks.refs(blocks[index]) > 1 and self.pool.blocks.num_available == 0:
+        if not self.pool.may_make_writable(blocks[index]):
             return None
         writable = self.pool.make_writable(blocks[index], num_rows)
         self.stats.copied_blocks += writable != blocks[index]

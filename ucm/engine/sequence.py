@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from ucm.hashing import block_key
 from ucm.types import KEY_BYTES, ROOT_KEY, NamespaceId
@@ -70,6 +71,9 @@ class TokenSequence:
     or taken from chunks; None: all of it is exact."""
     blend: BlendSpan | None = None
     """Chunks whose KV is to be taken from where they were encoded; None: there are none."""
+    known_logits: Tensor | None = None
+    """[1, vocab_size] of the last token, whose KV is in the pool though it does not count as
+    computed yet; None: a pass gives them."""
     is_private: bool = False
     """Computes a chunk for others: draws no token, and shares and stores nothing itself."""
     seen: npt.NDArray[np.bool_] | None = None
@@ -104,7 +108,7 @@ class TokenSequence:
         if self.is_offloaded:
             return min(len(self.tokens) - self.num_computed, self.max_chunk_tokens)
         num_tokens = self.num_computable_from(self.num_computed)
-        if self.loaded_ahead is None:
+        if self.loaded_ahead is None or self.loaded_ahead[0] == self.loaded_ahead[1]:
             return num_tokens
         return min(num_tokens, self.loaded_ahead[0] * self.block_tokens - self.num_computed)
 
@@ -171,6 +175,7 @@ class TokenSequence:
     def advance(self, num_tokens: int) -> None:
         """The KV of the next `num_tokens` is in the pool."""
         self.num_computed += num_tokens
+        self.known_logits = None
         self.skip_loaded()
 
     def take_loaded(self, blocks: range) -> None:
@@ -242,7 +247,7 @@ class TokenSequence:
         """
         block_ids, self.block_ids = self.block_ids, []
         self.num_computed = self.num_registered = self.num_offered = 0
-        self.loaded_ahead = self.approximate_from = None
+        self.loaded_ahead = self.approximate_from = self.known_logits = None
         if self.blend is not None:
             self.blend.rewind()
         return block_ids

@@ -108,6 +108,7 @@ class _Blend:
         self._spent = 0.0
         self._unreported = 0.0
         self._rows_per_layer: list[int] = []
+        self._last: Tensor | None = None
 
     def run(self) -> Steps:
         """All layers."""
@@ -122,6 +123,8 @@ class _Blend:
                 mass = None if importance is None else importance.masses[layer]
                 self._kept.add(mass, repaired)
             current = yield from self._run_layer(layer, current, policy)
+        if self._plan.has_last:
+            self._last = current.x
         if self._unreported:
             yield self._step()
 
@@ -140,6 +143,7 @@ class _Blend:
                 if has_kept and drift > self._options.guard_limit
             ),
             residual=self._kept.residual(self._drift) if self._drift else None,
+            last=self._last,
         )
 
     # What is recomputed.
@@ -268,17 +272,21 @@ class _Blend:
     def _keep(
         self, layer: int, rows: _RowSet, policy: RowPolicy, new_2GSD: Tensor, kv_2GTD: Tensor
     ) -> Tensor:
-        """[S] bool: the rows that run the layer; fresh ones always do, in the last nobody does."""
+        """[S] bool: the rows that run the layer; fresh ones do.
+
+        In the last one only the request's last token does, if the plan includes it.
+        """
         is_kept = torch.ones_like(rows.indexes, dtype=torch.bool)
-        if layer == 0:
-            return is_kept.fill_(self._model.num_layers > 1)
+        is_last = layer == self._model.num_layers - 1
+        if layer == 0 and not is_last:
+            return is_kept
         where = (rows.indexes >= 0).nonzero()[:, 0]
         old_2GSD = kv_2GTD.index_select(2, rows.positions[where])
         new_2GSD = new_2GSD.index_select(2, where)
         seen = ProjectedRows(layer, rows.indexes[where], new_2GSD, old_2GSD)
-        if layer == self._model.num_layers - 1:
+        if is_last:
             self._look_at_probes(seen)
-            return is_kept.fill_(value=False)
+            return rows.positions == len(self._plan.token_ids) - 1
         is_kept[where] = policy.keep(seen) | self._is_probe[seen.indexes]
         return is_kept
 

@@ -10,7 +10,7 @@ D head size, C hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -91,6 +91,11 @@ class BlendPlan:
     """Behind the last chunk, at most `stop`: from here on the tokens say which rows matter. Those
     before `stop` are computed with the rows that are repaired, exactly as behind them."""
 
+    @property
+    def has_last(self) -> bool:
+        """Whether the request's last token is computed too: `BlendOutcome.last` is asked for."""
+        return self.stop == len(self.token_ids)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlendStep:
@@ -118,3 +123,5 @@ class BlendOutcome:
     """Indexes of spans above the limit of the quality guard: to be computed in full."""
     residual: float | None = None
     """Drift that was left, weighed by the query's attention; None when no probes were sent."""
+    last: Tensor | None = field(default=None, compare=False)
+    """[1, C]: the request's last token behind the last layer, where the plan includes it."""

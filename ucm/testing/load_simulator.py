@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ucm.cost_model import CostModel, CostOptions, OverlapReport, TierPrior
+from ucm.cost_model import CostModel, CostOptions, TierPrior
 from ucm.load_decision import Decision, LoadKind, LoadShape
 from ucm.types import TierKind
 
@@ -81,13 +81,8 @@ class SimulatedMachine:
                 model.observe_load(tier, size, seconds, num_requests=requests)
             size = int(alone_s * self.bytes_per_s)
             lost_s = size * self.contention_s_per_byte
-            report = OverlapReport(
-                parts=((start, count),),
-                seconds=noisy(alone_s) + lost_s,
-                stall_s=0.0,
-                loaded_bytes=size,
-            )
-            model.observe_stall(report)
+            seconds = noisy(alone_s) + lost_s
+            model.observe_pass(((start, count),), seconds, loaded_bytes=size)
 
     def ttft_s(self, decision: Decision, claim: Claim) -> float:
         """Play a decision.
@@ -138,8 +133,12 @@ class SimulatedMachine:
                 load_end_s = next_s + self._load_s(shape, range(front, back))
                 return max(now_s, load_end_s), shape.first_suffix_token
             first = shape.num_local_tokens + front * shape.block_tokens
-            work_s = self.pass_seconds(first, first + count * shape.block_tokens)
+            stop = first + count * shape.block_tokens
             front += count
+            if front == len(shape.tiers):  # nothing was loaded: the pass goes on behind the hits
+                stop = min(first + self.chunk_tokens, shape.num_tokens)
+                return now_s + self.pass_seconds(first, stop), stop
+            work_s = self.pass_seconds(first, stop)
             load_end_s = next_s + self._load_s(shape, range(front, back))
             now_s = self._compute(now_s, work_s, load_end_s, shape, len(shape.tiers))
 

@@ -60,6 +60,7 @@ class Crowd:
     chains: int = 24
     memory_bytes: int = 48 * MIB
     staging_bytes: int = 4 * MIB
+    max_waiting_loads: int = 2
 
     @property
     def num_sessions(self) -> int:
@@ -71,7 +72,7 @@ class Crowd:
         values = {
             "service.staging_bytes": self.staging_bytes,
             "service.max_sessions": self.num_sessions + 2,
-            "service.max_waiting_loads": 2,
+            "service.max_waiting_loads": self.max_waiting_loads,
             "memory.capacity_bytes": self.memory_bytes,
             "nvme.capacity_bytes": 256 * MIB,
             "nvme.segment_bytes": 64 * MIB,

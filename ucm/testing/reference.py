@@ -68,7 +68,7 @@ def _field_texts(cls: type) -> dict[str, str]:
 
 
 def _plain(name: str, value: object) -> str:
-    if isinstance(value, int) and name.endswith("_bytes") and value:
+    if isinstance(value, int) and "_bytes" in name and value:
         return f"{value // GIB}GiB" if value % GIB == 0 else f"{value // MIB}MiB"
     if isinstance(value, tuple):
         return str(list(value))

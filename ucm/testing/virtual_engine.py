@@ -17,7 +17,7 @@ from ucm.types import BlockKey
 
 from .fake_hook import DictHook
 from .fake_loading_hook import FakeLoadingHook, LoadScript, script_source
-from .fake_model import FakeModel, FakeTokenizer, reference_tokens
+from .fake_model import FakeConfig, FakeModel, FakeTokenizer, reference_tokens
 
 PROMPT = list(range(3, 36))  # 33 tokens: 8 full blocks of 4, and a token
 OTHER = [90, *range(40, 72)]
@@ -49,11 +49,17 @@ def greedy(max_tokens: int = 6, **settings: Any) -> SamplingParams:
 class VirtualEngine:
     """An engine over a hook that has the blocks of `PROMPT` and `OTHER`."""
 
-    def __init__(self, *scripts: LoadScript, num_blocks: int = 64, **limits: Any) -> None:
+    def __init__(
+        self,
+        *scripts: LoadScript,
+        num_blocks: int = 64,
+        config: FakeConfig = MODEL.config,
+        **limits: Any,
+    ) -> None:
         """Let the loads follow `scripts`; `limits` are of `SchedulerOptions`."""
         self.clock = SimClock()
         self.hook = FakeLoadingHook(self.clock, script_source(scripts))
-        self.hook.blocks = dict(computed_blocks())
+        self.hook.blocks = dict(computed_blocks(config))
         options = EngineOptions(
             num_blocks=num_blocks,
             block_tokens=4,
@@ -61,7 +67,7 @@ class VirtualEngine:
                 max_sequences=8, max_step_tokens=32, prefill_chunk_tokens=16, **limits
             ),
         )
-        self.model = TimedModel(clock=self.clock)
+        self.model = TimedModel(config, clock=self.clock)
         self.engine = Engine(self.model, FakeTokenizer(), options, self.hook, self.clock)
         self.results: dict[str, RequestResult] = {}
         self.num_events: dict[str, int] = {}
@@ -93,12 +99,10 @@ class VirtualEngine:
         return self.results[name].outputs[0].token_ids
 
 
-def computed_blocks() -> dict[BlockKey, torch.Tensor]:
+def computed_blocks(config: FakeConfig) -> dict[BlockKey, torch.Tensor]:
     """The blocks of `PROMPT` and `OTHER`, as an engine computes them."""
-    hook = DictHook()
-    engine = Engine(
-        FakeModel(), FakeTokenizer(), EngineOptions(num_blocks=64, block_tokens=4), hook
-    )
+    hook, options = DictHook(), EngineOptions(num_blocks=64, block_tokens=4)
+    engine = Engine(FakeModel(config), FakeTokenizer(), options, hook)
     engine.generate_all([PROMPT, OTHER], greedy(1))
     engine.close()
     return hook.blocks
