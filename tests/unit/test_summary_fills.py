@@ -115,6 +115,7 @@ class Store:
         return self.manager.metrics.value("ucm_io_bytes_total", tier="nvme", op="read")
 
     def close(self) -> None:
+        assert self.manager.flush(timeout_s=WAIT_S)  # nothing may be under way at the check
         assert self.manager.check_integrity() == []
         assert self.manager.close()
 
