@@ -14,6 +14,7 @@ import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from ucm.cost_model import CostModel, CostOptions
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.loading import LoadedModel
 from ucm.engine.runner import layout_of
@@ -112,4 +113,11 @@ def _session(
         block_tokens=block_tokens,
     )
     spec = dataclasses.replace(spec, accepts_lossy=options.accepts_lossy)
-    return CacheSession(factory, spec, options.session)
+    return CacheSession(factory, spec, options.session, model=_cost_model(options.engine))
+
+
+def _cost_model(options: EngineOptions) -> CostModel:
+    """One that knows how much the engine computes in a pass."""
+    steps = options.scheduler
+    chunk_tokens = min(steps.prefill_chunk_tokens, steps.max_step_tokens)
+    return CostModel(CostOptions(chunk_tokens=chunk_tokens, joined_tokens=steps.max_step_tokens))

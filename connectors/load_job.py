@@ -189,7 +189,9 @@ class LoadJob:
         return ReaderOptions(
             read_ahead_layers=decision.read_ahead_layers,
             order=decision.order,
-            compute_per_load=num_layers * self._comp_layer_s() / load_s,
+            compute_per_load=num_layers
+            * self._comp_layer_s(self._model.options.joined_tokens)
+            / load_s,
             least_layers=1 if slab_s > SLOW_SLAB_S else LEAST_LAYERS,
         )
 
@@ -238,7 +240,9 @@ class LoadJob:
         num_layers = self._layout.num_layers
         if not bytes_left or num_ready >= num_layers:
             return 0.0
-        num_left, comp_layer_s = num_layers - num_ready, self._comp_layer_s()
+        # Of a pass that others take part in: one that has nothing else to do begins anyway.
+        comp_layer_s = self._comp_layer_s(self._model.options.chunk_tokens)
+        num_left = num_layers - num_ready
         return layerwise(
             num_layers=num_left,
             load_layer_s=self._load_s(bytes_left) / num_left,
@@ -251,11 +255,11 @@ class LoadJob:
         mode = self.task.decision.mode
         return self._model.load_s(self._slowest_tier, num_bytes, mode=mode, is_computing=True)
 
-    def _comp_layer_s(self) -> float:
+    def _comp_layer_s(self, most_tokens: int) -> float:
         """Estimate of what a layer of the pass behind the load takes."""
         shape = self.task.decision.shape
         start = shape.num_local_tokens + len(self.task.keys) * shape.block_tokens
-        stop = min(start + self._model.options.chunk_tokens, shape.num_tokens)
+        stop = min(start + most_tokens, shape.num_tokens)
         return self._model.layer_compute_s(start, stop, self._layout.num_layers)
 
     @property

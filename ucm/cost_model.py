@@ -63,7 +63,9 @@ class CostOptions:
     """What a pass costs whatever its size (reading the weights), in tokens. SmolLM2-135M in fp32 on
     two cores: 95; what a GPU computes while it reads a weight: 100 and more."""
     chunk_tokens: int = 512
-    """Most tokens that the engine computes in one pass."""
+    """Most tokens of one prompt that the engine computes in one pass."""
+    joined_tokens: int = 2048
+    """The same of the pass that follows a load, where the engine has nothing else to do."""
     memory: TierPrior = field(
         default_factory=lambda: TierPrior(bytes_per_s=4e9, request_s=5e-6, request_bytes=64 << 10)
     )
@@ -76,7 +78,8 @@ class CostOptions:
 
     def __post_init__(self) -> None:
         positive = (self.token_s, self.attention_tokens, self.pass_tokens, self.chunk_tokens)
-        if min(*positive, self.mapped_penalty, self.contention_s_per_byte) <= 0:
+        others = (self.joined_tokens, self.mapped_penalty, self.contention_s_per_byte)
+        if min(*positive, *others) <= 0:
             raise ConfigError(f"cost model: every prior must be > 0, got {self}")
 
 
@@ -261,8 +264,7 @@ class CostModel:
         if count <= 0:
             return 0.0
         passes = -(-count // self.options.chunk_tokens)
-        with self._lock:
-            return self._compute.predict((passes, count, count * (start + 0.5 * count), 0.0))
+        return self._passes_s(start, count, passes)
 
     def load_s(
         self,
@@ -279,8 +281,8 @@ class CostModel:
             return self._load_s(num_bytes, tier, mode, is_computing)
 
     def layer_compute_s(self, start: int, stop: int, num_layers: int) -> float:
-        """Seconds that one layer of the pass over `start` to `stop` - 1 takes."""
-        return self.compute_s(start, stop) / num_layers
+        """Seconds that one layer of one pass over `start` to `stop` - 1 takes."""
+        return self._passes_s(start, stop - start, 1) / num_layers if stop > start else 0.0
 
     def layer_load_s(
         self, tier: TierKind, num_bytes: float, num_layers: int, *, mode: LoadMode | None = None
@@ -321,6 +323,10 @@ class CostModel:
                     if len(ratios) >= MIN_MEASURED
                 },
             )
+
+    def _passes_s(self, start: int, count: int, num_passes: int) -> float:
+        with self._lock:
+            return self._compute.predict((num_passes, count, count * (start + 0.5 * count), 0.0))
 
     def _bias(self, kind: str) -> float:
         ratios = self._ratios.get(kind, ())

@@ -290,22 +290,20 @@ class _Plan:
         start = self._shape.num_local_tokens + front * self._shape.block_tokens
         return self._comp_s(start, self._shape.num_tokens) <= met_s
 
-    def _comp_s(self, start: int, stop: int) -> float:
+    def _comp_s(self, start: int, stop: int, num_passes: int | None = None) -> float:
         """`CostModel.compute_s` on the snapshot: without the lock, a few hundred times."""
         count = stop - start
         if count <= 0:
             return 0.0
         e = self._estimates
-        passes = -(-count // self._chunk_tokens)
+        passes = num_passes or -(-count // self._chunk_tokens)
         attended = count * (start + 0.5 * count)
         return passes * e.pass_s + e.token_s * (count + attended / e.attention_tokens)
 
     def _loading(self, num_blocks: int) -> float:
         """Seconds to the first token when the first `num_blocks` are loaded layer by layer."""
         shape = self._shape
-        start = shape.num_local_tokens + num_blocks * shape.block_tokens
-        end = min(start + self._chunk_tokens, shape.num_tokens)
-        first_pass_s = self._comp_s(start, end)
+        end, first_pass_s = self._first_pass(num_blocks)
         if num_blocks:
             beside_s = min(self._loaded_s[num_blocks], first_pass_s)
             first_pass_s += beside_s * (self._slowdown - 1.0)
@@ -317,6 +315,14 @@ class _Plan:
             spread_s=self._estimates.compute_noise * first_pass_s if num_blocks else 0.0,
         )
         return overlap.done_s + self._comp_s(end, shape.num_tokens)
+
+    def _first_pass(self, num_blocks: int) -> tuple[int, float]:
+        """The pass behind the load of the first `num_blocks`: its end, its seconds alone."""
+        shape = self._shape
+        start = shape.num_local_tokens + num_blocks * shape.block_tokens
+        most = self._model.options.joined_tokens if num_blocks else self._chunk_tokens
+        end = min(start + most, shape.num_tokens)
+        return end, self._comp_s(start, end, 1)
 
     def _best_part(self) -> int:
         """How many leading blocks to load: the best of a grid, then of its neighbours."""
@@ -359,13 +365,12 @@ class _Plan:
 
     def _depth(self, num_blocks: int) -> int:
         shape = self._shape
-        start = shape.num_local_tokens + num_blocks * shape.block_tokens
-        end = min(start + self._chunk_tokens, shape.num_tokens)
+        _, first_pass_s = self._first_pass(num_blocks)
         # For the bad moments of both: a loader that stands still cannot make up for it later.
         noise = self._estimates.compute_noise
         return read_ahead_layers(
             shape.num_layers,
             (1 + noise) * self._loaded_s[num_blocks] / shape.num_layers,
-            (1 - noise) * self._comp_s(start, end) / shape.num_layers,
+            (1 - noise) * first_pass_s / shape.num_layers,
             most=shape.max_read_ahead_layers,
         )

@@ -47,7 +47,9 @@ class Case(NamedTuple):
 
 
 def case(machine: SimulatedMachine, shape: LoadShape, noise: float = 0.0) -> Case:
-    model = CostModel(CostOptions(chunk_tokens=machine.chunk_tokens))
+    model = CostModel(
+        CostOptions(chunk_tokens=machine.chunk_tokens, joined_tokens=machine.joined_tokens)
+    )
     machine.teach(model, random.Random(7), noise)
     return Case(machine, shape, model)
 
@@ -153,6 +155,18 @@ def test_the_benchmarks_cells(bandwidth: float, share: float, num_tokens: int) -
     chosen = decide(found.model, found.shape)
     assert found.ttft_s(chosen) <= 1.05 * min(hybrid, load, compute)
     assert chosen.predicted_ttft_s == pytest.approx(found.ttft_s(chosen), rel=0.15)
+
+
+def test_the_pass_behind_a_load_hides_as_much_of_it_as_a_step_holds() -> None:
+    """Half of 6 k tokens behind a slow disk: 2,048 of the other half are computed meanwhile."""
+    shape, machine = request(6144, 96), SimulatedMachine(bytes_per_s=3e6)
+    found = case(machine, shape)
+    layered = forced(LoadKind.LOAD_ALL)(found.model, shape)
+    compute_s = sum(machine.pass_seconds(i, i + 512) for i in range(3072, 6144, 512))
+    load_s = machine.load_seconds(TierKind.NVME, 96 * shape.block_bytes)
+    hidden_s = machine.pass_seconds(3072, 3072 + 2048)
+    assert found.ttft_s(layered) <= load_s + compute_s - 0.95 * hidden_s
+    assert layered.predicted_ttft_s == pytest.approx(found.ttft_s(layered), rel=0.05)
 
 
 def test_a_fast_disk_is_read_and_a_slow_one_is_not() -> None:

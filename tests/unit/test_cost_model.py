@@ -24,6 +24,9 @@ def taught(machine: SimulatedMachine, noise: float = 0.05, seed: int = 0) -> Cos
 def test_with_no_data_the_priors_answer_and_say_so() -> None:
     model = CostModel(CostOptions(token_s=1e-3, attention_tokens=1000.0, pass_tokens=10.0))
     assert model.compute_s(0, 100) == pytest.approx(1e-3 * (100 + 10 + 5))
+    long_s = 1e-3 * (2000 + 2000)
+    assert model.compute_s(0, 2000) == pytest.approx(long_s + 4 * 0.01), "in chunks"
+    assert model.layer_compute_s(0, 2000, 10) == pytest.approx((long_s + 0.01) / 10), "in one pass"
     assert model.load_s(TierKind.NVME, 10**9) == pytest.approx(1.0, rel=0.1)
     assert model.contention_s(0) == 0.0
     estimates = model.snapshot()
@@ -35,6 +38,7 @@ def test_with_no_data_the_priors_answer_and_say_so() -> None:
 def test_nothing_to_compute_or_load_costs_nothing(empty: tuple[int, int]) -> None:
     model = CostModel()
     assert model.compute_s(*empty) == 0.0
+    assert model.layer_compute_s(*empty, 30) == 0.0
     assert model.load_s(TierKind.MEMORY, 0) == 0.0
 
 
@@ -167,6 +171,8 @@ def test_priors_must_be_positive() -> None:
         CostOptions(token_s=0.0)
     with pytest.raises(ConfigError, match="must be > 0"):
         CostOptions(chunk_tokens=0)
+    with pytest.raises(ConfigError, match="must be > 0"):
+        CostOptions(joined_tokens=0)
 
 
 def test_many_threads_may_ask_and_tell() -> None:

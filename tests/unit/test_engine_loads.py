@@ -71,6 +71,41 @@ def test_a_load_alone_is_followed_layer_by_layer() -> None:
     assert (report.parts, report.num_decodes) == ((), 1)
 
 
+def test_a_load_that_nobody_runs_beside_is_hidden_by_a_whole_step() -> None:
+    """20 tokens are loaded, the 28 behind them are more than a chunk of 16 and less than a step."""
+    prompt = [*PROMPT, *range(11, 26)]
+    bench = VirtualEngine(LoadScript(slab_us=(20_000,), dropped_blocks=3))
+    request = bench.add(prompt)
+    bench.step()
+    assert bench.model.batch_sizes == [28]
+    bench.run()
+    assert bench.tokens(request) == expect(prompt)
+
+
+def test_a_load_beside_others_is_followed_by_a_chunk() -> None:
+    prompt = [*PROMPT, *range(11, 26)]
+    bench = VirtualEngine(LoadScript(slab_us=(20_000,), dropped_blocks=3), LoadScript())
+    decode = bench.add([1, 2, 3], greedy(60))
+    bench.step()
+    request = bench.add(prompt)
+    bench.run()
+    assert [size for size in bench.model.batch_sizes if size > 2] == [3, 1 + 16, 1 + 12]
+    assert bench.tokens(request) == expect(prompt)
+    assert bench.tokens(decode) == expect([1, 2, 3], 60)
+
+
+def test_a_load_that_somebody_waits_behind_is_followed_by_a_chunk() -> None:
+    """The other request starts with the blocks of the first one, and waits for them."""
+    prompt = [*PROMPT, *range(11, 26)]
+    bench = VirtualEngine(LoadScript(slab_us=(20_000,), dropped_blocks=3))
+    first, second = bench.add(prompt), bench.add([*prompt[:40], 7])
+    bench.step()
+    assert bench.model.batch_sizes == [16]
+    bench.run()
+    assert bench.tokens(first) == expect(prompt)
+    assert bench.tokens(second) == expect([*prompt[:40], 7])
+
+
 def test_a_pass_looks_whether_all_is_there_and_waits_for_what_is_not() -> None:
     """The last layers come while the pass computes: its end finds nothing wrong."""
     config = FakeConfig(num_layers=6)

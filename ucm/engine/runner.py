@@ -9,7 +9,8 @@ the sampler leaves every sequence as it was before the pass, and the step can be
 tokens and blocks, no text and no requests.
 
 Loads start at admission and run behind the passes of others. When nothing else can run, the pass
-starts with the load that has the least to come, and follows it layer by layer.
+starts with the load that has the least to come, and follows it layer by layer; with as many tokens
+as a step may have where nobody runs or waits beside it, for what it computes hides the load.
 
 Envelope of a decode step, forward pass left out: O(running) Python, some 50 us a sequence, and
 nothing that grows with the context but one hash and one block every `block_tokens` tokens.
@@ -326,10 +327,12 @@ class BatchRunner:
         return Work(sequence, num_tokens) if num_tokens else None
 
     def _join(self, sequence: TokenSequence, max_tokens: int) -> Work | None:
-        """Make a sequence's load part of the pass."""
+        """Make a sequence's load part of the pass: of a whole one, where it is alone."""
         load = self.loads.get(sequence)
         if load is None or max_tokens == 0 or load.num_uncomputed == 0:
             return None
+        if len(self.running) == 1 and not self.waiting:
+            max_tokens = self._options.scheduler.max_step_tokens
         if not self.loads.join(load):
             self._preempt(sequence)
             return None

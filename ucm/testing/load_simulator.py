@@ -32,6 +32,8 @@ class SimulatedMachine:
     request_bytes: int = 256 << 10
     contention_s_per_byte: float = 0.0
     chunk_tokens: int = 512
+    joined_tokens: int = 2048
+    """Of the pass behind a load."""
 
     def pass_seconds(self, start: int, stop: int) -> float:
         """One forward pass, alone."""
@@ -58,6 +60,7 @@ class SimulatedMachine:
             attention_tokens=self.attention_tokens,
             pass_tokens=self.pass_s / self.token_s,
             chunk_tokens=self.chunk_tokens,
+            joined_tokens=self.joined_tokens,
             nvme=nvme,
             memory=memory,
             contention_s_per_byte=self.contention_s_per_byte or 1e-18,
@@ -106,7 +109,8 @@ class SimulatedMachine:
 
     def _layerwise(self, shape: LoadShape, num_blocks: int, start: int) -> tuple[float, int]:
         """The first pass behind a load; returns when it ends and where the next one starts."""
-        stop = min(start + self.chunk_tokens, shape.num_tokens)
+        most = self.joined_tokens if num_blocks else self.chunk_tokens
+        stop = min(start + most, shape.num_tokens)
         layer_work_s = self.pass_seconds(start, stop) / shape.num_layers
         layer_load_s = self._load_s(shape, range(num_blocks)) / shape.num_layers
         load_end_s = layer_load_s * shape.num_layers
