@@ -1,7 +1,7 @@
 """`ucm bench overlap`: what overlap and load-or-compute gain, by bandwidth, hit ratio and context.
 
 A cell is one bandwidth, hit ratio, context and tier. In it the same prompt is served in each of
-these ways, one after the other, in as many rounds as `OverlapBenchOptions.wants_round` says;
+these ways, one after the other, in rounds of those that `OverlapBenchOptions.wants_run` again;
 medians are reported, seconds to the first token:
 
     compute_only        no cache
@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,18 +162,23 @@ def _measure_cell(
     variants = _variants_of(rig, cell, num_hits, options)
     speed = None if cell.bandwidth_mb_s is None else int(cell.bandwidth_mb_s * MB)
     runs: list[Run] = []
-    started_s, num_rounds = time.monotonic(), 0
-    while options.wants_round(num_rounds, time.monotonic() - started_s):
+    due, num_rounds = variants, 0
+    while due:
         num_rounds += 1
         with rig.daemon(speed):
             if cell.tier is TierKind.MEMORY:
                 rig.run(LOAD_ONLY, tokens, 1)
-            if speed is not None and OVERLAPPED not in variants:
+            if speed is not None and OVERLAPPED not in due:
                 _teach(rig, speed)
-            for variant in variants:
+            for variant in due:
                 say(f"{cell}: {variant.name} (round {num_rounds})")
                 runs.append(rig.run(variant, tokens, options.answer_tokens))
+        due = [each for each in variants if options.wants_run(_times(runs, each))]
     return _row(cell, num_hits, runs), runs[: len(variants)]
+
+
+def _times(runs: Sequence[Run], variant: Variant) -> list[float]:
+    return [run.ttft_s for run in runs if run.variant is variant]
 
 
 def _teach(rig: OverlapRig, bytes_per_s: int) -> None:

@@ -28,8 +28,8 @@ TEACHING_BLOCKS: Final = 2
 """What a load must read at least that teaches the cost model a bandwidth."""
 
 MOST_ROUNDS: Final = 3
-"""Of a cell, where `repeats` does not ask for more: a median wants three, for one and the same pass
-takes a fifth more or less from run to run on a shared machine."""
+"""Of a way in a cell, where `repeats` does not ask for more: a median wants three, for one and the
+same pass takes a fifth more or less from run to run on a shared machine."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -49,9 +49,10 @@ class OverlapBenchOptions:
     context_tokens: tuple[int, ...] = (1024, 3072, 6144)
     tiers: tuple[TierKind, ...] = (TierKind.NVME,)
     repeats: int = 1
-    """Rounds of all ways in each cell, at least."""
-    steady_s: float = 20.0
-    """A cell whose rounds took less so far gets another, up to `MOST_ROUNDS`; 0: none."""
+    """Runs of each way in each cell, at least."""
+    steady_s: float = 10.0
+    """A way whose runs in a cell took less so far gets another, up to `MOST_ROUNDS`; 0: none. What
+    takes longer waits for a disk that is as slow each time, or is long enough to be steadier."""
     answer_tokens: int = 8
     """Of each answer; compared with that of `compute_only`."""
     every_cell: bool = False
@@ -71,11 +72,11 @@ class OverlapBenchOptions:
     """Folder in which the daemon's data folder is made while measuring; None: that of temporary
     files."""
 
-    def wants_round(self, num_rounds: int, elapsed_s: float) -> bool:
-        """Whether a cell is measured (again), after so many rounds of all its ways."""
-        if num_rounds < self.repeats:
+    def wants_run(self, took_s: Sequence[float]) -> bool:
+        """Whether a way is measured (again), after runs that took so long."""
+        if len(took_s) < self.repeats:
             return True
-        return num_rounds < MOST_ROUNDS and elapsed_s < self.steady_s
+        return len(took_s) < MOST_ROUNDS and sum(took_s) < self.steady_s
 
     def quick(self) -> OverlapBenchOptions:
         """The same on two cells of a short context: below 50 s."""
@@ -85,7 +86,7 @@ class OverlapBenchOptions:
             hit_ratios=(0.9,),
             context_tokens=(512,),
             answer_tokens=4,
-            steady_s=5.0,
+            steady_s=1.5,
             decode_rounds=4,
             decode_tokens=34,
             stores_wait=False,

@@ -229,11 +229,11 @@ def test_what_was_measured_is_printed_though_a_file_cannot_be_written(
     assert json.loads(trace.read_text())["traceEvents"]
 
 
-def test_a_cell_that_is_done_quickly_is_measured_three_times() -> None:
+def test_a_way_that_is_done_quickly_is_measured_three_times() -> None:
     options = OverlapBenchOptions(repeats=2, steady_s=20.0)
-    assert options.wants_round(1, 1000.0), "as often as was asked for, at least"
-    assert options.wants_round(2, 19.0)
-    assert not options.wants_round(2, 21.0)
-    assert not options.wants_round(3, 1.0)
-    assert not replace(options, steady_s=0.0).wants_round(2, 0.0)
-    assert replace(options, repeats=5).wants_round(4, 1000.0)
+    assert options.wants_run([1000.0]), "as often as was asked for, at least"
+    assert options.wants_run([9.0, 10.0])
+    assert not options.wants_run([11.0, 10.0])
+    assert not options.wants_run([1.0] * 3)
+    assert not replace(options, steady_s=0.0).wants_run([1.0, 1.0])
+    assert replace(options, repeats=5).wants_run([1000.0] * 4)

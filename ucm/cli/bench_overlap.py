@@ -71,7 +71,7 @@ class OverlapOptions:
     ] = False
     repeats: Annotated[
         int,
-        typer.Option(min=1, help="Runs of each way, at least; quick cells get three. Medians."),
+        typer.Option(min=1, help="Runs of each way, at least; quick ones get three. Medians."),
     ] = 1
     decode_rounds: Annotated[
         int | None,
