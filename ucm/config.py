@@ -46,10 +46,10 @@ class ServiceConfig:
     """Loads that wait for the disk at once, but never more than half of `rpc_threads`. Twice as
     many are in service at once, from memory or not. On a busy machine each takes as many times
     longer; fewer mean more refusals, with retry hints."""
-    max_crowded_loads: int = 2
+    max_crowded_loads: int = 0
     """Loads in service at once while more come than those limits admit: few, because loads share
-    a processor and a disk, so that who is admitted is about as fast as alone. One waits for the
-    disk while another is looked up; a daemon with a fast disk and many cores takes more."""
+    processors and a disk, so that who is admitted is about as fast as alone. 0: half of the
+    processors that the daemon may use, for a load keeps one busy there and one at its client."""
     max_calls_per_session: int = 8
     """Calls of one session in service at once; one more is refused with a retry hint, so that no
     client holds all the threads. An engine makes two: one on its step path, one behind it. A lookup

@@ -37,7 +37,12 @@ ADMISSIONS: Final = ("always", "second-touch")
 _IO_KINDS: Final = ("auto", "posix", "pinned", "kvikio-compat", "gds")
 _NO_UID: Final = 2**32 - 1
 _MAY_BE_ZERO: Final = frozenset(
-    {"memory.prefault_bytes", "metrics.port", "nvme.max_read_bytes_per_s"}
+    {
+        "memory.prefault_bytes",
+        "metrics.port",
+        "nvme.max_read_bytes_per_s",
+        "service.max_crowded_loads",
+    }
 )
 
 

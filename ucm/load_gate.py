@@ -46,6 +46,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Final
 
+from .config import ServiceConfig
+from .credits import ThreadShares
 from .errors import CapacityError
 from .load_board import MAX_RETRY_S, LoadBoard, Made, spread
 
@@ -102,6 +104,14 @@ class GateLimits:
     """While there is one, at most `most`."""
     waiting: int
     """That may wait for the disk: what is refused with so many in service is refused for them."""
+
+    @classmethod
+    def of(cls, service: ServiceConfig, num_processors: int) -> GateLimits:
+        """What the configuration says, on a daemon that may use so many processors."""
+        most = min(2 * service.max_waiting_loads, service.rpc_threads)
+        crowded = service.max_crowded_loads or num_processors // 2
+        waiting = min(service.max_waiting_loads, ThreadShares.of(service.rpc_threads).waiting)
+        return cls(most, min(max(crowded, 1), most), waiting)
 
 
 class LoadGate:

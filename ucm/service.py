@@ -88,10 +88,8 @@ class CacheService(pb_grpc.CacheServicer):
             "service.max_calls_per_session; wait for one of them",
             retry_after_s=CALL_RETRY_S,
         )
-        most = min(2 * config.service.max_waiting_loads, config.service.rpc_threads)
-        crowded = min(config.service.max_crowded_loads, most)
-        waiting = min(config.service.max_waiting_loads, self._shares.waiting)
-        self._gate = LoadGate(GateLimits(most, crowded, waiting), board)
+        num_processors = len(os.sched_getaffinity(0))
+        self._gate = LoadGate(GateLimits.of(config.service, num_processors), board)
         self._max_message_bytes = config.service.max_message_bytes
         self._selections = Credit(
             self._shares.selecting,

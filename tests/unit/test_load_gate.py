@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from ucm.config import ServiceConfig
 from ucm.errors import CapacityError
 from ucm.load_board import BoardReader, LoadBoard, Made, made_of
 from ucm.load_gate import (
@@ -86,6 +87,17 @@ def place() -> Iterator[Place]:
     made = Place()
     yield made
     made.board.close()
+
+
+@pytest.mark.parametrize(
+    ("configured", "num_processors", "expected"),
+    [(0, 1, 1), (0, 2, 1), (0, 3, 1), (0, 8, 4), (0, 64, 12), (3, 2, 3), (99, 2, 12)],
+)
+def test_a_crowd_gets_half_of_the_processors_unless_told_otherwise(
+    configured: int, num_processors: int, expected: int
+) -> None:
+    service = ServiceConfig(max_crowded_loads=configured, max_waiting_loads=6, rpc_threads=16)
+    assert GateLimits.of(service, num_processors) == GateLimits(12, expected, 6)
 
 
 def test_up_to_the_limit_nobody_is_refused_however_long_it_lasts(place: Place) -> None:
