@@ -123,6 +123,7 @@ LAYERS = {
     "ucm.errors": 0,
     "ucm.types": 0,
     "ucm.enum_words": 0,
+    "ucm.path_errors": 0,
     "ucm.layout": 0,
     "ucm.hashing": 0,
     "ucm.config": 0,
