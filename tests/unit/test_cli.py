@@ -203,7 +203,7 @@ def test_status_of_a_daemon(ucm: Runner, folder: Path) -> None:
         text = ucm("status", "--socket", path).out
         assert "serving" in text
         assert "memory" in text
-        assert "1 sessions" in text
+        assert "1 session" in text
         assert "memory held" in text
         assert "held: what a namespace takes" in text
         starts = ("namespace", handle.id.hex()[:8])

@@ -124,6 +124,7 @@ LAYERS = {
     "ucm.types": 0,
     "ucm.enum_words": 0,
     "ucm.path_errors": 0,
+    "ucm.plurals": 0,
     "ucm.machine_memory": 0,
     "ucm.layout": 0,
     "ucm.hashing": 0,
