@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ucm.errors import ConfigError
+from ucm.plurals import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,10 +42,9 @@ def save_plot(result: Mapping[str, Any], path: Path) -> None:
         OSError: it cannot be written.
     """
     budgets = " and ".join(f"{float(budget):.1%}" for budget in result["budgets"])
-    count = len(result["documents"])
+    documents = counted(len(result["documents"]), "document")
     figure, axes = open_figure(
-        f"{result['model']}: {budgets} of the blocks, {count} "
-        f"document{'s' if count != 1 else ''}; lower left is better",
+        f"{result['model']}: {budgets} of the blocks, {documents}; lower left is better",
         "bytes read, % of dense (blocks and summaries, bf16 KV)",
         "KL to dense attention, nats a token",
     )

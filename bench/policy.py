@@ -85,8 +85,13 @@ class PolicyBenchOptions:
         ):
             if value not in known:
                 raise ConfigError(f"no {what} {value!r}: one of {', '.join(known)} is expected")
-        if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
-            raise ConfigError(f"fractions are shares above 0 and up to 1, not {self.fractions}")
+        if not self.fractions:
+            raise ConfigError("--size: name at least one share of the working set")
+        for share in self.fractions:
+            if not 0 < share <= 1:
+                raise ConfigError(
+                    f"--size {share:g}: a share of the working set, above 0 and up to 1"
+                )
 
     def quick(self) -> PolicyBenchOptions:
         """The first third of the trace: a third of the time."""

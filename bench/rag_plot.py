@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ucm.plurals import counted
+
 from .gsa_plot import MARKERS, open_figure, save_figure
 from .rag_targets import PROGRESSIVE
 
@@ -24,7 +26,8 @@ def save_plot(result: Mapping[str, Any], path: Path) -> None:
         OSError: it cannot be written.
     """
     figure, axes = open_figure(
-        f"{result['model']}: mean of {len(result['prompts'])} prompts; lower left is better",
+        f"{result['model']}: mean of {counted(len(result['prompts']), 'prompt')}; lower left is "
+        "better",
         "recomputed token-layers, % of the chunks', all probes included",
         "KL to full prefill, nats a token",
     )

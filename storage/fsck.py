@@ -24,6 +24,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from ucm.errors import ConfigError, CorruptionError, UcmError
+from ucm.path_errors import reachable
 
 from . import index as index_file
 from .budget import SegmentBudget
@@ -97,15 +98,9 @@ def _check_namespaces(path: Path, io: FileIo, report: FsckReport, *, repair: boo
 
 
 def _check_is_store(path: Path) -> None:
-    try:
+    with reachable(path, "check it as that user", ConfigError):
         is_there, is_store = path.exists(), (path / "ns").is_dir()
         owner = path.stat().st_uid if is_there else current_uid()
-    except PermissionError as error:
-        raise ConfigError(
-            f"{path} is another user's, or in a folder of another user: check it as that user"
-        ) from error
-    except OSError as error:  # a name that is too long
-        raise ConfigError(f"{path}: {error.strerror}; give the data folder of a daemon") from error
     if not is_there:
         raise ConfigError(f"there is no folder {path}: give the data folder of a daemon")
     if not path.is_dir():

@@ -320,9 +320,7 @@ class BlockIndex:
 
     def _check_room(self, transaction: lmdb.Transaction) -> None:
         """Refuse to fill the map so far that nothing could be deleted any more."""
-        pages = transaction.stat(self._blocks)
-        live = pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"]
-        if live * pages["psize"] > self._max_live_bytes:
+        if live_bytes(transaction, self._blocks) > self._max_live_bytes:
             raise CapacityError(_NO_ROOM.format(self._folder))
 
     def _get(self, transaction: lmdb.Transaction, key: BlockKey) -> IndexRecord | None:
@@ -340,6 +338,13 @@ class BlockIndex:
         with _translated(self._folder), self._env.begin() as transaction:
             keys = [bytes(key) for key, _ in transaction.cursor(db=database)]
         return [_NUMBER.unpack(key)[0] for key in keys if len(key) == _NUMBER.size]
+
+
+def live_bytes(transaction: lmdb.Transaction, database: Database) -> int:
+    """What a database's records take of the map."""
+    pages = transaction.stat(database)
+    live = pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"]
+    return int(live * pages["psize"])
 
 
 def is_vouched(folder: Path) -> bool:

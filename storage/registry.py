@@ -70,9 +70,6 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION: Final = 1
 MAX_READERS: Final = 126
 
-LIVE_SHARE: Final = 4
-"""Records may take one part in this many of the map, so that a deletion always finds room."""
-
 _DATABASES: Final = (b"meta", b"collections", b"documents", b"blocks", b"deleted")
 
 
@@ -409,12 +406,8 @@ class Registry:
 
     def _check_room(self, transaction: lmdb.Transaction) -> None:
         """Refuse to fill the map so far that nothing could be deleted any more."""
-        live = 0
-        for database in self._databases.values():
-            pages = transaction.stat(database)
-            count = pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"]
-            live += count * pages["psize"]
-        if live > self._map_bytes // LIVE_SHARE:
+        live = sum(index.live_bytes(transaction, each) for each in self._databases.values())
+        if live > self._map_bytes // index.LIVE_SHARE:
             raise CapacityError(_NO_ROOM.format(self._folder))
 
     def _end(self, *, clean: bool) -> None:

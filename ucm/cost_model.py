@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .errors import ConfigError
+from .plurals import counted
 from .robust_fit import RobustFit
 from .types import LoadMode, TierKind
 
@@ -132,18 +133,19 @@ class CostEstimates:
         lines = [
             (
                 f"computing: {1e3 * self.token_s:.3g} ms a token, twice that from position "
-                f"{self.attention_tokens:,.0f}, {1e3 * self.pass_s:.3g} ms a pass "
-                f"({self.num_passes} passes seen, +-{100 * self.compute_noise:.0f} %)"
+                f"{self.attention_tokens:,.0f}, and {1e3 * self.pass_s:.3g} ms a pass; "
+                f"{counted(self.num_passes, 'pass', 'es')} seen, +-{100 * self.compute_noise:.0f} %"
             )
         ]
         lines += [
             f"{item.tier.value}, {item.mode.value}{', beside computing' * item.is_computing}: "
-            f"{item.bytes_per_s / 1e6:,.4g} MB/s, {1e6 * item.request_s:,.3g} us a read "
-            f"({item.num_observations} loads seen)"
+            f"{item.bytes_per_s / 1e6:,.4g} MB/s and {1e6 * item.request_s:,.3g} us a read; "
+            f"{counted(item.num_observations, 'load')} seen"
             for item in self.loads
         ]
         contention = 1e9 * self.contention_s_per_byte
-        lines.append(f"contention: {contention:.3g} ms a MB ({self.num_overlaps} passes seen)")
+        passes = counted(self.num_overlaps, "pass", "es")
+        lines.append(f"contention: {contention:.3g} ms a MB; {passes} beside loads seen")
         lines += [f"{kind}: took {ratio:.2f} x the estimate" for kind, ratio in self.bias.items()]
         return "\n".join([f"estimates: {self.source}", *lines])
 

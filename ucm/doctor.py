@@ -38,6 +38,7 @@ from ucm.storage.prefault import huge_page_errno
 from .config import Config, NvmeConfig
 from .errors import ConfigError, UcmError
 from .layout import ALIGNMENT_BYTES, KvDtype, KvLayout
+from .machine_memory import machine_memory
 
 MIN_PYTHON: Final = (3, 11)
 FDS_BESIDES: Final = 128
@@ -99,6 +100,8 @@ def diagnose(config: Config, machine: Machine | None = None) -> Diagnosis:
         _check_sealing(),
         _check_io_threads(config.nvme),
         _check_open_files(config),
+        _check_memory(config),
+        _check_sizes(config),
         _check_locked_memory(config, choice),
         _check_huge_pages(HUGE_PAGES / "shmem_enabled"),
     ]
@@ -272,6 +275,51 @@ def _check_open_files(config: Config) -> Check:
         return _met(name, found, why)
     advice = f"ulimit -n {needed}, or LimitNOFILE={needed} in the unit"
     return Check(name, CheckStatus.FAILED, found, why, advice)
+
+
+def _check_memory(config: Config) -> Check:
+    """Whether there is room for all that the store may take, and for one session."""
+    name, why = "memory", "arenas fill as they are used; where none is left the kernel kills"
+    memory, session_bytes = machine_memory(), config.service.staging_bytes
+    store_bytes = config.memory.capacity_bytes
+    store_bytes += config.summaries.capacity_bytes + config.summaries.table_bytes
+    found = (
+        f"{memory.total_bytes >> 20} MiB, {memory.available_bytes >> 20} MiB available; the store "
+        f"takes up to {store_bytes >> 20} MiB, each session up to {session_bytes >> 20} MiB"
+    )
+    needed = store_bytes + session_bytes
+    if needed <= memory.available_bytes:
+        return _met(name, found, why)
+    advice = "lower memory.capacity_bytes, or service.staging_bytes"
+    if needed > memory.total_bytes:
+        return Check(name, CheckStatus.FAILED, found, why, advice)
+    advice += ", or free memory (if it is not this store's daemon that takes it)"
+    return Check(name, CheckStatus.NOTE, found, why, advice)
+
+
+def _check_sizes(config: Config) -> Check:
+    """Whether limits of the process let it make arenas and segments, and map them."""
+    name, why = "size limits", "arenas and segments are files of their whole size, and are mapped"
+    nvme = config.nvme
+    file_bytes = [config.memory.capacity_bytes, config.service.staging_bytes]
+    mapped_bytes = sum(file_bytes)
+    if nvme.path is not None:
+        file_bytes.append(nvme.segment_bytes)
+        mapped_bytes += nvme.index_map_bytes + config.collections.map_bytes
+    limits = (
+        ("files", "-f", "LimitFSIZE", resource.RLIMIT_FSIZE, max(file_bytes)),
+        ("addresses", "-v", "LimitAS", resource.RLIMIT_AS, mapped_bytes),
+    )
+    found = []
+    for what, flag, setting, kind, needed in limits:
+        limit = resource.getrlimit(kind)[0]
+        text = f"{what}: at most {_limit_text(limit)} bytes"
+        if limit != resource.RLIM_INFINITY and limit < needed:
+            text += f", {needed} may be needed"
+            advice = f"ulimit {flag} unlimited, or {setting}=infinity in the unit"
+            return Check(name, CheckStatus.FAILED, text, why, advice)
+        found.append(text)
+    return _met(name, "; ".join(found), why)
 
 
 def _check_locked_memory(config: Config, choice: IoChoice | None) -> Check:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .errors import CapacityError
+from .plurals import counted
 from .types import BlockKey, LeaseId, NamespaceId, SessionId, StoreStatus
 
 LEASE_ID_BYTES = 16
@@ -106,7 +107,8 @@ class LeaseTable:
         leases = self._by_session.setdefault(session, {})
         if len(leases) >= self._max_leases_per_session:
             raise CapacityError(
-                f"session {session} holds {len(leases)} leases, the limit; complete some first"
+                f"session {session} holds {counted(len(leases), 'lease')}, the limit; complete "
+                "some first"
             )
         lease = Lease(LeaseId(self._new_id()), session, kind, namespace, deadline_us)
         leases[lease.id] = lease

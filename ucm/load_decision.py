@@ -28,6 +28,7 @@ from itertools import accumulate
 
 from .cost_model import CostEstimates, CostModel
 from .load_pipeline import BackLoad, claim, layerwise, meet, read_ahead_layers
+from .plurals import counted
 from .types import LoadMode, LoadOrder, TierKind
 
 SLACK = 0.02
@@ -111,7 +112,8 @@ class Decision:
         )
         what = {
             LoadKind.LOAD_ALL: "load every hit, compute the rest behind it layer by layer",
-            LoadKind.LOAD_PART: f"load the first {self.num_blocks} hits, compute the rest",
+            LoadKind.LOAD_PART: f"load the first {counted(self.num_blocks, 'hit')}, compute the "
+            "rest",
             LoadKind.HYBRID: f"compute from block {shape.first_block} on, load from block {last} "
             f"back; they should meet at block {self.meeting_block}",
             LoadKind.COMPUTE: "compute everything",
@@ -119,19 +121,21 @@ class Decision:
         lines = [
             f"{self.kind.value}: {what}",
             (
-                f"{shape.num_tokens:,} tokens: {shape.num_local_tokens:,} in the pool, "
-                f"{len(shape.tiers)} blocks in the cache ({tiers or 'none'}), "
-                f"{shape.num_tokens - shape.first_suffix_token:,} in neither"
+                f"{counted(shape.num_tokens, 'token')}: {shape.num_local_tokens:,} in the engine's "
+                f"pool, {counted(len(shape.tiers), 'block')} of {shape.block_tokens} in the cache "
+                f"({tiers or 'none'}), {shape.num_tokens - shape.first_suffix_token:,} in neither"
             ),
         ]
         for name, seconds in sorted(self.alternatives.items(), key=lambda item: item[1]):
             mark = "*" if name == self.kind.value else " "
             lines.append(f"{mark} {name:<10} {1e3 * seconds:>10,.1f} ms to the first token")
         if self.num_blocks:
-            lines.append(
-                f"read {self.mode.value}, {self.order.value.replace('_', ' ')}, "
-                f"{self.read_ahead_layers} layers ahead"
-            )
+            order = {
+                LoadOrder.LAYERS: "layer by layer",
+                LoadOrder.BLOCKS_FROM_BACK: "block by block from the last one back",
+            }[self.order]
+            ahead = counted(self.read_ahead_layers, "layer")
+            lines.append(f"read {self.mode.value}, {order}, {ahead} ahead")
         return "\n".join([*lines, str(self.estimates)])
 
 

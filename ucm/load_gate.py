@@ -182,7 +182,7 @@ class LoadGate:
             self._post(now_s)
             if not is_admitted:
                 raise CapacityError(
-                    f"{len(self._inside)} loads are in service, as many as may; come again or "
+                    f"as many loads are in service as may, {len(self._inside)}; come again or "
                     "compute",
                     retry_after_s=spread(self._retry_s(), self._share()),
                 )

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from .errors import ConfigError, PermissionDeniedError
+from .errors import ConfigError
+from .path_errors import reachable
 
 MAX_PATH_BYTES: Final = 107
 """Longest Unix socket address of Linux: `sun_path` less its final zero."""
@@ -61,13 +62,8 @@ def check_socket_path(socket_path: Path) -> None:
             f"{socket_path.with_suffix('')}"
         )
     _check_length(socket_path)
-    try:
+    with reachable(socket_path, "ask as the daemon's user, or name your own socket"):
         is_folder = socket_path.is_dir()
-    except PermissionError as error:
-        raise PermissionDeniedError(
-            f"{socket_path} is in a folder of another user; ask as the daemon's user, or name "
-            "your own socket"
-        ) from error
     if is_folder:
         raise ConfigError(
             f"{socket_path} is a folder, not a socket: name the socket, such as "

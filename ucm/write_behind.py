@@ -26,6 +26,7 @@ from .eviction import Watermarks
 from .manager_state import US_PER_S, ManagerState
 from .namespaces import Namespace
 from .placement import Victim, evict, plan_commit, plan_flush
+from .plurals import counted
 from .shrink import Delete, Shrinking
 from .transfer import CommitLimits, GroupCommit, TransferPool
 from .types import BlockKey, TierKind
@@ -242,7 +243,7 @@ class WriteBehind:
         failed = [status for status in _REFUSALS if status in statuses]
         for status in failed:
             count = statuses.count(status)
-            reason = f"{_REFUSALS[status]} ({count} blocks of {len(items)} not written)"
+            reason = f"{_REFUSALS[status]} ({count} of {counted(len(items), 'block')} not written)"
             self._refuse(reason, lacks_room=status is IoStatus.FULL)
         if IoStatus.OK in statuses and not failed and len(slots) == len(writable):
             self._recover()
@@ -341,9 +342,9 @@ class WriteBehind:
                 found.full_at_slots = found.nvme.usage().total_slots
                 found.problem = (
                     f"namespace {found.id.hex()[:8]}: the disk is full: room for "
-                    f"{found.full_at_slots} blocks, old ones make way for new ones"
+                    f"{counted(found.full_at_slots, 'block')}, old ones make way for new ones"
                 )
-            reason = f"the disk is full: room for {len(slots)} blocks of {count}"
+            reason = f"the disk is full: room for {len(slots)} of {counted(count, 'block')}"
             self._refuse(reason, lacks_room=True)
         return slots
 

@@ -98,5 +98,7 @@ def test_the_decision_is_explained(model: Path, store: Path, warm: dict[str, Any
     )
     assert f"* {decision['kind']}" in told.stderr
     assert "estimates: priors for computing" in told.stderr
+    for word in (*decision["alternatives_s"], "priors", "mapped", "contention"):
+        assert f"\n  {word} " in told.stderr.partition("\nlegend:")[2]
     alone = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "nothing to decide" in alone.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ucm.config import MIB, Config, MemoryConfig, NvmeConfig, ServiceConfig
+from ucm.config import MemoryConfig
 from ucm.connectors.slab_shelf import CacheShelf
 from ucm.connectors.slab_source import CacheSlabSource, SlabSourceOptions
 from ucm.embedded import EmbeddedCache
@@ -26,9 +26,9 @@ from ucm.load_plan import LoadPlan
 from ucm.manager import Manager
 from ucm.sparse.offload import OffloadOptions
 from ucm.sparse.slab_queue import SlabLostError
-from ucm.storage.format import HEADER_BYTES
 from ucm.testing.blocks import tiny_spec
 from ucm.testing.fake_cache import FakeCache
+from ucm.testing.gated_store import gated_config
 from ucm.testing.models import write_tiny_model
 from ucm.testing.nvme import quick_folder
 from ucm.types import LoadStatus, SourceKind
@@ -237,19 +237,8 @@ def test_the_end_gives_every_lease_back(cache: FakeCache) -> None:
 
 def small_store(path: Path) -> EmbeddedCache:
     """Memory for 24 blocks, NVMe for 240."""
-    slot_bytes = HEADER_BYTES + LAYOUT.block_bytes
-    config = Config(
-        service=ServiceConfig(staging_bytes=4 * MIB, drain_timeout_s=5.0),
-        memory=MemoryConfig(capacity_bytes=24 * LAYOUT.block_bytes, prefault_bytes=0),
-        nvme=NvmeConfig(
-            path=path,
-            capacity_bytes=240 * slot_bytes,
-            segment_bytes=48 * slot_bytes,
-            io_threads=2,
-            index_map_bytes=16 * MIB,
-        ),
-    )
-    return EmbeddedCache(Manager(config))
+    memory = MemoryConfig(capacity_bytes=24 * LAYOUT.block_bytes, prefault_bytes=0)
+    return EmbeddedCache(Manager(replace(gated_config(path, LAYOUT), memory=memory)))
 
 
 def test_a_store_whose_memory_holds_less_than_the_shelf() -> None:

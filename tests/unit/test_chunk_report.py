@@ -78,8 +78,8 @@ def test_a_line_a_chunk() -> None:
     )
     assert fate_line(fate) == (
         "a.txt, chunk 2: 300 tokens; 64 loaded; 32 in the engine's pool; 192 computed for the "
-        "first time; 12 at the end fill no block and are computed with each prompt; its load came "
-        "short, 1 time(s); stored"
+        "first time; 12 at the end, too few for a block, computed with each prompt; its load came "
+        "short 1 time; stored"
     )
     unused = ChunkFate(file="b", number=1, num_tokens=64, num_tail_tokens=0)
     assert fate_line(unused) == "b, chunk 1: 64 tokens; not looked for"

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from ucm import __version__, cli
-from ucm.cli import serve
+from ucm import __version__, cli, machine_memory
 from ucm.cli.console import ExitCode, fail, format_bytes, split_settings
 from ucm.cli.serve import warn_of_memory
 from ucm.client import connect
@@ -204,7 +203,7 @@ def test_status_of_a_daemon(ucm: Runner, folder: Path) -> None:
         text = ucm("status", "--socket", path).out
         assert "serving" in text
         assert "memory" in text
-        assert "1 sessions" in text
+        assert "1 session" in text
         assert "memory held" in text
         assert "held: what a namespace takes" in text
         starts = ("namespace", handle.id.hex()[:8])
@@ -307,7 +306,7 @@ def test_a_containers_limit_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(serve, "_CGROUP_LIMIT", limit)
+    monkeypatch.setattr(machine_memory, "CGROUP", tmp_path)
     limit.write_text("max\n")
     warn_of_memory(MemoryConfig(capacity_bytes=1 << 30))
     assert not caplog.records

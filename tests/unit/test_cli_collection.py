@@ -106,7 +106,7 @@ def test_ls_of_none(ucm: Runner) -> None:
 def test_rm_of_documents(ucm: Runner, cache: RemoteCache) -> None:
     outcome = ucm("rm", "docs", "a.txt")
     assert outcome.code == ExitCode.DONE
-    assert "1 documents deleted: 2 blocks erased, 0 wait" in outcome.out
+    assert "1 document deleted: 2 blocks erased, 0 waiting" in outcome.out
     assert cache.lookup(NAMESPACE, chain(NAMESPACE, 2, 0)).num_blocks == 0
     outcome = ucm("rm", "docs", "a.txt", "c.txt", "--json")
     assert outcome.code == ExitCode.CHECK_FAILED
@@ -133,7 +133,7 @@ def test_rm_that_a_reader_holds_up(ucm: Runner, cache: RemoteCache) -> None:
     with loaded(cache, handle, chain(NAMESPACE, 2, 0)):
         outcome = ucm("rm", "docs", "a.txt", "--timeout", "0")
     assert outcome.code == ExitCode.CHECK_FAILED
-    assert "0 blocks erased, 2 wait" in outcome.out
+    assert "0 blocks erased, 2 waiting" in outcome.out
 
 
 def test_rm_and_expire_need_to_be_told_what(ucm: Runner, cache: RemoteCache) -> None:
@@ -154,10 +154,10 @@ def test_expire(ucm: Runner, cache: RemoteCache) -> None:
     found = json.loads(ucm("expire", "docs", "2h", "--all", "--json").out)
     assert found["num_documents"] == 3
     assert found["expires_s"] == pytest.approx(time.time() + 7200, abs=60)
-    assert "1 documents never expire" in ucm("expire", "docs", "never", "a.txt").out
+    assert "1 document set never to expire" in ucm("expire", "docs", "never", "a.txt").out
     assert "UTC" in ucm("expire", "docs", "10d", "c.txt").out
     outcome = ucm("expire", "docs", "10d", "c.txt", "none.txt")
-    assert (outcome.code, outcome.out[:11]) == (ExitCode.CHECK_FAILED, "1 documents")
+    assert (outcome.code, outcome.out[:11]) == (ExitCode.CHECK_FAILED, "1 document ")
     assert "never" in ucm("ls", "docs").out
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ucm.cli import main, model
+from ucm.load_decision import LoadKind
 from ucm.testing.models import write_tiny_model
 
 
@@ -301,3 +302,19 @@ def test_a_context_beyond_the_pool_gives_the_same_answer(
     roomy = reply(*everything, "--sparse-resident-blocks", "64")
     assert roomy["token_ids"] == plain["token_ids"]
     assert roomy["offload"] is None
+
+
+def test_the_words_of_an_explanation_are_explained(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--model", str(tiny), "--prompt", "cache " * 80, "--max-tokens", "1"]
+    arguments += ["--cache", str(tmp_path / "store"), "--explain"]
+    for found, words in (
+        ("the cache had none of it", {"priors", "mapped", "contention"}),
+        (" of 32 in the cache ", {"priors", "mapped", "contention", "*", *LoadKind}),
+    ):
+        code, _, err = run_cli(arguments, monkeypatch, capsys)
+        assert code == 0, err
+        told, _, legend = err.partition("\nlegend:\n")
+        assert found in told
+        assert {line.split()[0] for line in legend.splitlines()} == words

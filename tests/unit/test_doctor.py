@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from ucm import cli, doctor
-from ucm.config import Config, NvmeConfig
+from ucm.config import Config, MemoryConfig, NvmeConfig, ServiceConfig, SummariesConfig
 from ucm.doctor import Check, CheckStatus, Diagnosis, diagnose
 from ucm.errors import CapacityError
+from ucm.machine_memory import MachineMemory
 from ucm.storage.io_choice import GDS_NEEDS, Finding, IoChoice, IoKind, Machine
 
 NO_GPU = Machine(device_nodes=(Path("/dev/none"),))
@@ -31,7 +32,8 @@ def diagnosis(config: Config, *, gpu: bool = False) -> Diagnosis:
 
 def config_of(tmp_path: Path, **changes: object) -> Config:
     nvme = NvmeConfig(path=tmp_path / "not" / "yet", capacity_bytes=1 << 20, segment_bytes=1 << 20)
-    return Config(nvme=replace(nvme, **changes))  # type: ignore[arg-type]
+    memory = MemoryConfig(capacity_bytes=1 << 20)
+    return Config(nvme=replace(nvme, **changes), memory=memory)  # type: ignore[arg-type]
 
 
 def check_of(found: Diagnosis, name: str) -> Check:
@@ -120,7 +122,8 @@ def test_limits_are_compared_with_what_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = {resource.RLIMIT_NOFILE: 256, resource.RLIMIT_MEMLOCK: 65536}
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], limits[kind]))
+    endless = resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits.get(kind, endless), endless))
     found = diagnosis(config_of(tmp_path))
     assert check_of(found, "open files").status is CheckStatus.FAILED
     assert "LimitNOFILE" in check_of(found, "open files").advice
@@ -136,6 +139,60 @@ def test_limits_are_compared_with_what_is_needed(
     assert check_of(found, "locked memory").status is CheckStatus.NOTE
     assert all(check_of(found, name).status is CheckStatus.OK for name in GDS_NEEDS)
     assert check_of(found, "cupy")
+
+
+def test_memory_that_may_be_taken_is_compared_with_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gib = 1 << 30
+    config = replace(
+        config_of(tmp_path),
+        memory=MemoryConfig(capacity_bytes=4 * gib),
+        summaries=SummariesConfig(capacity_bytes=gib // 2, table_bytes=gib // 2),
+        service=ServiceConfig(staging_bytes=gib),
+    )
+
+    def found_with(total_gib: int, available_gib: int) -> Check:
+        memory = MachineMemory(total_gib * gib, available_gib * gib)
+        monkeypatch.setattr(doctor, "machine_memory", lambda: memory)
+        return check_of(diagnosis(config), "memory")
+
+    assert found_with(6, 6).status is CheckStatus.OK
+    tight = found_with(6, 5)
+    assert tight.status is CheckStatus.NOTE
+    assert "free memory" in tight.advice
+    small = found_with(5, 5)
+    assert small.status is CheckStatus.FAILED
+    assert small.found == (
+        "5120 MiB, 5120 MiB available; the store takes up to 5120 MiB, each session up to 1024 MiB"
+    )
+    assert small.advice == "lower memory.capacity_bytes, or service.staging_bytes"
+
+
+@pytest.mark.parametrize(
+    ("kind", "needed", "remedy"),
+    [
+        (resource.RLIMIT_FSIZE, 2 << 30, "LimitFSIZE=infinity"),
+        (resource.RLIMIT_AS, (2 << 30) + (256 << 20) + (5 << 30), "LimitAS=infinity"),
+    ],
+)
+def test_arenas_and_segments_keep_to_the_limits_of_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int, needed: int, remedy: str
+) -> None:
+    endless = resource.RLIM_INFINITY
+    limits: dict[int, int] = {}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits.get(kind, endless), endless))
+    config = replace(config_of(tmp_path), memory=MemoryConfig(capacity_bytes=2 << 30))
+    for limit, status in (
+        (endless, CheckStatus.OK),
+        (needed, CheckStatus.OK),
+        (needed - 1, CheckStatus.FAILED),
+    ):
+        limits[kind] = limit
+        check = doctor._check_sizes(config)
+        assert check.status is status
+    assert f"{needed} may be needed" in check.found
+    assert remedy in check.advice
 
 
 def test_few_and_many_threads_are_noted(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 import ucm.engine.blend_desk
 from ucm.engine.blend_span import span_of
 from ucm.engine.engine import Engine, EngineOptions
-from ucm.engine.loading import load_model
 from ucm.engine.model import LlamaModel
 from ucm.engine.reuse_report import FallbackReason
 from ucm.engine.sampling import SamplingParams
@@ -43,16 +42,9 @@ from ucm.testing.blend_engines import (
     tokens_of,
 )
 from ucm.testing.fake_model import FakeModel
-from ucm.testing.models import write_tiny_model
 
 A, B, C = text_of(1, 16), text_of(2, 22), text_of(3, 12)
 BETWEEN = (33, 34, 35)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=4)
-    return load_model(folder, torch.float32).model
 
 
 def pool_rows(engine: Engine, chunk: Chunk) -> torch.Tensor:

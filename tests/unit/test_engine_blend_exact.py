@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ucm.engine.chunk_rows import gather_rows
-from ucm.engine.loading import load_model
 from ucm.engine.model import LlamaModel
 from ucm.engine.scheduler import SchedulerOptions
 from ucm.reuse.dense_rows import DenseRows, assemble, compute
@@ -25,15 +24,8 @@ from ucm.testing.blend_engines import (
     tokens_of,
 )
 from ucm.testing.fake_hook import DictHook
-from ucm.testing.models import write_tiny_model
 
 A, C = text_of(1, 16), text_of(3, 12)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=4)
-    return load_model(folder, torch.float32).model
 
 
 def test_rows_of_exact_chunks_are_not_counted_as_recomputed(model: LlamaModel) -> None:

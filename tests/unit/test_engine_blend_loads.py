@@ -9,7 +9,6 @@ import torch
 
 from ucm.clock import SimClock
 from ucm.engine.hook import LoadRequest, LoadStart
-from ucm.engine.loading import load_model
 from ucm.engine.model import LlamaModel
 from ucm.engine.reuse_report import FallbackReason
 from ucm.reuse.dense_rows import encode_chunk
@@ -31,19 +30,12 @@ from ucm.testing.blend_engines import (
 )
 from ucm.testing.fake_hook import DictHook
 from ucm.testing.fake_loading_hook import FakeLoadingHook, LoadScript, script_source
-from ucm.testing.models import write_tiny_model
 from ucm.types import LoadOrder
 
 A, B = text_of(1, 16), text_of(2, 24)
 NUM_LAYERS = 4
 LATE_SLAB_OF_A = 3 * 4 + 1
 """In the last layer of the first chunk's load, which has 4 blocks a layer."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=NUM_LAYERS)
-    return load_model(folder, torch.float32).model
 
 
 class Served:

@@ -11,7 +11,6 @@ import torch
 
 from ucm.engine.blend_job import MAX_QUERY_ROWS
 from ucm.engine.engine import Engine
-from ucm.engine.loading import load_model
 from ucm.engine.model import ForwardItem, LlamaModel
 from ucm.reuse.options import BlendOptions
 from ucm.reuse.segments import SegmentedPrompt
@@ -26,15 +25,8 @@ from ucm.testing.blend_engines import (
     text_of,
     tokens_of,
 )
-from ucm.testing.models import write_tiny_model
 
 A, C = text_of(1, 16), text_of(3, 12)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=4)
-    return load_model(folder, torch.float32).model
 
 
 @pytest.mark.parametrize(

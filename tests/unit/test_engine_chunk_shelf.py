@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ucm.clock import SimClock
-from ucm.engine.loading import load_model
 from ucm.engine.model import LlamaModel
 from ucm.engine.reuse_report import FallbackReason
 from ucm.engine.sampling import SamplingParams
@@ -25,15 +24,8 @@ from ucm.testing.blend_engines import (
 )
 from ucm.testing.fake_hook import DictHook
 from ucm.testing.fake_loading_hook import FakeLoadingHook, LoadScript, script_source
-from ucm.testing.models import write_tiny_model
 
 LONG = text_of(1, 40)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
-    folder = write_tiny_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=4)
-    return load_model(folder, torch.float32).model
 
 
 def test_chunks_that_begin_alike_share_their_first_blocks(model: LlamaModel) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -34,17 +33,6 @@ from ucm.write_behind import PROBE_INTERVAL_S
 
 ACCEPTED, REFUSED = StoreStatus.ACCEPTED, StoreStatus.REFUSED
 BLOCK_BYTES = TINY_LAYOUT.block_bytes
-
-
-@pytest.fixture
-def store() -> Iterator[FakeStore]:
-    made = FakeStore()
-    yield made
-    made.disk.faults.reads_may_go.set()
-    made.disk.faults.writes_may_go.set()
-    made.cache.flush(timeout_s=5)
-    assert made.manager.check_integrity() == []
-    made.close()
 
 
 def no_slots(count: int, *, full: bool = False) -> list[SlotId]:

@@ -47,16 +47,6 @@ ACCEPTED, REFUSED = StoreStatus.ACCEPTED, StoreStatus.REFUSED
 BLOCK_BYTES = TINY_LAYOUT.block_bytes
 
 
-@pytest.fixture
-def store() -> Iterator[FakeStore]:
-    made = FakeStore()
-    yield made
-    made.disk.faults.writes_may_go.set()
-    made.cache.flush(timeout_s=5)
-    assert made.manager.check_integrity() == []
-    made.close()
-
-
 def flushed_chain(store: FakeStore, num_blocks: int) -> list[BlockKey]:
     keys = chain(store.handle.id, num_blocks)
     assert put(store.cache, store.handle, keys) == (ACCEPTED,) * num_blocks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,14 +10,6 @@ from ucm.errors import CapacityError, TierUnavailableError
 from ucm.testing.blocks import chain, put
 from ucm.testing.stores import FakeStore, wait_until
 from ucm.types import TierKind
-
-
-@pytest.fixture
-def store() -> Iterator[FakeStore]:
-    made = FakeStore()
-    yield made
-    assert made.manager.check_integrity() == []
-    made.close()
 
 
 def test_status_and_the_gauge_count_each_block_once(store: FakeStore) -> None:

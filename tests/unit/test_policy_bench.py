@@ -52,7 +52,8 @@ def test_every_policy_and_size_is_reported_beside_the_ideal() -> None:
         ({"admission": "never"}, "no admission 'never'"),
         ({"working_set": "x"}, "no working set 'x': one of reused, footprint"),
         ({"synthetic": SyntheticOptions(kind="x")}, "no kind of trace 'x'"),
-        ({"fractions": (0.1, 2.0)}, "shares above 0"),
+        ({"fractions": (0.1, 2.0)}, "--size 2: a share of the working set, above 0 and up to 1"),
+        ({"fractions": ()}, "--size: name at least one"),
     ],
 )
 def test_what_it_does_not_know_is_named(wrong: dict[str, object], message: str) -> None:

@@ -20,7 +20,7 @@ from ucm.storage.index import IndexRecord
 from ucm.storage.nvme import NvmeStore, NvmeTier
 from ucm.storage.slots import SlotState
 from ucm.storage.tier import IoStatus, SlotId
-from ucm.testing.nvme import NAMESPACE, nvme_config, quick_folder
+from ucm.testing.nvme import NAMESPACE, nvme_config, open_tier, quick_folder
 from ucm.testing.tier_conformance import LAYOUT, get, make_key, make_write, put
 from ucm.types import ROOT_KEY, BlockKey, TierKind
 
@@ -31,11 +31,6 @@ CHAIN_BLOCKS = 64
 def path() -> Iterator[Path]:
     with quick_folder() as folder:
         yield folder / "data"
-
-
-def open_tier(path: Path, num_slots: int = 8) -> tuple[NvmeStore, NvmeTier]:
-    store = NvmeStore(nvme_config(path, num_slots))
-    return store, store.open_namespace(NAMESPACE, LAYOUT)
 
 
 def index_folder(path: Path) -> Path:

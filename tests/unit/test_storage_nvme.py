@@ -20,9 +20,9 @@ from ucm.checksum import checksum
 from ucm.errors import ConfigError, CorruptionError, LayoutMismatchError, TierUnavailableError
 from ucm.layout import KvDtype, KvLayout
 from ucm.storage import folder as folder_checks
-from ucm.storage.nvme import NvmeStore, NvmeTier
+from ucm.storage.nvme import NvmeStore
 from ucm.storage.tier import IoStatus, SlotId
-from ucm.testing.nvme import NAMESPACE, SLOT_BYTES, nvme_config, quick_folder
+from ucm.testing.nvme import NAMESPACE, SLOT_BYTES, nvme_config, open_tier, quick_folder
 from ucm.testing.tier_conformance import LAYOUT, get, make_key, make_write, put
 from ucm.types import NamespaceId, TierKind
 
@@ -33,11 +33,6 @@ OTHER = NamespaceId(b"o" * 32)
 def path() -> Iterator[Path]:
     with quick_folder() as folder:
         yield folder / "data"
-
-
-def open_tier(path: Path, num_slots: int = 8) -> tuple[NvmeStore, NvmeTier]:
-    store = NvmeStore(nvme_config(path, num_slots))
-    return store, store.open_namespace(NAMESPACE, LAYOUT)
 
 
 def test_a_restart_serves_what_was_written(path: Path) -> None:
@@ -60,7 +55,7 @@ def test_so_does_one_after_a_kill(path: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path\n"
         "from ucm.storage.nvme import NvmeStore\n"
-        "from ucm.testing.nvme import NAMESPACE, nvme_config\n"
+        "from ucm.testing.nvme import NAMESPACE, open_tier, nvme_config\n"
         "from ucm.testing.tier_conformance import LAYOUT, put\n"
         "store = NvmeStore(nvme_config(Path(sys.argv[1]), 8))\n"
         "put(store.open_namespace(NAMESPACE, LAYOUT), range(5))\n"

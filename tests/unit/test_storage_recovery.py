@@ -11,11 +11,11 @@ import pytest
 
 from ucm.storage.format import HEADER_BYTES
 from ucm.storage.index import BlockIndex, IndexRecord
-from ucm.storage.nvme import NvmeStore, NvmeTier
+from ucm.storage.nvme import NvmeTier
 from ucm.storage.recovery import order_by_chain
 from ucm.storage.tier import IoStatus, SlotId
-from ucm.testing.nvme import NAMESPACE, SLOT_BYTES, nvme_config, quick_folder
-from ucm.testing.tier_conformance import LAYOUT, get, make_key, put
+from ucm.testing.nvme import NAMESPACE, SLOT_BYTES, open_tier, quick_folder
+from ucm.testing.tier_conformance import get, make_key, put
 from ucm.types import ROOT_KEY
 
 MAP_BYTES = 16 << 20
@@ -25,11 +25,6 @@ MAP_BYTES = 16 << 20
 def path() -> Iterator[Path]:
     with quick_folder() as folder:
         yield folder / "data"
-
-
-def open_tier(path: Path) -> tuple[NvmeStore, NvmeTier]:
-    store = NvmeStore(nvme_config(path, 8))
-    return store, store.open_namespace(NAMESPACE, LAYOUT)
 
 
 def fill(path: Path, *, clean: bool, count: int = 5) -> None:

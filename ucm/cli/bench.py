@@ -124,7 +124,7 @@ class PolicyOptions:
         list[float] | None,
         typer.Option(
             metavar="SHARE",
-            help="Of the working set, above 0 and up to 1; may be repeated; default: 0.1 and 0.3.",
+            help="Of the working set, up to 1; may be repeated; default: 0.1, 0.2 and 0.3.",
         ),
     ] = None
     quick: Annotated[
@@ -145,9 +145,6 @@ def policy(asked: PolicyOptions) -> None:
         raise ConfigError(
             f"--trace {asked.trace}: no such file, and none of {', '.join(KINDS)}, which are made"
         )
-    for share in asked.size or ():
-        if not 0 < share <= 1:
-            raise ConfigError(f"--size {share:g}: a share of the working set, above 0 and up to 1")
     options = PolicyBenchOptions(
         trace_path=None if made else Path(asked.trace),
         synthetic=SyntheticOptions(kind=asked.trace if made else KINDS[0], seed=asked.seed),

@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ucm
-from ucm.errors import (
-    CapacityError,
-    ConfigError,
-    PermissionDeniedError,
-    TierUnavailableError,
-)
+from ucm.errors import CapacityError, ConfigError, TierUnavailableError
+from ucm.path_errors import reachable
 from ucm.sockets import check_socket_path
 
 if TYPE_CHECKING:
@@ -106,14 +102,8 @@ def is_folder(path: Path) -> bool:
         PermissionDeniedError: it is in one that this user may not enter.
         ConfigError: no path can be like this.
     """
-    try:
+    with reachable(path, "use a path of your own, or ask as that user"):
         return path.is_dir()
-    except PermissionError as error:
-        raise PermissionDeniedError(
-            f"{path} is in a folder of another user: use a path of your own, or ask as that user"
-        ) from error
-    except OSError as error:  # a name that is too long
-        raise ConfigError(f"{path}: {error.strerror}") from error
 
 
 def check_folder_is_ours(folder: Path) -> None:

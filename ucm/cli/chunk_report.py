@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ucm.plurals import counted
+
 if TYPE_CHECKING:
     from ucm.connectors.cached_engine import CachedEngine
     from ucm.engine.reuse_report import ChunkOutcome, ReuseReport
@@ -106,7 +108,7 @@ def fate_line(fate: ChunkFate) -> str:
         "loaded": fate.num_loaded_tokens,
         "in the engine's pool": fate.num_found_tokens,
         "computed for the first time": fate.num_computed_tokens,
-        "at the end fill no block and are computed with each prompt": fate.num_tail_tokens,
+        "at the end, too few for a block, computed with each prompt": fate.num_tail_tokens,
     }
     parts = [f"{count:,} {what}" for what, count in counts.items() if count]
     if not fate.is_used and fate.num_tail_tokens < fate.num_tokens:
@@ -114,10 +116,11 @@ def fate_line(fate: ChunkFate) -> str:
     if fate.is_repeated:
         parts.insert(0, "the same as a chunk before it")
     if fate.num_losses:
-        parts.append(f"its load came short, {fate.num_losses} time(s)")
+        parts.append(f"its load came short {counted(fate.num_losses, 'time')}")
     if fate.is_stored is not None:
         parts.append("stored" if fate.is_stored else "NOT STORED")
-    return f"{fate.file}, chunk {fate.number}: {fate.num_tokens:,} tokens; {'; '.join(parts)}"
+    tokens = counted(fate.num_tokens, "token")
+    return f"{fate.file}, chunk {fate.number}: {tokens}; {'; '.join(parts)}"
 
 
 def unstored_hint(fates: Sequence[ChunkFate]) -> str | None:
@@ -148,7 +151,7 @@ def reuse_line(report: ReuseReport, *, is_cached: bool = True, is_kept: bool = T
         return "chunks: nothing to reuse, the prefix cache had the whole prompt"
     savings = _savings(report, is_cached=is_cached, is_kept=is_kept)
     line = (
-        f"chunks: {tokens:,} tokens ({report.num_loaded_tokens:,} loaded, "
+        f"chunks: {counted(tokens, 'token')} ({report.num_loaded_tokens:,} loaded, "
         f"{report.num_found_tokens:,} in the pool, {report.num_encoded_tokens:,} computed for "
         f"the first time); {report.cost:.0%} of the work repeated in "
         f"{1e3 * report.seconds:,.0f} ms, {savings}"
@@ -156,7 +159,7 @@ def reuse_line(report: ReuseReport, *, is_cached: bool = True, is_kept: bool = T
     if report.drift is not None:
         line += f"; drift {report.drift:.2f}"
     if report.num_guarded:
-        line += f"; {report.num_guarded} chunks had drifted too far and were computed in full"
+        line += f"; {counted(report.num_guarded, 'chunk')} drifted too far, computed in full"
     return line
 
 

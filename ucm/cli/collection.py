@@ -17,6 +17,7 @@ from rich.table import Table
 import ucm
 from ucm.collection_api import check_time
 from ucm.errors import ConfigError, InvalidArgumentError, UcmError
+from ucm.plurals import counted
 
 from . import collection_add
 from .cache_choice import check_folder_is_ours, socket_or_folder
@@ -140,7 +141,7 @@ def _list_documents(collections: CollectionApi, name: str, *, as_json: bool) -> 
         table.add_row(*_document_texts(each))
     console = table_console()
     console.print(table)
-    console.print(f"{len(found)} documents")
+    console.print(counted(len(found), "document"))
 
 
 def _document_texts(each: DocumentInfo) -> tuple[str, ...]:
@@ -226,9 +227,9 @@ def _show_removal(answer: RemoveAnswer, problems: tuple[str, ...]) -> None:
     deletion = answer.deletion
     erased = deletion.num_blocks - deletion.num_waiting
     console.print(
-        f"{answer.num_documents} documents deleted: {erased} blocks erased, "
-        f"{deletion.num_waiting} wait for the end of a lease or the disk, "
-        f"{deletion.num_kept} stay because other documents have them"
+        f"{counted(answer.num_documents, 'document')} deleted: {counted(erased, 'block')} erased, "
+        f"{deletion.num_waiting} waiting for the end of a lease or the disk, "
+        f"{deletion.num_kept} kept because other documents have the same"
     )
     for problem in problems:
         console.print(f"problem: {problem}", style="bold red", markup=False)
@@ -248,8 +249,8 @@ def expire_command(options: _Expiry) -> None:
     if options.as_json:
         print_json({"collection": options.name, "num_documents": count, "expires_s": at_s})
     else:
-        text = f"expire at {_time_text(at_s)} UTC" if at_s else "never expire"
-        print(f"{count} documents {text}")
+        text = f"to expire at {_time_text(at_s)} UTC" if at_s else "never to expire"
+        print(f"{counted(count, 'document')} set {text}")
     if ids and count < len(set(ids)):
         raise typer.Exit(ExitCode.CHECK_FAILED)
 

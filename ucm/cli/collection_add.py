@@ -17,6 +17,7 @@ import ucm
 from ucm import model_hub
 from ucm.collection_api import CollectionApi, check_collection_name
 from ucm.errors import TierUnavailableError
+from ucm.plurals import counted
 from ucm.sockets import check_socket_path
 from ucm.text_files import (
     DEFAULT_ENCODING,
@@ -295,9 +296,9 @@ class _Log:
         outcomes = ("new", "known", "replaced", "skipped")
         print(
             f"{self.collection}: {', '.join(f'{counts[each]} {each}' for each in outcomes)}; "
-            f"{sum(each.num_computed for each in stored)} chunks of "
-            f"{sum(each.num_computed_tokens for each in stored):,} tokens computed, "
-            f"{sum(each.num_known for each in stored)} were there"
+            f"{counted(sum(each.num_computed for each in stored), 'chunk')} of "
+            f"{counted(sum(each.num_computed_tokens for each in stored), 'token')} computed, "
+            f"{sum(each.num_known for each in stored)} found there"
         )
         if any(file.reason is SkipReason.ENCODING for file in self.skipped):
             print("--encoding names the encoding of all files; add those of another one by one")
@@ -310,7 +311,7 @@ class _Log:
 def _words(done: Ingested) -> str:
     """What became of a document, for people."""
     stored = done.stored
-    text = f"{done.num_tokens:,} tokens in {done.num_chunks} chunks"
+    text = f"{counted(done.num_tokens, 'token')} in {counted(done.num_chunks, 'chunk')}"
     if stored.num_computed:
         text += f", {stored.num_computed} computed"
     if stored.num_unstored:
@@ -319,7 +320,7 @@ def _words(done: Ingested) -> str:
         text += ", too short for a block: computed with each request"
     deletion = done.deletion
     if deletion.num_blocks:
-        text += f"; {deletion.num_blocks} blocks of what it replaces are deleted"
+        text += f"; {counted(deletion.num_blocks, 'block')} of what it replaces deleted"
     if deletion.num_waiting:
         text += f", {deletion.num_waiting} of them when their readers are done"
     return text

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ucm.errors import ConfigError
+from ucm.plurals import counted
 
 from .console import ExitCode, print_json
 from .doctor_kernels import kernels_command
@@ -70,7 +71,7 @@ def _show(found: Diagnosis) -> None:
         _show_check(console, check, width)
     failed = sum(check.status == "failed" for check in found.checks)
     notes = sum(check.status == "note" for check in found.checks)
-    console.print(f"{len(found.checks)} checks, {failed} failed, {notes} notes")
+    console.print(f"{len(found.checks)} checks, {failed} failed, {counted(notes, 'note')}")
 
 
 def _show_check(console: Console, check: Check, width: int) -> None:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ucm.errors import ConfigError
+from ucm.plurals import counted
 
 from .console import ExitCode, format_bytes, print_json
 from .options import ConfigOption, JsonOption, loaded_config
@@ -59,14 +60,16 @@ def _show(folder: Path, report: FsckReport) -> None:
     for finding in report.findings:
         console.print(_line(finding), markup=False)
     console.print(
-        f"{folder}: {report.num_namespaces} namespaces, {report.num_blocks} blocks whole, "
-        f"{format_bytes(report.num_bytes)} verified, {len(report.findings)} findings"
+        f"{folder}: {counted(report.num_namespaces, 'namespace')}, "
+        f"{counted(report.num_blocks, 'block')} whole, {format_bytes(report.num_bytes)} verified, "
+        f"{counted(len(report.findings), 'finding')}"
     )
     if report.num_documents or report.num_deleted_blocks:
         console.print(
-            f"{report.num_documents} documents name {report.num_named_blocks} blocks, "
-            f"{report.num_evicted_blocks} of them not stored; nothing is left of "
-            f"{report.num_deleted_blocks} blocks of deleted documents"
+            f"{counted(report.num_documents, 'document')} with "
+            f"{counted(report.num_named_blocks, 'block')}, {report.num_evicted_blocks} of them not "
+            f"stored; nothing is left of {counted(report.num_deleted_blocks, 'block')} of deleted "
+            "documents"
         )
     if not report.ok:
         console.print("damage is left; run `ucm fsck --repair` to drop the damaged blocks")

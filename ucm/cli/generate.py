@@ -13,6 +13,7 @@ import typer
 
 from ucm import model_hub
 from ucm.errors import ConfigError
+from ucm.plurals import counted
 from ucm.types import SummaryKind
 
 from .cache_choice import CONNECT_TIMEOUT_S, reached_cache, say_loading
@@ -25,6 +26,7 @@ from .chunk_report import (
     unstored_hint,
 )
 from .console import print_json
+from .decision_report import decision_figures, explanation
 from .option_class import takes_options
 from .options import DEFAULT_MODEL, CacheOption, JsonOption, ModelOption
 from .reuse_flags import (
@@ -241,7 +243,7 @@ def _generate(
             return
         _report(result, cached, unstored_hint(fates))
         if options.explain:
-            for line in (*map(fate_line, fates), _explanation(cached.session)):
+            for line in (*map(fate_line, fates), explanation(cached.session)):
                 print(line, file=sys.stderr)
 
 
@@ -307,7 +309,7 @@ def _summary(
         "finish_reason": output.finish_reason.value,
         **dataclasses.asdict(result.timings),
         "cache": dataclasses.asdict(session.stats()) if session is not None else None,
-        "decision": _decision(session),
+        "decision": decision_figures(session),
         "sparse": dataclasses.asdict(sparse) if sparse is not None else None,
         "reuse": reuse_figures(result.reuse),
         "chunks": [dataclasses.asdict(fate) for fate in fates] or None,
@@ -318,10 +320,10 @@ def _summary(
 def _report(result: RequestResult, cached: CachedEngine, hint: str | None) -> None:
     """What a person wants to know, on standard error."""
     timings, engine = result.timings, cached.engine
-    reused = f" and {timings.num_reused_tokens} from chunks" if result.reuse else ""
+    reused = f" and {timings.num_reused_tokens:,} from chunks" if result.reuse else ""
     line = (
-        f"{timings.num_prompt_tokens} prompt tokens, {timings.num_hook_tokens} of them from the "
-        f"cache{reused}; first token after {1e3 * timings.ttft_s:,.0f} ms"
+        f"{counted(timings.num_prompt_tokens, 'prompt token')}, {timings.num_hook_tokens:,} of "
+        f"them from the cache{reused}; first token after {1e3 * timings.ttft_s:,.0f} ms"
     )
     if timings.tpot_s:
         line += f", then {1 / timings.tpot_s:.1f} tokens/s"
@@ -334,34 +336,5 @@ def _report(result: RequestResult, cached: CachedEngine, hint: str | None) -> No
         print(sparse_line(engine.sparse_stats), file=sys.stderr)
     if engine.offloads.stats.sequences:
         num = engine.options.num_blocks
-        print(f"offload: the pool held {num} blocks, host memory the rest", file=sys.stderr)
-
-
-def _decision(session: CacheSession | None) -> dict[str, object] | None:
-    """What was decided about the cache's blocks; None when it had none."""
-    if session is None or not session.loads.decisions:
-        return None
-    decision = session.loads.decisions[-1]
-    return {
-        "kind": decision.kind.value,
-        "num_blocks": decision.num_blocks,
-        "mode": decision.mode.value,
-        "order": decision.order.value,
-        "read_ahead_layers": decision.read_ahead_layers,
-        "predicted_ttft_s": decision.predicted_ttft_s,
-        "alternatives_s": decision.alternatives,
-        "estimates": decision.estimates.source,
-    }
-
-
-def _explanation(session: CacheSession | None) -> str:
-    """The last decision in words, with what the model has learnt since."""
-    if session is None:
-        return "no cache, nothing to decide: everything is computed (--cache names one)"
-    if not session.loads.decisions:
-        return f"nothing was loaded: the cache had none of it\n{session.loads.model.snapshot()}"
-    decided = session.loads.decisions[-1].explain()
-    count = len(session.loads.decisions)
-    if count > 1:
-        decided = f"the last of {count} loads, each decided by itself:\n{decided}"
-    return f"{decided}\nafterwards:\n{session.loads.model.snapshot()}"
+        held = counted(num, "block")
+        print(f"offload: the pool held {held}, host memory the rest", file=sys.stderr)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from pathlib import Path
 from types import FrameType
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
 from ucm.config import Config, MemoryConfig
+from ucm.machine_memory import machine_memory
 
 from .console import format_bytes, print_json
 from .options import (
@@ -24,8 +24,6 @@ from .options import (
 )
 
 _log = logging.getLogger(__name__)
-
-_CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 
 command = typer.Typer(add_completion=False)
 
@@ -67,7 +65,7 @@ def serve(
 
 def warn_of_memory(memory: MemoryConfig) -> None:
     """Say so when the host-memory tier may outgrow the machine: it is sparse, so it would start."""
-    machine_bytes = _machine_bytes()
+    machine_bytes = machine_memory().total_bytes
     if memory.capacity_bytes > machine_bytes:
         _log.warning(
             "memory.capacity_bytes is %s, the machine has %s: the kernel may kill the daemon or "
@@ -75,16 +73,6 @@ def warn_of_memory(memory: MemoryConfig) -> None:
             format_bytes(memory.capacity_bytes),
             format_bytes(machine_bytes),
         )
-
-
-def _machine_bytes() -> int:
-    """Memory of the machine, or of the container that this process is in."""
-    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = _CGROUP_LIMIT.read_text().strip()
-    except OSError:  # no cgroups, or of version 1
-        return machine_bytes
-    return min(machine_bytes, int(limit)) if limit.isdigit() else machine_bytes
 
 
 def _serve(config: Config, *, as_json: bool) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ucm.enum_words import word_of
 from ucm.errors import ConfigError, InvalidArgumentError
+from ucm.plurals import counted
 from ucm.sparse.mode_policy import SparseMode
 from ucm.types import SummaryKind
 
@@ -40,9 +42,12 @@ def sparse_options(flags: GenerateOptions) -> SparseOptions | None:
         return None
     from ucm.sparse.options import SparseOptions
 
-    settings: dict[str, object] = {"mode": _one_of(SparseMode, "--sparse", flags.sparse)}
+    mode = word_of(SparseMode, flags.sparse, "--sparse", ConfigError)
+    settings: dict[str, object] = {"mode": mode}
     if flags.sparse_summary is not None:
-        settings["kind"] = _one_of(SummaryKind, "--sparse-summary", flags.sparse_summary)
+        settings["kind"] = word_of(
+            SummaryKind, flags.sparse_summary, "--sparse-summary", ConfigError
+        )
     budget = _budget(flags)
     if budget is not None:
         settings["budget"] = settings["concurrency_budget"] = budget
@@ -76,29 +81,19 @@ def _budget(flags: GenerateOptions) -> Budget | None:
         raise ConfigError(f"--sparse: {error}") from error
 
 
-def _one_of(
-    names: type[SparseMode] | type[SummaryKind], flag: str, value: str
-) -> SparseMode | SummaryKind:
-    try:
-        return names(value)
-    except ValueError:
-        known = ", ".join(names)
-        raise ConfigError(f"{flag} {value!r} is not known; use one of {known}") from None
-
-
 def sparse_line(stats: SparseStats) -> str:
     """What the request's decode steps read and left out, for people."""
     if not stats.sparse_steps:
         return _dense_line(stats)
     share = stats.bytes_read / stats.bytes_dense if stats.bytes_dense else 1.0
     line = (
-        f"sparse ({stats.mode.value}): {_count(stats.sparse_steps, 'step')} read {share:.0%} of "
+        f"sparse ({stats.mode.value}): {counted(stats.sparse_steps, 'step')} read {share:.0%} of "
         f"their KV ({stats.bytes_read / 2**20:,.0f} of {stats.bytes_dense / 2**20:,.0f} MiB); "
         f"choosing took {1e3 * stats.select_s / stats.sparse_steps:.1f} ms a step, the summaries "
-        f"of {stats.summarised_blocks} blocks {1e3 * stats.seal_s:,.0f} ms in all"
+        f"of {counted(stats.summarised_blocks, 'block')} {1e3 * stats.seal_s:,.0f} ms in all"
     )
     if stats.mode_switches:
-        line += f"; {_count(stats.mode_switches, 'mode switch', 'es')}"
+        line += f"; {counted(stats.mode_switches, 'mode switch', 'es')}"
     return line
 
 
@@ -112,9 +107,5 @@ def _dense_line(stats: SparseStats) -> str:
         "the context is below --sparse-min-context": stats.dense_by_context,
     }
     why = "; ".join(reason for reason, count in reasons.items() if count)
-    steps = _count(stats.dense_steps, "step")
+    steps = counted(stats.dense_steps, "step")
     return f"sparse: all {steps} read everything ({why})"
-
-
-def _count(number: int, what: str, plural: str = "s") -> str:
-    return f"{number} {what}{'' if number == 1 else plural}"

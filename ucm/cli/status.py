@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from ucm.plurals import counted
+
 from .console import format_bytes, print_json, table_console
 from .options import ConfigOption, JsonOption, SocketOption, loaded_config
 
@@ -56,11 +58,12 @@ def _show(found: DaemonStatus) -> None:
     console.print(f"ucm {found.version}, {store.state}, pid {found.pid}, up {found.uptime_s:.0f} s")
     console.print(f"socket {found.socket_path}", f"store {found.store_path or 'none'}", sep="\n")
     console.print(
-        f"{store.num_sessions} sessions, {store.num_leases} leases of "
+        f"{counted(store.num_sessions, 'session')}, {counted(store.num_leases, 'lease')} of "
         f"{format_bytes(store.leased_bytes)}, {format_bytes(store.write_queue_bytes)} to be flushed"
     )
     if store.rejected_admissions:
-        console.print(f"{store.rejected_admissions} times a block was not admitted to NVMe")
+        times = counted(store.rejected_admissions, "time")
+        console.print(f"{times} a block was not admitted to NVMe")
     table = Table("tier", "used", "capacity", "blocks", "quarantined", "writable", box=None)
     for tier in store.tiers:
         table.add_row(

@@ -12,6 +12,7 @@ from ucm.config import NvmeConfig
 from ucm.kernels.summary_record import area_bytes
 from ucm.storage.codecs import codec_named
 from ucm.storage.format import HEADER_BYTES, compact_payload_bytes
+from ucm.storage.nvme import NvmeStore, NvmeTier
 from ucm.types import NamespaceId, SummaryKind
 
 from .tier_conformance import LAYOUT
@@ -52,6 +53,12 @@ def nvme_config(
         io_threads=2,
         index_map_bytes=16 << 20,
     )
+
+
+def open_tier(path: Path, num_slots: int = 8) -> tuple[NvmeStore, NvmeTier]:
+    """The store in a data folder, and its namespace of the test layout; the caller closes it."""
+    store = NvmeStore(nvme_config(path, num_slots))
+    return store, store.open_namespace(NAMESPACE, LAYOUT)
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def report(turns: dict[str, list[Turn]]) -> dict[str, object]:
         by_client = Counter[int]()
         for turn in found:
             by_client.update(dict(enumerate(turn.loads)))
-        each = sorted(count for count in by_client.values() if count) or [0]
+        each = sorted(by_client.values())
         seconds = sum(turn.duration_s for turn in found)
         lines[side] = {
             "loads_a_s": round(sum(turn.loads_a_s for turn in found) / len(found), 1),
@@ -111,7 +111,7 @@ def report(turns: dict[str, list[Turn]]) -> dict[str, object]:
             "refused_p99_ms": round(quantile(refused or [0.0], 0.99) * 1e3, 3),
             "partial": sum(turn.num_partial for turn in found),
             "loads_of_a_client_min_median_max": [each[0], int(statistics.median(each)), each[-1]],
-            "clients_served": len([count for count in by_client.values() if count]),
+            "clients_served": sum(count > 0 for count in each),
         }
     alone, crowd = turns["alone"], turns["crowd"]
     ratios = [busy.p(0.99) / free.p(0.99) for free, busy in zip(alone, crowd, strict=True)]
