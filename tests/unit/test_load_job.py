@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ucm.connectors.load_job import LoadJob, LoadTask
+from ucm.connectors.load_job import CHUNK_THREADS, LoadJob, LoadTask
 from ucm.cost_model import CostModel
 from ucm.layer_reader import LayerReader, ReaderOptions
 from ucm.load_decision import LoadKind, LoadShape, forced
@@ -117,6 +117,34 @@ def test_a_load_that_nobody_hurries_comes_whole(tmp_path: Path, kind: LoadKind) 
     assert (outcome.num_good, outcome.corrupt, outcome.straggler) == (NUM_BLOCKS, (), None)
     for number in range(NUM_BLOCKS):
         assert desk.pool.block(number) == slabs_of(desk.file.data[number], PAGE_LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("tier", "is_whole", "num_threads"),
+    [
+        (TierKind.MEMORY, True, CHUNK_THREADS),
+        (TierKind.MEMORY, False, ReaderOptions().num_threads),
+        (TierKind.NVME, True, ReaderOptions().num_threads),
+    ],
+)
+def test_a_chunk_is_copied_out_of_memory_by_few_threads(
+    tmp_path: Path, tier: TierKind, is_whole: bool, num_threads: int
+) -> None:
+    desk = Desk(tmp_path, LoadKind.LOAD_ALL, PosixFileIo(io_threads=1), LONG_S)
+    task = desk.job.task
+    shape = replace(task.decision.shape, is_whole=is_whole)
+    task = replace(task, tiers=(tier,) * NUM_BLOCKS, decision=replace(task.decision, shape=shape))
+    found: list[ReaderOptions] = []
+
+    def reader(plan: LoadPlan, options: ReaderOptions) -> LayerReader:
+        found.append(options)
+        return desk.reader(plan, options)
+
+    job = LoadJob(task, PAGE_LAYOUT, CostModel())
+    assert job.open(desk.file.plan(), reader)
+    assert wait_for(lambda: job.state().is_done)
+    assert job.end().num_good == NUM_BLOCKS
+    assert [options.num_threads for options in found] == [num_threads]
 
 
 @pytest.mark.parametrize("kind", [LoadKind.LOAD_ALL, LoadKind.HYBRID])

@@ -6,13 +6,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ucm.reuse.row_attention import GROUP_ROWS, attend_rows
+from ucm.kernels import attention
+from ucm.reuse.row_attention import MASKED_PAIRS, MASKED_ROWS, attend_rows
+
+WIDE = MASKED_PAIRS // MASKED_ROWS
+"""Columns over which so many rows are still done with one mask."""
 
 
 @pytest.mark.parametrize("groups", [(3, 3, 64), (1, 4, 8), (2, 1, 16)])
 @pytest.mark.parametrize(
     ("num_rows", "num_columns"),
-    [(1, 1), (1, 7), (GROUP_ROWS, GROUP_ROWS), (GROUP_ROWS + 1, 400), (3 * GROUP_ROWS, 1000)],
+    [
+        (1, 1),
+        (1, 7),
+        (MASKED_ROWS, MASKED_ROWS),
+        (MASKED_ROWS + 1, 2 * WIDE),
+        (3 * MASKED_ROWS, 100),
+        (9 * MASKED_ROWS, WIDE),
+        (400, 401),
+    ],
 )
 def test_each_row_sees_what_is_not_behind_it(
     groups: tuple[int, int, int], num_rows: int, num_columns: int
@@ -32,6 +44,31 @@ def test_each_row_sees_what_is_not_behind_it(
         q_SHD.double().transpose(0, 1), k, v, attn_mask=mask
     ).transpose(0, 1)
     torch.testing.assert_close(found.double(), exact, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float32, 3e-6), (torch.bfloat16, 0.03), (torch.float64, 1e-12)]
+)
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_parts_are_merged_alike_with_and_without_the_kernel(
+    dtype: torch.dtype, error: float, has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_kernel:
+        monkeypatch.setattr(attention, "_FLASH", None)
+    torch.manual_seed(0)
+    positions = torch.randperm(WIDE)[: 9 * MASKED_ROWS].sort().values
+    q_SHD = torch.randn(len(positions), 6, 32).to(dtype)
+    kv_2GTD = torch.randn(2, 2, WIDE, 32).to(dtype)
+
+    found = attend_rows(q_SHD, kv_2GTD, positions)
+
+    assert found.dtype is dtype
+    k, v = kv_2GTD.double().repeat_interleave(3, 1)
+    mask = torch.arange(WIDE) <= positions.unsqueeze(1)
+    exact = F.scaled_dot_product_attention(
+        q_SHD.double().transpose(0, 1), k, v, attn_mask=mask
+    ).transpose(0, 1)
+    torch.testing.assert_close(found.double(), exact, atol=error, rtol=0)
 
 
 def test_no_rows_attend_to_nothing() -> None:

@@ -79,8 +79,11 @@ class _RowSet:
     indexes: Tensor
     """[S] int64 into the candidates; -1 for a fresh row."""
 
-    def take(self, is_kept: Tensor) -> _RowSet:
-        return _RowSet(self.x[is_kept], self.positions[is_kept], self.indexes[is_kept])
+    def take(self, at: Tensor) -> _RowSet:
+        """Those at [n] places, int64 and ascending."""
+        if len(at) == len(self.positions):
+            return self
+        return _RowSet(self.x.index_select(0, at), self.positions[at], self.indexes[at])
 
 
 class _Blend:
@@ -240,20 +243,19 @@ class _Blend:
         is_kept = self._keep(layer, entered, policy, new_2GSD, kv_2GTD)
         kv_2GTD.index_copy_(2, entered.positions, new_2GSD)
         self._kv.write(layer, entered.positions, new_2GSD)
-        kept = entered.take(is_kept)
-        q_SHD = queries[is_kept]
+        at = is_kept.nonzero()[:, 0]
+        kept = entered.take(at)
+        q_SHD = queries if kept is entered else queries.index_select(0, at)
         num_kept = int((kept.indexes >= 0).sum())
         self._rows_per_layer.append(num_kept)
         done = []
         for rows in _slices(len(kept.positions), self._options.slice_tokens):
-            at = kept.positions[rows]
-            attended = attend_rows(q_SHD[rows], kv_2GTD, at)
+            attended = attend_rows(q_SHD[rows], kv_2GTD, kept.positions[rows])
             done.append(self._model.finish(layer, kept.x[rows], attended))
             share = 1 - self._model.projection_share
             self._account(kept.indexes[rows], share)
             yield self._step()
-        x_SC = torch.cat(done) if done else kept.x
-        return replace(kept, x=x_SC)
+        return replace(kept, x=_joined(done)) if done else kept
 
     def _project(
         self, layer: int, rows: _RowSet
@@ -267,7 +269,7 @@ class _Blend:
             self._account(rows.indexes[part], self._model.projection_share)
             if part.stop < len(rows.positions):
                 yield self._step()
-        return torch.cat(queries), torch.cat(kv, 2)
+        return _joined(queries), _joined(kv, 2)
 
     def _keep(
         self, layer: int, rows: _RowSet, policy: RowPolicy, new_2GSD: Tensor, kv_2GTD: Tensor
@@ -324,3 +326,8 @@ class _Blend:
 def _slices(length: int, size: int) -> Iterator[slice]:
     for first in range(0, length, size):
         yield slice(first, min(first + size, length))
+
+
+def _joined(parts: list[Tensor], axis: int = 0) -> Tensor:
+    """`torch.cat`, which copies a single part too."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)

@@ -109,14 +109,20 @@ def _attend(
     """Attention [Q, H, D], and the mass on each of the T columns, [T] fp32."""
     num_queries, heads, dim = q_QHD.shape
     kv_heads, num_columns = kv_2GTD.shape[1:3]
+    num_all = num_columns + num_queries
     q_GRQD = q_QHD.reshape(num_queries, kv_heads, -1, dim).permute(1, 2, 0, 3)
     q_GXD = q_GRQD.reshape(kv_heads, -1, dim)
-    scores = [q_GXD @ keys.transpose(1, 2) for keys in (kv_2GTD[0], own_2GQD[0])]
-    scores_GRQT = torch.cat(scores, 2).view(kv_heads, -1, num_queries, mask.shape[1])
-    weights = (scores_GRQT.float() * dim**-0.5).add_(mask).softmax(-1)
-    mass_T = weights[:, :, :, :num_columns].sum((0, 1, 2))
-    weights_GXT = weights.to(q_QHD.dtype).view(kv_heads, -1, mask.shape[1])
-    past_GXT, own_GXT = weights_GXT.split((num_columns, num_queries), 2)
+    # Megabytes at some thousand columns, so what can be done in place is.
+    scores_GXT = q_GXD.new_empty(kv_heads, q_GXD.shape[1], num_all)
+    past_GXT, own_GXT = scores_GXT.split_with_sizes([num_columns, num_queries], 2)
+    torch.bmm(q_GXD, kv_2GTD[0].transpose(1, 2), out=past_GXT)
+    torch.bmm(q_GXD, own_2GQD[0].transpose(1, 2), out=own_GXT)
+    wide_GXT = scores_GXT.float()
+    wide_GRQT = wide_GXT.view(kv_heads, -1, num_queries, num_all)
+    torch.add(mask, wide_GRQT, alpha=dim**-0.5, out=wide_GRQT)
+    torch.softmax(wide_GXT, -1, out=wide_GXT)
+    mass_T = wide_GRQT[:, :, :, :num_columns].sum((0, 1, 2))
+    past_GXT, own_GXT = wide_GXT.to(q_QHD.dtype).split_with_sizes([num_columns, num_queries], 2)
     out_GXD = past_GXT @ kv_2GTD[1] + own_GXT @ own_2GQD[1]
     out_GRQD = out_GXD.view(kv_heads, -1, num_queries, dim)
     return out_GRQD.permute(2, 0, 1, 3).reshape(num_queries, heads, dim), mass_T

@@ -1,16 +1,20 @@
 """Attention of scattered rows over the KV of a request, grouped queries, causal by position.
 
-    rows        ascending positions, gaps between them: those that are recomputed
-    group       consecutive rows; its columns end at its last row, so that a group early in the
-                prompt does not pay for what stands behind it
+    rows   ascending positions, gaps between them: those that are recomputed
 
-Envelope: a row reads the keys and values before it once a group of `GROUP_ROWS`; at 3,000
-positions, 3 KV heads x 64, fp32 that is 4.6 MB a group. The products are 4 * H * D FLOPs a row and
-column; a group computes, and hides, half of the columns between its first row and its last. A mask
-differs from zero only there, and only there it is written: to compare and convert all columns took
-a tenth of the products' time.
+    columns         up to where `upper` begins     from there on
+    lower half      the same again, in halves      hidden
+    upper half      all of them, without a mask    the same again, in halves
 
-Shapes: S rows, T columns, H query heads, G KV heads, R = H / G, D head size.
+What is left of the diagonal when halves are small (`MASKED_PAIRS`) is done with a mask. The parts
+of a row are merged by their log-sum-exp. Queries of a KV head are rows of one product.
+
+Sources: FlashAttention-2 (arXiv 2307.08691); Flash-Decoding (merging by the log-sum-exp).
+
+Envelope: 4 * H * D FLOPs a row and column that it sees. A mask costs what it hides, and a third of
+the kernel's rate besides; a merge reads and writes a row's output, as much as 20 columns cost.
+
+Shapes: S rows, T columns, H query heads, G KV heads, R = H / G, D head size, X = S * R.
 """
 
 from __future__ import annotations
@@ -18,11 +22,14 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-GROUP_ROWS = 96
-"""Rows that share one mask: fewer waste fewer columns, more make larger products."""
+from ucm.kernels.attention import attend_folded
+
+MASKED_PAIRS = 32_768
+"""Rows times columns that are done with a mask: fewer would save less than another call costs."""
+MASKED_ROWS = 32
+"""So few rows are not halved, however far apart they stand."""
 
 
 def attend_rows(q_SHD: Tensor, kv_2GTD: Tensor, positions: Tensor) -> Tensor:
@@ -36,46 +43,67 @@ def attend_rows(q_SHD: Tensor, kv_2GTD: Tensor, positions: Tensor) -> Tensor:
     Returns:
         [S, H, D].
     """
-    num_rows, heads, dim = q_SHD.shape
-    out_SHD = q_SHD.new_empty(num_rows, heads, dim)
-    if num_rows == 0:
-        return out_SHD
-    masks = _Masks(q_SHD, positions)
-    # KV heads are the batch and the queries of a group its heads: grouping costs no copy.
-    kv_heads = kv_2GTD.shape[1]
-    shape = (num_rows, kv_heads, heads // kv_heads, dim)
-    q_GRSD, out_GRSD = (each.view(shape).permute(1, 2, 0, 3) for each in (q_SHD, out_SHD))
-    for first in range(0, num_rows, GROUP_ROWS):
-        rows = slice(first, min(first + GROUP_ROWS, num_rows))
-        mask = masks.of(rows)
-        k, v = (
-            part[:, None, : mask.shape[1]].expand(-1, heads // kv_heads, -1, -1) for part in kv_2GTD
-        )
-        out = F.scaled_dot_product_attention(q_GRSD[:, :, rows], k, v, attn_mask=mask)
-        out_GRSD[:, :, rows].copy_(out)
-    return out_SHD
+    if len(q_SHD) == 0:
+        return q_SHD.new_empty(q_SHD.shape)
+    attention = _RowAttention(q_SHD, kv_2GTD, positions)
+    attention.run(0, len(q_SHD), 0)
+    return attention.result()
 
 
-class _Masks:
-    """The masks of consecutive groups: one buffer, zero but where the last group wrote."""
+class _RowAttention:
+    """One call's rows and what is known of their attention."""
 
-    def __init__(self, like: Tensor, positions: Tensor) -> None:
-        self._positions = positions
+    def __init__(self, q_SHD: Tensor, kv_2GTD: Tensor, positions: Tensor) -> None:
+        num_rows, heads, dim = q_SHD.shape
+        kv_heads = kv_2GTD.shape[1]
+        self._repeat = heads // kv_heads
+        self._kv_2GTD = kv_2GTD
+        self._dtype = q_SHD.dtype
         self._where = positions.tolist()
-        count = self._where[-1] + 1
-        self._mask_ST = like.new_zeros(min(GROUP_ROWS, len(positions)), count)
-        self._written = self._mask_ST[:0]
-        # The mask of position p is `count` numbers of this, from count - 1 - p on.
-        self._edge = like.new_zeros(2 * count)
-        self._edge[count:] = -math.inf
+        self._positions_S1 = positions.unsqueeze(1)
+        self._columns = torch.arange(self._where[-1] + 1, device=positions.device)
+        q_SGRD = q_SHD.view(num_rows, kv_heads, self._repeat, dim)
+        q_XGD = q_SGRD.transpose(1, 2).reshape(-1, kv_heads, dim)
+        # Parts are merged in fp32, whatever they are computed in.
+        wide = torch.promote_types(q_SHD.dtype, torch.float32)
+        self._q_GXD = q_XGD.transpose(0, 1)
+        self._out_GXD = torch.empty_like(q_XGD, dtype=wide).transpose(0, 1)
+        self._lse_GX = self._out_GXD.new_empty(len(q_XGD), kv_heads).t()
 
-    def of(self, rows: slice) -> Tensor:
-        """[len(rows), columns up to the last row]: 0 where a row sees a column, -inf elsewhere."""
-        first, stop = self._where[rows.start], self._where[rows.stop - 1] + 1
-        self._written.zero_()
-        mask = self._mask_ST[: rows.stop - rows.start, :stop]
-        self._written = mask[:, first:]
-        edges = self._edge[first:].unfold(0, stop - first, 1)
-        at = self._mask_ST.shape[1] - 1 - self._positions[rows]
-        torch.index_select(edges, 0, at, out=self._written)
-        return mask
+    def run(self, first: int, stop: int, begin: int) -> None:
+        """Rows `first` to `stop` - 1, none of which stands before column `begin`, from there on."""
+        end = self._where[stop - 1] + 1
+        num_rows = stop - first
+        if num_rows <= MASKED_ROWS or num_rows * (end - begin) <= MASKED_PAIRS:
+            self._begin(first, stop, begin, end)
+            return
+        middle = (first + stop) // 2
+        seen = self._where[middle]
+        self.run(first, middle, begin)
+        self.run(middle, stop, seen)
+        self._add(middle, stop, begin, seen)
+
+    def result(self) -> Tensor:
+        """[S, H, D]: what is known; after `run`."""
+        out_XGD = self._out_GXD.transpose(0, 1)
+        out_SRGD = out_XGD.view(-1, self._repeat, *out_XGD.shape[1:])
+        return out_SRGD.transpose(1, 2).flatten(1, 2).to(self._dtype)
+
+    def _begin(self, first: int, stop: int, begin: int, end: int) -> None:
+        """A piece of the diagonal: all that is known of these rows so far."""
+        x = slice(first * self._repeat, stop * self._repeat)
+        is_hidden = self._columns[begin:end] > self._positions_S1[first:stop]
+        mask_ST = self._q_GXD.new_zeros(is_hidden.shape).masked_fill_(is_hidden, -math.inf)
+        mask = mask_ST.unsqueeze(1).expand(-1, self._repeat, -1).flatten(0, 1)
+        kv = self._kv_2GTD[:, :, begin:end]
+        self._out_GXD[:, x], self._lse_GX[:, x] = attend_folded(self._q_GXD[:, x], kv, mask)
+
+    def _add(self, first: int, stop: int, begin: int, end: int) -> None:
+        """Columns that each of these rows sees, merged with what is known."""
+        if begin == end:
+            return
+        x = slice(first * self._repeat, stop * self._repeat)
+        part, part_lse = attend_folded(self._q_GXD[:, x], self._kv_2GTD[:, :, begin:end])
+        out, lse = self._out_GXD[:, x], self._lse_GX[:, x]
+        out.lerp_(part.to(out.dtype), torch.sigmoid(part_lse - lse).unsqueeze(-1))
+        torch.logaddexp(lse, part_lse, out=lse)
