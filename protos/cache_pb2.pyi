@@ -197,20 +197,32 @@ class NamespaceSpec(_message.Message):
     def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., model_id: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ..., kv_quantization: _Optional[str] = ..., slab_layout: _Optional[str] = ..., rope_kind: _Optional[str] = ..., rope_base: _Optional[float] = ..., rope_scaling: _Optional[str] = ..., position_offset: _Optional[int] = ..., attention_kind: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_stage: _Optional[int] = ..., pp_size: _Optional[int] = ..., first_layer: _Optional[int] = ..., kv_group: _Optional[int] = ..., lora_id: _Optional[str] = ..., lora_path: _Optional[str] = ..., cross_layer: _Optional[str] = ..., accepts_lossy: bool = ...) -> None: ...
 
 class DoorRequest(_message.Message):
-    __slots__ = ("hello", "open_namespace", "open_segment", "open_progress", "open_summaries", "lookup")
+    __slots__ = ("hello", "open_namespace", "open_segment", "open_progress", "open_summaries", "lookup", "prepare_load", "begin_load", "complete_load", "release", "give_up", "made")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OPEN_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     OPEN_SEGMENT_FIELD_NUMBER: _ClassVar[int]
     OPEN_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     OPEN_SUMMARIES_FIELD_NUMBER: _ClassVar[int]
     LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    PREPARE_LOAD_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_LOAD_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_LOAD_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    GIVE_UP_FIELD_NUMBER: _ClassVar[int]
+    MADE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     open_namespace: OpenNamespace
     open_segment: OpenSegment
     open_progress: OpenProgress
     open_summaries: OpenSummaries
     lookup: LookupRequest
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open_namespace: _Optional[_Union[OpenNamespace, _Mapping]] = ..., open_segment: _Optional[_Union[OpenSegment, _Mapping]] = ..., open_progress: _Optional[_Union[OpenProgress, _Mapping]] = ..., open_summaries: _Optional[_Union[OpenSummaries, _Mapping]] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ...) -> None: ...
+    prepare_load: PrepareLoadRequest
+    begin_load: BeginLoadRequest
+    complete_load: CompleteLoadRequest
+    release: ReleaseRequest
+    give_up: GiveUp
+    made: str
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open_namespace: _Optional[_Union[OpenNamespace, _Mapping]] = ..., open_segment: _Optional[_Union[OpenSegment, _Mapping]] = ..., open_progress: _Optional[_Union[OpenProgress, _Mapping]] = ..., open_summaries: _Optional[_Union[OpenSummaries, _Mapping]] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., prepare_load: _Optional[_Union[PrepareLoadRequest, _Mapping]] = ..., begin_load: _Optional[_Union[BeginLoadRequest, _Mapping]] = ..., complete_load: _Optional[_Union[CompleteLoadRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseRequest, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ..., made: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "client")
@@ -242,6 +254,10 @@ class OpenProgress(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class GiveUp(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class OpenSummaries(_message.Message):
     __slots__ = ("namespace",)
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
@@ -249,7 +265,7 @@ class OpenSummaries(_message.Message):
     def __init__(self, namespace: _Optional[bytes] = ...) -> None: ...
 
 class DoorReply(_message.Message):
-    __slots__ = ("welcome", "opened", "error", "segment", "progress", "summaries", "found")
+    __slots__ = ("welcome", "opened", "error", "segment", "progress", "summaries", "found", "prepared", "begun", "completed", "released", "elsewhere")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
@@ -257,6 +273,11 @@ class DoorReply(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     SUMMARIES_FIELD_NUMBER: _ClassVar[int]
     FOUND_FIELD_NUMBER: _ClassVar[int]
+    PREPARED_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    ELSEWHERE_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     opened: NamespaceOpened
     error: DoorError
@@ -264,7 +285,16 @@ class DoorReply(_message.Message):
     progress: ProgressOpened
     summaries: SummariesOpened
     found: LookupReply
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., opened: _Optional[_Union[NamespaceOpened, _Mapping]] = ..., error: _Optional[_Union[DoorError, _Mapping]] = ..., segment: _Optional[_Union[SegmentOpened, _Mapping]] = ..., progress: _Optional[_Union[ProgressOpened, _Mapping]] = ..., summaries: _Optional[_Union[SummariesOpened, _Mapping]] = ..., found: _Optional[_Union[LookupReply, _Mapping]] = ...) -> None: ...
+    prepared: PrepareLoadReply
+    begun: BeginLoadReply
+    completed: CompleteLoadReply
+    released: ReleaseReply
+    elsewhere: Elsewhere
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., opened: _Optional[_Union[NamespaceOpened, _Mapping]] = ..., error: _Optional[_Union[DoorError, _Mapping]] = ..., segment: _Optional[_Union[SegmentOpened, _Mapping]] = ..., progress: _Optional[_Union[ProgressOpened, _Mapping]] = ..., summaries: _Optional[_Union[SummariesOpened, _Mapping]] = ..., found: _Optional[_Union[LookupReply, _Mapping]] = ..., prepared: _Optional[_Union[PrepareLoadReply, _Mapping]] = ..., begun: _Optional[_Union[BeginLoadReply, _Mapping]] = ..., completed: _Optional[_Union[CompleteLoadReply, _Mapping]] = ..., released: _Optional[_Union[ReleaseReply, _Mapping]] = ..., elsewhere: _Optional[_Union[Elsewhere, _Mapping]] = ...) -> None: ...
+
+class Elsewhere(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("protocol_version", "daemon_version", "token", "staging_bytes", "max_keys_per_call", "max_message_bytes", "max_read_bytes_per_s", "board_bytes")
@@ -317,12 +347,14 @@ class SummariesOpened(_message.Message):
     def __init__(self, area_bytes: _Optional[int] = ...) -> None: ...
 
 class DoorError(_message.Message):
-    __slots__ = ("error", "message")
+    __slots__ = ("error", "message", "retry_after_ms")
     ERROR_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     error: str
     message: str
-    def __init__(self, error: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    retry_after_ms: int
+    def __init__(self, error: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
     __slots__ = ("namespace", "keys")

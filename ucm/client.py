@@ -1,8 +1,9 @@
 """`RemoteCache`: the `CacheApi` of an engine that talks to the daemon.
 
-Names and leases go over gRPC, short lookups through the door; bytes are in memory that the door
-handed out: the namespaces' arenas (read-only) and the session's staging memory (writable). Leases
-carry `memoryview`s into them, which stay mapped as long as somebody holds one, also after `close`.
+Names and leases go over gRPC, or through the door where that answers at once (`_quickly`); bytes
+are in memory that the door handed out: the namespaces' arenas (read-only) and the session's staging
+memory (writable). Leases carry `memoryview`s into them, which stay mapped as long as somebody holds
+one, also after `close`.
 
 Invariants
     * Every call has a deadline; a call with `timeout_s` returns within it (but see `MIN_RPC_S`).
@@ -13,7 +14,7 @@ Invariants
     * No thread of Python's is started here. A process that forks keeps the session in the parent;
       in the child every call raises `TierUnavailableError`.
 
-Envelope: one call is one RPC, 0.3 to 0.5 ms on a Unix socket; a lookup at the door a third of that.
+Envelope: one call is one RPC, 0.3 to 0.5 ms on a Unix socket; at the door a third of that.
 A load of 100 blocks of 30 slabs moves 30 kB of names and checksums.
 """
 
@@ -27,7 +28,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
 import grpc
 
@@ -39,7 +40,8 @@ from .api import (
     SlabChecksums,
     StoreLease,
 )
-from .door_client import DoorClient, Greeting
+from .door_client import DoorClient
+from .door_wire import MAX_PACKET_BYTES, load_reply_bytes
 from .enum_words import word_of
 from .errors import (
     BlockNotFoundError,
@@ -56,38 +58,23 @@ from .protos import cache_pb2_grpc as pb_grpc
 from .remote_leases import OpenNamespace, known_words, load_lease, store_lease
 from .remote_plans import RemotePlans
 from .remote_selections import RemoteSelections
+from .rpc import MIN_RPC_S, daemon_timeout_s, open_channel, patiently, translated
 from .select_api import SelectRequest, SelectResult, SummaryLease
-from .sockets import check_socket_path, door_path, grpc_target
+from .sockets import check_socket_path, door_path
 from .types import BlockKey, LeaseId, LoadMode, NamespaceId, StoreStatus, SummaryKind
 from .wire import (
     STORE_STATUS_FROM_WIRE,
     TIER_FROM_WIRE,
     TOKEN_METADATA,
     checksums_to_wire,
-    error_from_metadata,
     keys_to_wire,
 )
-
-MIN_RPC_S: Final = 0.25
-"""Shortest deadline of an RPC: below it the round trip itself would be what times out."""
-
-_REPLY_MARGIN_S: Final = 0.1
-"""What the daemon gets less than the caller allows, so that its answer arrives in time."""
 
 _MAX_LEAVE_S: Final = 0.5
 """How long `close` waits for a daemon that does not react; it ends the session when it does."""
 
 _MAX_TURN_S: Final = 0.1
 """How long `close` waits for another thread at the door before it fails that thread's call."""
-
-_ERROR_BY_CODE: Final[Mapping[grpc.StatusCode, type[UcmError]]] = {
-    grpc.StatusCode.UNAVAILABLE: TierUnavailableError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: TierUnavailableError,
-    grpc.StatusCode.CANCELLED: TierUnavailableError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: CapacityError,
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
-    grpc.StatusCode.NOT_FOUND: BlockNotFoundError,
-}
 
 
 _live: weakref.WeakSet[RemoteCache] = weakref.WeakSet()
@@ -131,7 +118,7 @@ class RemoteCache:
         self._metadata = ((TOKEN_METADATA, greeting.token.hex()),)
         self._board = greeting.board
         self._selections = RemoteSelections(self._door, self._at_door, greeting.max_message_bytes)
-        self._channel = _open_channel(socket_path, greeting)
+        self._channel = open_channel(socket_path, max_message_bytes=greeting.max_message_bytes)
         self._stub = pb_grpc.CacheStub(self._channel)
         _live.add(self)
 
@@ -177,20 +164,23 @@ class RemoteCache:
     def lookup(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> LookupResult:
         """See `CacheApi.lookup`."""
         request = pb.LookupRequest(namespace=namespace, keys=keys_to_wire(keys))
-        reply = self._lookup_at_door(request)
+        reply = self._quickly(pb.DoorRequest(lookup=request), self._timeout_s)
         if reply is None:
             reply = self._call(self._stub.Lookup, request)
         return LookupResult(known_words(reply.tiers, TIER_FROM_WIRE))
 
-    def _lookup_at_door(self, request: pb.LookupRequest) -> pb.LookupReply | None:
-        """The answer without grpc; None when somebody else is at the door, or it is too long."""
+    def _quickly(self, request: pb.DoorRequest, timeout_s: float) -> Any:
+        """What the door answers; None when grpc has to be asked.
+
+        That is when somebody else is at the door, when it is too long, or when it may have to wait.
+        """
         if not self._door_lock.acquire(blocking=False):
             return None
         try:
             self._check_open()
             if not self._door.takes(request):
                 return None
-            return self._door.lookup(request, timeout_s=max(self._timeout_s, MIN_RPC_S))
+            return self._door.call(request, timeout_s=max(timeout_s, MIN_RPC_S))
         finally:
             self._door_lock.release()
 
@@ -204,9 +194,9 @@ class RemoteCache:
     ) -> LoadLease:
         """See `CacheApi.prepare_load`."""
         request = pb.PrepareLoadRequest(
-            namespace=namespace, keys=keys_to_wire(keys), timeout_s=_daemon_timeout_s(timeout_s)
+            namespace=namespace, keys=keys_to_wire(keys), timeout_s=daemon_timeout_s(timeout_s)
         )
-        reply = self._load(self._stub.PrepareLoad, request, timeout_s)
+        reply = self._load_at_once(self._stub.PrepareLoad, request, len(keys), timeout_s)
         return load_lease(keys, reply, self._opened(namespace))
 
     def begin_load(
@@ -224,7 +214,7 @@ class RemoteCache:
             mode=LOAD_MODE_TO_WIRE[mode],
             timeout_s=timeout_s,
         )
-        reply = self._load(self._stub.BeginLoad, request)
+        reply = self._load_at_once(self._stub.BeginLoad, request, len(keys), self._timeout_s)
         with self._kept(reply.lease_id):
             return self._plan(namespace, keys, mode, reply)
 
@@ -259,7 +249,9 @@ class RemoteCache:
     def complete_load(self, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()) -> None:
         """See `CacheApi.complete_load`."""
         request = pb.CompleteLoadRequest(lease_id=lease_id, corrupt=keys_to_wire(corrupt))
-        self._call_patiently(self._stub.CompleteLoad, request)
+        quick = pb.DoorRequest(complete_load=request)
+        if corrupt or self._quickly(quick, self._timeout_s) is None:
+            self._call_patiently(self._stub.CompleteLoad, request)
 
     def prepare_store(
         self, namespace: NamespaceId, parent: BlockKey, keys: Sequence[BlockKey]
@@ -306,7 +298,7 @@ class RemoteCache:
             namespace=namespace,
             keys=keys_to_wire(keys),
             hold_s=hold_s,
-            timeout_s=_daemon_timeout_s(timeout_s),
+            timeout_s=daemon_timeout_s(timeout_s),
         )
         reply = self._load(self._stub.Pin, request, timeout_s)
         return PinLease(LeaseId(reply.lease_id), reply.num_blocks, reply.hold_s)
@@ -322,7 +314,7 @@ class RemoteCache:
         """See `CacheApi.select`."""
         layout = self._opened(namespace).handle.layout
         message = self._selections.message(
-            (namespace, layout), keys, request, _daemon_timeout_s(timeout_s)
+            (namespace, layout), keys, request, daemon_timeout_s(timeout_s)
         )
         reply = self._call(self._stub.Select, message, timeout_s=timeout_s)
         return self._selections.result(reply, request, layout, len(keys))
@@ -339,7 +331,7 @@ class RemoteCache:
         """See `CacheApi.select_and_load`. Asks the door for what it needs for the first time."""
         layout = self._opened(namespace).handle.layout
         message = self._selections.message(
-            (namespace, layout), keys, request, _daemon_timeout_s(timeout_s)
+            (namespace, layout), keys, request, daemon_timeout_s(timeout_s)
         )
         whole = pb.SelectAndLoadRequest(select=message, mode=LOAD_MODE_TO_WIRE[mode])
         reply = self._load(self._stub.SelectAndLoad, whole, timeout_s)
@@ -354,7 +346,7 @@ class RemoteCache:
         """See `CacheApi.map_summaries`. Asks the door for the memory once a namespace."""
         checked, kind = check_keys(keys), self._opened(namespace).handle.summary
         message = pb.MapSummariesRequest(
-            namespace=namespace, keys=checked.packed, timeout_s=_daemon_timeout_s(timeout_s)
+            namespace=namespace, keys=checked.packed, timeout_s=daemon_timeout_s(timeout_s)
         )
         reply = self._call(self._stub.MapSummaries, message, timeout_s=timeout_s)
         with self._kept(reply.lease_id):
@@ -362,17 +354,19 @@ class RemoteCache:
 
     def release(self, lease_id: LeaseId) -> None:
         """See `CacheApi.release`."""
-        self._call_patiently(self._stub.Release, pb.ReleaseRequest(lease_ids=[lease_id]))
+        request = pb.ReleaseRequest(lease_ids=[lease_id])
+        if self._quickly(pb.DoorRequest(release=request), self._timeout_s) is None:
+            self._call_patiently(self._stub.Release, request)
 
     def flush(self, *, timeout_s: float) -> bool:
         """See `CacheApi.flush`. Refused a place to wait, it comes again until the time-out."""
 
         def flush(left_s: float) -> bool:
-            request = pb.FlushRequest(timeout_s=_daemon_timeout_s(left_s))
+            request = pb.FlushRequest(timeout_s=daemon_timeout_s(left_s))
             return bool(self._call(self._stub.Flush, request, timeout_s=left_s).flushed)
 
         try:
-            return _patiently(flush, timeout_s)
+            return patiently(flush, timeout_s)
         except CapacityError:
             return False
 
@@ -416,29 +410,53 @@ class RemoteCache:
         request: object,
         *,
         timeout_s: float | None = None,
-        is_load: bool = False,
+        made: tuple[tuple[str, str], ...] = (),
     ) -> Any:
         self._check_open()
-        metadata = self._metadata + (self._board.pass_load() if is_load else ())
+        metadata = self._metadata + made
         deadline_s = max(self._timeout_s if timeout_s is None else timeout_s, MIN_RPC_S)
         try:
             return method(request, timeout=deadline_s, metadata=metadata)
         except grpc.RpcError as error:
-            raise _translated(error) from error
+            raise translated(error) from error
         except ValueError as error:
             # What grpc raises when the channel was closed by another thread.
             raise TierUnavailableError("the session has ended; connect again") from error
 
-    def _load(self, method: Any, request: object, timeout_s: float | None = None) -> Any:
-        return self._call(method, request, timeout_s=timeout_s, is_load=True)
+    def _pass_load(self) -> tuple[tuple[str, str], ...]:
+        """Leave to load, as metadata of the one load that it is for."""
+        self._check_open()
+        return self._board.pass_load()
+
+    def _load(self, method: Callable[..., Any], request: object, timeout_s: float) -> Any:
+        return self._call(method, request, timeout_s=timeout_s, made=self._pass_load())
+
+    def _load_at_once(
+        self,
+        method: Callable[..., Any],
+        request: pb.PrepareLoadRequest | pb.BeginLoadRequest,
+        num_keys: int,
+        timeout_s: float,
+    ) -> Any:
+        """As `_load`, but by the door if that can answer."""
+        num_layers = self._opened(NamespaceId(request.namespace)).handle.layout.num_layers
+        made, deadline_s = self._pass_load(), time.monotonic() + timeout_s
+        if load_reply_bytes(num_keys, num_layers) <= MAX_PACKET_BYTES:
+            if isinstance(request, pb.PrepareLoadRequest):
+                quick = pb.DoorRequest(made=made[0][1], prepare_load=request)
+            else:
+                quick = pb.DoorRequest(made=made[0][1], begin_load=request)
+            reply = self._quickly(quick, timeout_s)
+            if reply is not None:
+                return reply
+        left_s = max(deadline_s - time.monotonic(), 0.0)
+        if isinstance(request, pb.PrepareLoadRequest):
+            request.timeout_s = daemon_timeout_s(left_s)
+        return self._call(method, request, timeout_s=left_s, made=made)
 
     def _call_patiently(self, method: Callable[..., Any], request: object) -> Any:
-        """A call that gives something back: refused, it is made again until its deadline.
-
-        A lease that nobody ends keeps its memory for half a minute, and a store that was staged is
-        too good to drop for a short wait.
-        """
-        return _patiently(
+        """A call that gives something back: refused, it is made again until its deadline."""
+        return patiently(
             lambda left_s: self._call(method, request, timeout_s=left_s), self._timeout_s
         )
 
@@ -447,52 +465,9 @@ class RemoteCache:
         self._door.close()
 
 
-Answer = TypeVar("Answer")
-
-
-def _patiently(call: Callable[[float], Answer], timeout_s: float) -> Answer:
-    """Make a call that is given the seconds left; refused, it is made again when told to.
-
-    Raises:
-        CapacityError: refused, and the next time would be too late.
-    """
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        try:
-            return call(max(deadline_s - time.monotonic(), 0.0))
-        except CapacityError as error:
-            if time.monotonic() + error.retry_after_s >= deadline_s:
-                raise
-            time.sleep(error.retry_after_s)
-
-
 def _abandon_all_in_child() -> None:
     for cache in list(_live):
         cache._abandon_in_child()  # noqa: SLF001  this module's own
 
 
 os.register_at_fork(after_in_child=_abandon_all_in_child)
-
-
-def _open_channel(socket_path: Path, greeting: Greeting) -> grpc.Channel:
-    options = [
-        ("grpc.enable_retries", 0),
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.max_receive_message_length", greeting.max_message_bytes),
-        ("grpc.max_send_message_length", greeting.max_message_bytes),
-    ]
-    return grpc.insecure_channel(grpc_target(socket_path), options=options)
-
-
-def _daemon_timeout_s(timeout_s: float) -> float:
-    return max(timeout_s - min(_REPLY_MARGIN_S, timeout_s / 10), 0.0)
-
-
-def _translated(error: grpc.RpcError) -> UcmError:
-    assert isinstance(error, grpc.Call)
-    details = error.details() or "no details"
-    ours = error_from_metadata(error.trailing_metadata() or (), details)
-    if ours is not None:
-        return ours
-    kind = _ERROR_BY_CODE.get(error.code(), UcmError)
-    return kind(f"the daemon's call failed ({error.code().name}): {details}")

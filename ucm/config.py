@@ -52,8 +52,8 @@ class ServiceConfig:
     processors that the daemon may use, for a load keeps one busy there and one at its client."""
     max_calls_per_session: int = 8
     """Calls of one session in service at once; one more is refused with a retry hint, so that no
-    client holds all the threads. An engine makes two: one on its step path, one behind it. A lookup
-    at the door is none of them: the session has a thread there."""
+    client holds all the threads. An engine makes two: one on its step path, one behind it. Calls at
+    the door are none of them: the session has a thread there, which serves one at a time."""
     inflight_bytes_per_session: int = 1 * GIB
     """Bytes that the disk may be reading for one session. A load that needs more gets its leading
     blocks, and NO_SPACE for the others, so that no client fills the queue of reads."""

@@ -29,6 +29,7 @@ from prometheus_client import start_http_server
 from ucm.storage.folder import note_socket
 
 from . import __version__
+from .answers import Answers
 from .call_guard import ADMIN_POLICIES, ENGINE_POLICIES, Policy, PolicyInterceptor
 from .clock import Clock, SystemClock
 from .collection_service import CollectionService
@@ -112,10 +113,12 @@ class Daemon:
         if self.config.nvme.path is not None:
             note_socket(self.config.nvme.path, path.absolute())
         self._serve_metrics(stack)
-        self.door = Door(door_path(path), self.manager, self.tokens, service)
+        self.answers = Answers(self.manager, service)
+        stack.callback(self.answers.close)
+        self.door = Door(door_path(path), self.answers, self.tokens, service)
         stack.callback(self.door.stop)
         self._engine = self._server(stack, service.rpc_threads, ENGINE_POLICIES)
-        self.engine_service = CacheService(self.manager, self.tokens, self.config, self.door.board)
+        self.engine_service = CacheService(self.answers, self.tokens, service)
         pb_grpc.add_CacheServicer_to_server(self.engine_service, self._engine)
         _bind(self._engine, path, SOCKET_MODE)
         self._admin = self._server(stack, _ADMIN_THREADS, ADMIN_POLICIES)

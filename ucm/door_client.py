@@ -3,8 +3,8 @@
 `DoorClient` is not thread-safe but for `hang_up`; `ucm.client` serialises its calls. Every wait is
 bounded. A request whose answer was not read as what it asks for ends the connection, whatever cut
 in, an interrupt too: a late answer, perhaps with memory, would be taken for the next request's.
-Only a lookup that was sent and is not answered in time does not: its answer is dropped when it
-comes, and until then no other lookup is taken.
+Only a call that was sent and is not answered in time does not: its answer is dropped when it comes,
+and until then no other call is taken. What it leases goes back at once: a `GiveUp` follows it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
 from ucm.storage.extents import SegmentFd
 
 from . import __version__
+from .door_wire import ANSWERS, CALLS, LEASING, MAX_PACKET_BYTES
 from .errors import InvalidArgumentError, PermissionDeniedError, TierUnavailableError
 from .hashing import NamespaceSpec
 from .load_board import BoardReader
@@ -37,10 +38,7 @@ from .wire import PROTOCOL_VERSION, TOKEN_BYTES, error_from_wire, spec_to_wire
 
 _log = logging.getLogger(__name__)
 
-_MAX_PACKET_BYTES: Final = 64 << 10
-
-MAX_LOOKUP_BYTES: Final = _MAX_PACKET_BYTES - 1024
-"""Keys of a lookup that pass the door: 2,016 of them. The rest is for the message around them."""
+_GIVE_UP: Final = pb.DoorRequest(give_up=pb.GiveUp()).SerializeToString()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,7 @@ class DoorClient:
             PermissionDeniedError: who listens there could be anybody.
         """
         self._path = path
-        self._owes_lookup = False
+        self._owes_answer = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self._socket.settimeout(timeout_s)
         try:
@@ -191,22 +189,26 @@ class DoorClient:
             os.close(signal_fd)
             raise
 
-    def takes(self, request: pb.LookupRequest) -> bool:
-        """Whether `lookup` may be called with it; does not wait."""
-        if self._owes_lookup and _has(self._socket.fileno(), select.POLLIN):
+    def takes(self, request: pb.DoorRequest) -> bool:
+        """Whether `call` may be called with it; does not wait."""
+        if self._owes_answer and _has(self._socket.fileno(), select.POLLIN):
             with contextlib.suppress(OSError):  # it broke off: the next call finds out
                 self._drop_answer(time.monotonic())
-        return not self._owes_lookup and len(request.keys) <= MAX_LOOKUP_BYTES
+        return not self._owes_answer and request.ByteSize() <= MAX_PACKET_BYTES
 
-    def lookup(self, request: pb.LookupRequest, *, timeout_s: float) -> pb.LookupReply:
-        """`Cache.Lookup` without grpc. `takes` has just said that it may be called.
+    def call(self, request: pb.DoorRequest, *, timeout_s: float) -> Any:
+        """A call of `Cache` without grpc. `takes` has just said that it may be made.
+
+        Returns:
+            What the call replies; None when it has to be made by gRPC.
 
         Raises:
             UcmError: whatever the daemon refused it with.
             TierUnavailableError: it does not answer in time; the connection stays.
         """
-        reply, _ = self._ask(pb.DoorRequest(lookup=request), timeout_s=timeout_s)
-        return reply.found
+        reply, _ = self._ask(request, timeout_s=timeout_s)
+        answered = reply.WhichOneof("reply") or ""
+        return None if answered == "elsewhere" else getattr(reply, answered)
 
     def is_open(self) -> bool:
         """Whether the daemon still holds its end; does not wait."""
@@ -218,7 +220,7 @@ class DoorClient:
             self._socket.settimeout(timeout_s)
             self._socket.shutdown(socket.SHUT_WR)
             # The daemon hangs up last, when everything was given back: the end of its stream.
-            while self._socket.recv(_MAX_PACKET_BYTES):
+            while self._socket.recv(MAX_PACKET_BYTES):
                 pass
         except OSError as error:
             _log.debug("leaving: %s", error)
@@ -236,16 +238,16 @@ class DoorClient:
     def _ask(self, request: pb.DoorRequest, *, timeout_s: float) -> tuple[pb.DoorReply, list[int]]:
         """Send one request and return its reply with the descriptors that came along."""
         packet = request.SerializeToString()
-        if len(packet) > _MAX_PACKET_BYTES:
+        if len(packet) > MAX_PACKET_BYTES:
             raise InvalidArgumentError(
                 f"this namespace's description has {len(packet)} bytes, at most "
-                f"{_MAX_PACKET_BYTES} pass the door; shorten its texts"
+                f"{MAX_PACKET_BYTES} pass the door; shorten its texts"
             )
         asked = request.WhichOneof("request") or ""
         deadline_s = time.monotonic() + timeout_s
         is_in_step = False
         try:
-            if self._owes_lookup:
+            if self._owes_answer:
                 self._drop_answer(deadline_s)
             self._socket.settimeout(timeout_s)
             # A door that refuses a client answers before it hears it, and hangs up: then sending
@@ -255,8 +257,11 @@ class DoorClient:
             try:
                 data, fds, flags = self._receive(deadline_s)
             except TimeoutError:
-                self._owes_lookup = asked == "lookup"
-                is_in_step = self._owes_lookup
+                if asked in LEASING:
+                    self._socket.settimeout(0)
+                    self._socket.sendall(_GIVE_UP)
+                self._owes_answer = asked in CALLS
+                is_in_step = self._owes_answer
                 raise
             reply = _parse(data, fds, flags, request)
             is_in_step = True
@@ -269,17 +274,18 @@ class DoorClient:
             if not is_in_step:
                 self.close()
         if reply.WhichOneof("reply") == "error":
-            raise error_from_wire(reply.error.error, reply.error.message)
+            refusal = reply.error
+            raise error_from_wire(refusal.error, refusal.message, refusal.retry_after_ms)
         return reply, fds
 
     def _drop_answer(self, deadline_s: float) -> None:
-        """Take what a lookup that was given up is answered; cut off, it ends the connection."""
+        """Take what a call that was given up is answered; cut off, it ends the connection."""
         is_dropped = False
         try:
             _, fds, _ = self._receive(deadline_s)
             for fd in fds:
                 os.close(fd)
-            self._owes_lookup = False
+            self._owes_answer = False
             is_dropped = True
         finally:
             if not is_dropped:
@@ -292,7 +298,7 @@ class DoorClient:
             self._socket.settimeout(max(deadline_s - time.monotonic(), 0.001))
             try:
                 data, fds, flags, _ = socket.recv_fds(
-                    self._socket, _MAX_PACKET_BYTES, 3, socket.MSG_CMSG_CLOEXEC
+                    self._socket, MAX_PACKET_BYTES, 3, socket.MSG_CMSG_CLOEXEC
                 )
             except ConnectionResetError:
                 # Reported once, ahead of what the other side sent before it hung up.
@@ -334,24 +340,14 @@ def _check_listener(connection: socket.socket, path: Path) -> None:
             )
 
 
-_EXPECTED: Final = {
-    "hello": ("welcome", 3),
-    "open_namespace": ("opened", 1),
-    "open_segment": ("segment", 1),
-    "open_progress": ("progress", 2),
-    "open_summaries": ("summaries", 1),
-    "lookup": ("found", 0),
-}
-"""The reply to each request, and how many descriptors come with it."""
-
-
 def _parse(data: bytes, fds: list[int], flags: int, request: pb.DoorRequest) -> pb.DoorReply:
     """The answer to a request: the one that it asks for, with its descriptors, or an error.
 
     Raises:
         TierUnavailableError: it is neither; its descriptors are closed.
     """
-    wanted, num_fds = _EXPECTED[request.WhichOneof("request") or ""]
+    asked = request.WhichOneof("request") or ""
+    wanted, num_fds = ANSWERS[asked]
     try:
         reply = pb.DoorReply.FromString(data)
     except DecodeError:
@@ -362,7 +358,7 @@ def _parse(data: bytes, fds: list[int], flags: int, request: pb.DoorRequest) -> 
         return reply
     for fd in fds:
         os.close(fd)
-    if kind == "error":
+    if kind == "error" or (kind == "elsewhere" and asked in CALLS):
         return reply
     raise TierUnavailableError("the daemon closed the door" if not data else "a garbled answer")
 

@@ -22,7 +22,7 @@ from ucm.storage.extents import SegmentFd, SlotPlace
 from .block_columns import PROMOTING
 from .errors import TierUnavailableError
 from .leases import Lease, LeaseKind
-from .loads import LoadPath
+from .loads import Admit, LoadPath
 from .manager_state import MAX_WAIT_S, US_PER_S, ManagerState
 from .mapped_loads import MappedLoads
 from .namespaces import Namespace
@@ -70,23 +70,70 @@ class LayerLoads:
         """
         state = self._state
         keys = state.checked_keys(keys)
-        life_s = min(max(0.0, timeout_s), MAX_WAIT_S) + self._hold_s
+        life_s = self._life_s(timeout_s)
         if mode is LoadMode.MAPPED:
             self._relieve(session, namespace, keys)
-        num_wanted = len(keys) if chosen is None else len(chosen)
         with state.lock:
             found, now_us = state.begin_locked(session, namespace)
             rows = plan_load(found.index, keys).rows
             if chosen is not None:
                 rows = tuple(rows[index] for index in chosen if index < len(rows))
-            deadline_us = now_us + int(life_s * US_PER_S)
-            lease = state.grant_locked(session, found, LeaseKind.LOAD, deadline_us)
-            state.hold_locked(lease, found, rows, now_us)
-            places = self._places_locked(found, rows) if mode is LoadMode.DIRECT else {}
-            sources = self._sources_locked(found, lease, places)
-            grants = self._grants_locked(found, lease, sources, places)
-        missing = [LoadStatus.NO_SPACE] * (len(rows) - len(sources))
-        missing += [LoadStatus.MISS] * (num_wanted - len(rows))
+            grants = self._begin_locked(found, session, rows, mode, now_us, life_s)
+        num_wanted = len(keys) if chosen is None else len(chosen)
+        return self._whole(grants, len(rows), num_wanted, life_s)
+
+    def begin_at_once(
+        self,
+        session: SessionId,
+        namespace: NamespaceId,
+        keys: Sequence[BlockKey],
+        *,
+        mode: LoadMode,
+        timeout_s: float,
+        admit: Admit,
+    ) -> PlanGrants | None:
+        """`begin_load`; None, and nothing was done, if room must be made for promotions first."""
+        state = self._state
+        keys = state.checked_keys(keys)
+        life_s = self._life_s(timeout_s)
+        with state.lock:
+            found, now_us = state.begin_locked(session, namespace)
+            rows = plan_load(found.index, keys).rows
+            if mode is LoadMode.MAPPED and found.index.lacking(rows, TierKind.MEMORY):
+                return None
+            if not admit(found.layout):
+                return None
+            grants = self._begin_locked(found, session, rows, mode, now_us, life_s)
+        return self._whole(grants, len(rows), len(keys), life_s)
+
+    def _life_s(self, timeout_s: float) -> float:
+        """Of the lease of a load that is expected to take so long."""
+        return min(max(0.0, timeout_s), MAX_WAIT_S) + self._hold_s
+
+    def _begin_locked(
+        self,
+        found: Namespace,
+        session: SessionId,
+        rows: Sequence[int],
+        mode: LoadMode,
+        now_us: int,
+        life_s: float,
+    ) -> PlanGrants:
+        """Pin rows, choose a source for each; the plan of those that have one."""
+        state = self._state
+        deadline_us = now_us + int(life_s * US_PER_S)
+        lease = state.grant_locked(session, found, LeaseKind.LOAD, deadline_us)
+        state.hold_locked(lease, found, rows, now_us)
+        places = self._places_locked(found, rows) if mode is LoadMode.DIRECT else {}
+        sources = self._sources_locked(found, lease, places)
+        return self._grants_locked(found, lease, sources, places)
+
+    def _whole(
+        self, grants: PlanGrants, num_cached: int, num_wanted: int, life_s: float
+    ) -> PlanGrants:
+        """The plan with a status for every key, counted."""
+        missing = [LoadStatus.NO_SPACE] * (num_cached - len(grants.sources))
+        missing += [LoadStatus.MISS] * (num_wanted - num_cached)
         grants = replace(grants, statuses=(*grants.statuses, *missing), timeout_s=life_s)
         self._count(grants)
         return grants

@@ -22,6 +22,7 @@ from .credits import Credit, ThreadShares
 from .errors import CapacityError, TierUnavailableError, UcmError
 from .grants import LoadGrants
 from .hashing import CheckedKeys
+from .layout import KvLayout
 from .leases import Lease, LeaseKind
 from .manager_state import MAX_WAIT_S, US_PER_S, ManagerState
 from .namespaces import LoadWait, Namespace, Promotion
@@ -34,6 +35,10 @@ _log = logging.getLogger(__name__)
 
 WAIT_RETRY_S = 0.1
 """Hint to a load that found all waiting places taken: some tens of blocks' reads."""
+
+Admit = Callable[[KvLayout], bool]
+"""Whether a load that needs no wait is wanted, by the layout of its blocks; asked before anything
+is leased, with the manager's lock held. It may refuse the load by a `CapacityError`."""
 
 BLOCKS_PER_READ = 32
 """Blocks in one job: enough to merge neighbours (a quarter of the processor time of small slabs
@@ -98,19 +103,43 @@ class LoadPath:
         keys = state.checked_keys(keys)
         with state.lock:
             found, now_us = state.begin_locked(session, namespace)
-            plan = plan_load(found.index, keys)
-            if plan.in_memory:
-                lease = self._grant_locked(session, found, now_us)
-                self._hold_locked(found, lease, plan, now_us)
-                num_missed = len(keys) - len(plan.rows)
-                statuses = (LoadStatus.READY,) * len(plan.rows) + (LoadStatus.MISS,) * num_missed
-                grants = _granted(found, lease, statuses, plan.tiers, self._hold_s)
-        if not plan.in_memory:
+            grants = self._at_once_locked(found, session, keys, now_us)
+        if grants is None:
             state.namespaces.relieve(found, len(keys))
             timeout_s = min(max(0.0, timeout_s), MAX_WAIT_S)
             grants = self._load_slowly(session, namespace, keys, timeout_s)
         self._count(grants)
         return grants
+
+    def prepare_at_once(
+        self, session: SessionId, namespace: NamespaceId, keys: Sequence[BlockKey], admit: Admit
+    ) -> LoadGrants | None:
+        """`prepare_load` of what is in memory; None, and nothing was done, if anything is not."""
+        state = self._state
+        keys = state.checked_keys(keys)
+        with state.lock:
+            found, now_us = state.begin_locked(session, namespace)
+            grants = self._at_once_locked(found, session, keys, now_us, admit)
+        if grants is not None:
+            self._count(grants)
+        return grants
+
+    def _at_once_locked(
+        self,
+        found: Namespace,
+        session: SessionId,
+        keys: CheckedKeys,
+        now_us: int,
+        admit: Admit = lambda _layout: True,
+    ) -> LoadGrants | None:
+        plan = plan_load(found.index, keys)
+        if not plan.in_memory or not admit(found.layout):
+            return None
+        lease = self._grant_locked(session, found, now_us)
+        self._hold_locked(found, lease, plan, now_us)
+        num_missed = len(keys) - len(plan.rows)
+        statuses = (LoadStatus.READY,) * len(plan.rows) + (LoadStatus.MISS,) * num_missed
+        return _granted(found, lease, statuses, plan.tiers, self._hold_s)
 
     def _load_slowly(
         self, session: SessionId, namespace: NamespaceId, keys: CheckedKeys, timeout_s: float

@@ -32,6 +32,7 @@ from .hashing import NamespaceSpec
 from .layer_loads import LayerLoads
 from .leases import LeaseKind
 from .loads import LoadPath
+from .loads_at_once import LoadsAtOnce
 from .manager_state import MAX_WAIT_S, ManagerState, Session
 from .manager_status import check_namespace, namespace_statuses, tier_status
 from .metrics import Metrics
@@ -109,6 +110,8 @@ class Manager:
         """Summaries of blocks, for namespaces that are opened with a kind of them."""
         self.selections = Selections(self._state, self.summaries, self.layer_loads)
         """Which blocks a query attends to, by their summaries."""
+        self.at_once = LoadsAtOnce(self._loads, self.layer_loads, self._note_use)
+        """Loads that need no wait."""
         self._pins = PinPath(self._state, self._loads)
         self._stores = StorePath(self._state, self._write_behind)
         self.collections = self._open_collections(tiers.nvme)
@@ -259,12 +262,8 @@ class Manager:
         return grants
 
     def _note_use(self, namespace: NamespaceId, keys: Sequence[BlockKey]) -> None:
-        """A use may admit to NVMe what only memory has."""
-        if self._write_behind is not None and not self._write_behind.admits_all:
-            with self._state.lock:
-                found = self._state.namespaces.get_locked(namespace)
-                if found is not None:
-                    self._write_behind.use_locked(found, keys)
+        if self._write_behind is not None:
+            self._write_behind.note_use(namespace, keys)
 
     def complete_load(
         self, session: SessionId, lease_id: LeaseId, corrupt: Sequence[BlockKey] = ()

@@ -1,9 +1,9 @@
 """The gRPC services over one manager: engines' `Cache`, operators' `Admin`.
 
-Who may call, and how errors travel, is in `call_guard`.
+Who may call, and how errors travel, is in `call_guard`; what is answered at the door too, in
+`answers`.
 
-Envelope: one call is one RPC of 0.5 ms, of which nothing here is more than a third: 0.06 ms for a
-lookup of 1,000 keys, 0.15 for a load of 64 blocks of 16 slabs that are all in memory.
+Envelope: one call is one RPC of 0.5 ms, of which nothing here is more than a third.
 """
 
 # ruff: noqa: N802, ARG002  generated base classes name the methods and their arguments
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -20,14 +19,13 @@ from typing import Final
 import grpc
 
 from . import __version__
+from .answers import Answers, load_to_wire
 from .call_guard import Serving, translated
-from .config import Config
-from .credits import Credit, Pacer, ThreadShares
-from .door import SessionTokens, answer_lookup
-from .errors import CapacityError, InvalidArgumentError
+from .config import Config, ServiceConfig
+from .credits import Credit, ThreadShares
+from .door import SessionTokens
 from .hashing import check_key
-from .load_board import LoadBoard, made_of, spread
-from .load_gate import GateLimits, LoadGate
+from .load_board import made_of
 from .manager import Manager
 from .plan_wire import mode_from_wire, plan_to_wire
 from .protos import cache_pb2 as pb
@@ -42,28 +40,17 @@ from .select_wire import (
 from .status_wire import status_to_wire
 from .types import NamespaceId, SessionId, StoreStatus
 from .wire import (
-    LOAD_STATUS_TO_WIRE,
     STORE_STATUS_TO_WIRE,
-    TIER_TO_WIRE,
     checksums_from_wire,
-    keys_from_wire,
     lease_from_wire,
+    timeout_from_wire,
     words_to_wire,
 )
 
 _log = logging.getLogger(__name__)
 
-MAX_RELEASES_PER_CALL: Final = 1024
-
 CALL_RETRY_S: Final = 0.05
 """Hint to a session that has all its calls in service: about what one of them takes."""
-
-STORE_SHARE: Final = 0.1
-"""Of the time, for the copies of stores while loads go on: behind a copy come as long a write to
-disk and its commit, and loads may lose a quarter of their speed to all of it."""
-
-LOADS_QUIET_S: Final = 0.1
-"""No load for so long: stores may take all the time there is."""
 
 SELECT_RETRY_S: Final = 0.01
 """Hint to a selection that found all places taken: one of 30 layers takes about as long."""
@@ -75,30 +62,25 @@ COPY_RETRY_S: Final = 0.01
 class CacheService(pb_grpc.CacheServicer):
     """What engines call."""
 
-    def __init__(
-        self, manager: Manager, tokens: SessionTokens, config: Config, board: LoadBoard
-    ) -> None:
-        self._manager = manager
+    def __init__(self, answers: Answers, tokens: SessionTokens, config: ServiceConfig) -> None:
+        self._answers = answers
+        self._manager = answers.manager
         self._tokens = tokens
-        self._max_keys = config.service.max_keys_per_call
-        self._shares = ThreadShares.of(config.service.rpc_threads)
+        shares = ThreadShares.of(config.rpc_threads)
         self._calls = Credit(
-            config.service.max_calls_per_session,
+            config.max_calls_per_session,
             "this session has {limit} calls in service, the limit is "
             "service.max_calls_per_session; wait for one of them",
             retry_after_s=CALL_RETRY_S,
         )
-        num_processors = len(os.sched_getaffinity(0))
-        self._gate = LoadGate(GateLimits.of(config.service, num_processors), board)
-        self._max_message_bytes = config.service.max_message_bytes
+        self._max_message_bytes = config.max_message_bytes
         self._selections = Credit(
-            self._shares.selecting,
+            shares.selecting,
             "{limit} selections are in service, as many as may; come again or attend densely",
             retry_after_s=SELECT_RETRY_S,
         )
-        self._pacer = Pacer(STORE_SHARE, LOADS_QUIET_S)
         self._copies = Credit(
-            self._shares.copying,
+            shares.copying,
             "{limit} stores are being copied, as many as may; the lease stays, complete it again",
             retry_after_s=COPY_RETRY_S,
         )
@@ -107,50 +89,34 @@ class CacheService(pb_grpc.CacheServicer):
         """The session that calls, which pays for this call with one of its credits."""
         return Serving(context, self._tokens, self._calls)
 
-    @contextlib.contextmanager
-    def _loading(self, session: SessionId, context: grpc.ServicerContext) -> Iterator[None]:
+    def _loading(
+        self, session: SessionId, context: grpc.ServicerContext
+    ) -> contextlib.AbstractContextManager[None]:
         began_s = time.monotonic()
-        self._pacer.note_urgent(began_s)
         made = made_of(context.invocation_metadata(), began_s)
-        self._manager.metrics.add("ucm_refused_loads_total", made.num_refused, by="client")
-        was_refused = False
-        try:
-            self._gate.enter(session, began_s, made)
-            try:
-                yield
-            except CapacityError as error:
-                was_refused = True
-                error.retry_after_s = spread(error.retry_after_s, random.random())
-                raise
-            finally:
-                self._gate.leave(began_s, time.monotonic(), was_refused=was_refused)
-        except CapacityError:
-            self._manager.metrics.add("ucm_refused_loads_total", 1, by="daemon")
-            raise
-        finally:
-            self._pacer.note_urgent(time.monotonic())
+        return self._answers.loading(session, made, began_s)
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
         started_s = time.monotonic()
-        self._pacer.check(started_s)
+        self._answers.pacer.check(started_s)
         with self._copies.taken():
             try:
                 yield
             finally:
-                self._pacer.note_done(started_s, time.monotonic())
+                self._answers.pacer.note_done(started_s, time.monotonic())
 
     def Lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> pb.LookupReply:
         """Longest cached prefix."""
         with self._serving(context) as session:
-            return answer_lookup(self._manager, session, request, limit=self._max_keys)
+            return self._answers.lookup(session, request)
 
     def Prefetch(
         self, request: pb.PrefetchRequest, context: grpc.ServicerContext
     ) -> pb.PrefetchReply:
         """Start promotions."""
         with self._serving(context) as session:
-            keys = keys_from_wire(request.keys, limit=self._max_keys)
+            keys = self._answers.keys(request.keys)
             queued = self._manager.prefetch(session, NamespaceId(request.namespace), keys)
             return pb.PrefetchReply(queued=queued)
 
@@ -159,8 +125,8 @@ class CacheService(pb_grpc.CacheServicer):
     ) -> pb.PrepareLoadReply:
         """Pin blocks in the arena."""
         with self._serving(context) as session:
-            keys = keys_from_wire(request.keys, limit=self._max_keys)
-            timeout_s = _checked_timeout(request.timeout_s)
+            keys = self._answers.keys(request.keys)
+            timeout_s = timeout_from_wire(request.timeout_s)
             with self._loading(session, context):
                 grants = self._manager.prepare_load(
                     session, NamespaceId(request.namespace), keys, timeout_s=timeout_s
@@ -168,22 +134,15 @@ class CacheService(pb_grpc.CacheServicer):
             if not context.is_active():
                 # Nobody will read this answer: its caller gave up or died.
                 self._manager.release(session, grants.lease_id)
-            return pb.PrepareLoadReply(
-                lease_id=grants.lease_id,
-                timeout_s=grants.timeout_s,
-                statuses=words_to_wire(grants.statuses, LOAD_STATUS_TO_WIRE),
-                tiers=words_to_wire(grants.tiers, TIER_TO_WIRE),
-                offsets=grants.offsets,
-                checksums=grants.checksums,
-            )
+            return load_to_wire(grants)
 
     def BeginLoad(
         self, request: pb.BeginLoadRequest, context: grpc.ServicerContext
     ) -> pb.BeginLoadReply:
         """Pin blocks where they are."""
         with self._serving(context) as session:
-            keys = keys_from_wire(request.keys, limit=self._max_keys)
-            mode, timeout_s = mode_from_wire(request.mode), _checked_timeout(request.timeout_s)
+            keys = self._answers.keys(request.keys)
+            mode, timeout_s = mode_from_wire(request.mode), timeout_from_wire(request.timeout_s)
             namespace = NamespaceId(request.namespace)
             with self._loading(session, context):
                 grants = self._manager.begin_load(
@@ -198,16 +157,14 @@ class CacheService(pb_grpc.CacheServicer):
     ) -> pb.CompleteLoadReply:
         """Give a load lease back."""
         with self._serving(context) as session:
-            corrupt = keys_from_wire(request.corrupt, limit=self._max_keys)
-            self._manager.complete_load(session, lease_from_wire(request.lease_id), corrupt)
-            return pb.CompleteLoadReply()
+            return self._answers.complete_load(session, request)
 
     def PrepareStore(
         self, request: pb.PrepareStoreRequest, context: grpc.ServicerContext
     ) -> pb.PrepareStoreReply:
         """Grant staging slots."""
         with self._serving(context) as session:
-            keys = keys_from_wire(request.keys, limit=self._max_keys)
+            keys = self._answers.keys(request.keys)
             parent = check_key(request.parent)
             namespace = NamespaceId(request.namespace)
             grants = self._manager.prepare_store(session, namespace, parent, keys)
@@ -228,7 +185,7 @@ class CacheService(pb_grpc.CacheServicer):
     ) -> pb.CompleteStoreReply:
         """Copy, verify and accept what was staged."""
         with self._serving(context) as session:
-            keys = keys_from_wire(request.keys, limit=self._max_keys)
+            keys = self._answers.keys(request.keys)
             checksums = checksums_from_wire(request.checksums, num_blocks=len(keys))
             lease_id = lease_from_wire(request.lease_id)
             given = dict(zip(keys, checksums, strict=True))
@@ -243,8 +200,8 @@ class CacheService(pb_grpc.CacheServicer):
     def Pin(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.PinReply:
         """Keep a prefix in memory."""
         with self._serving(context) as session:
-            keys = keys_from_wire(request.keys, limit=self._max_keys)
-            timeout_s = _checked_timeout(request.timeout_s)
+            keys = self._answers.keys(request.keys)
+            timeout_s = timeout_from_wire(request.timeout_s)
             with self._loading(session, context):
                 pin = self._manager.pin(
                     session,
@@ -296,8 +253,8 @@ class CacheService(pb_grpc.CacheServicer):
     ) -> pb.MapSummariesReply:
         """Pin summaries where they are."""
         with self._serving(context) as session:
-            keys = keys_from_wire(request.keys, limit=self._max_keys)
-            timeout_s = _checked_timeout(request.timeout_s)
+            keys = self._answers.keys(request.keys)
+            timeout_s = timeout_from_wire(request.timeout_s)
             with self._selections_taken():
                 grants = self._manager.selections.map_summaries(
                     session, NamespaceId(request.namespace), keys, timeout_s=timeout_s
@@ -307,10 +264,10 @@ class CacheService(pb_grpc.CacheServicer):
             return summaries_to_wire(grants)
 
     def _asked(self, request: pb.SelectRequest) -> AskedSelection:
-        keys = keys_from_wire(request.keys, limit=self._max_keys)
+        keys = self._answers.keys(request.keys)
         asked = request_from_wire(request)
         check_reply_size(asked, len(keys), self._max_message_bytes)
-        return AskedSelection(keys, asked, _checked_timeout(request.timeout_s))
+        return AskedSelection(keys, asked, timeout_from_wire(request.timeout_s))
 
     def _selections_taken(self) -> contextlib.AbstractContextManager[None]:
         return self._selections.taken()
@@ -318,34 +275,14 @@ class CacheService(pb_grpc.CacheServicer):
     def Release(self, request: pb.ReleaseRequest, context: grpc.ServicerContext) -> pb.ReleaseReply:
         """Drop leases."""
         with self._serving(context) as session:
-            if len(request.lease_ids) > MAX_RELEASES_PER_CALL:
-                raise InvalidArgumentError(
-                    f"{len(request.lease_ids)} leases, at most {MAX_RELEASES_PER_CALL} a call"
-                )
-            for lease_id in request.lease_ids:
-                self._manager.release(session, lease_from_wire(lease_id))
-            return pb.ReleaseReply()
+            return self._answers.release(session, request)
 
     def Flush(self, request: pb.FlushRequest, context: grpc.ServicerContext) -> pb.FlushReply:
         """Wait for durability."""
         with self._serving(context), self._manager.waiting_place():
-            timeout_s = _checked_timeout(request.timeout_s)
+            timeout_s = timeout_from_wire(request.timeout_s)
             flushed = self._manager.flush_while(context.is_active, timeout_s=timeout_s)
             return pb.FlushReply(flushed=flushed)
-
-
-MAX_TIMEOUT_S: Final = 3600.0
-
-
-def _checked_timeout(timeout_s: float) -> float:
-    """A call's time-out, bounded.
-
-    Raises:
-        InvalidArgumentError: negative or not a number.
-    """
-    if not timeout_s >= 0:
-        raise InvalidArgumentError(f"a time-out of {timeout_s} s; it must be 0 or more")
-    return min(timeout_s, MAX_TIMEOUT_S)
 
 
 class AdminService(pb_grpc.AdminServicer):
@@ -372,7 +309,7 @@ class AdminService(pb_grpc.AdminServicer):
     def Flush(self, request: pb.FlushRequest, context: grpc.ServicerContext) -> pb.FlushReply:
         """Wait until all that was accepted is flushed."""
         with translated(context):
-            timeout_s = _checked_timeout(request.timeout_s)
+            timeout_s = timeout_from_wire(request.timeout_s)
             flushed = self._manager.flush_while(context.is_active, timeout_s=timeout_s)
             return pb.FlushReply(flushed=flushed)
 

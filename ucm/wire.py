@@ -21,7 +21,7 @@ from .layout import KvDtype, KvLayout
 from .protos import cache_pb2 as pb
 from .types import BlockKey, LeaseId, LoadStatus, SourceKind, StoreStatus, TierKind
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 """Both ends of the door must name the same one."""
 
 TOKEN_BYTES: Final = 32
@@ -41,6 +41,9 @@ RETRY_AFTER_METADATA: Final = "ucm-retry-after-ms"
 
 MAX_RETRY_AFTER_S: Final = 60.0
 """Longest wait that a client believes."""
+
+MAX_TIMEOUT_S: Final = 3600.0
+"""Longest time-out that a call is given."""
 
 CHECKSUM_BYTES: Final = 8
 
@@ -80,17 +83,29 @@ DTYPE_FROM_WIRE: Final = {wire: word for word, wire in DTYPE_TO_WIRE.items()}
 ERROR_BY_NAME: Final[Mapping[str, type[UcmError]]] = {leaf.__name__: leaf for leaf in LEAVES}
 
 
-def error_from_wire(name: str, message: str) -> UcmError:
-    """The error that the other side raised; plain `UcmError` for a class this side lacks."""
-    return ERROR_BY_NAME.get(name, UcmError)(message)
+def error_from_wire(name: str, message: str, retry_after_ms: int = 0) -> UcmError:
+    """The error that the other side raised; plain `UcmError` for a class this side lacks.
+
+    A retry hint of 0 says nothing; one that is too long is cut.
+    """
+    error = ERROR_BY_NAME.get(name, UcmError)(message)
+    if isinstance(error, CapacityError) and retry_after_ms:
+        error.retry_after_s = min(retry_after_ms / 1000, MAX_RETRY_AFTER_S)
+    return error
+
+
+def retry_after_ms(error: UcmError) -> int:
+    """The retry hint of a refusal as it travels; 0 for what is none."""
+    if not isinstance(error, CapacityError):
+        return 0
+    return max(1, round(error.retry_after_s * 1000))
 
 
 def error_to_metadata(error: UcmError) -> tuple[tuple[str, str], ...]:
     """The trailing metadata of a call that failed with `error`."""
     name = (ERROR_METADATA, type(error).__name__)
-    if not isinstance(error, CapacityError):
-        return (name,)
-    return name, (RETRY_AFTER_METADATA, str(max(1, round(error.retry_after_s * 1000))))
+    hint_ms = retry_after_ms(error)
+    return (name, (RETRY_AFTER_METADATA, str(hint_ms))) if hint_ms else (name,)
 
 
 def error_from_metadata(
@@ -107,11 +122,9 @@ def error_from_metadata(
     }
     if ERROR_METADATA not in texts:
         return None
-    error = error_from_wire(texts[ERROR_METADATA], message)
     hint = texts.get(RETRY_AFTER_METADATA, "")
-    if isinstance(error, CapacityError) and hint.isascii() and hint.isdecimal() and len(hint) < 10:
-        error.retry_after_s = min(int(hint) / 1000, MAX_RETRY_AFTER_S)
-    return error
+    is_number = hint.isascii() and hint.isdecimal() and len(hint) < 10
+    return error_from_wire(texts[ERROR_METADATA], message, int(hint) if is_number else 0)
 
 
 def keys_to_wire(keys: Sequence[BlockKey]) -> bytes:
@@ -169,6 +182,17 @@ def lease_from_wire(lease_id: bytes) -> LeaseId:
             f"a lease id has {LEASE_ID_BYTES} bytes, this one has {len(lease_id)}"
         )
     return LeaseId(lease_id)
+
+
+def timeout_from_wire(timeout_s: float) -> float:
+    """A call's time-out, bounded.
+
+    Raises:
+        InvalidArgumentError: negative or not a number.
+    """
+    if not timeout_s >= 0:
+        raise InvalidArgumentError(f"a time-out of {timeout_s} s; it must be 0 or more")
+    return min(timeout_s, MAX_TIMEOUT_S)
 
 
 def checksums_to_wire(blocks: Iterable[SlabChecksums]) -> bytes:

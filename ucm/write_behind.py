@@ -29,7 +29,7 @@ from .placement import Victim, evict, plan_commit, plan_flush
 from .plurals import counted
 from .shrink import Delete, Shrinking
 from .transfer import CommitLimits, GroupCommit, TransferPool
-from .types import BlockKey, TierKind
+from .types import BlockKey, NamespaceId, TierKind
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +109,14 @@ class WriteBehind:
     def num_queued(self) -> int:
         """Accepted blocks that wait for the disk."""
         return self._commits.num_queued
+
+    def note_use(self, namespace: NamespaceId, keys: Iterable[BlockKey]) -> None:
+        """A use may admit to NVMe what only memory has."""
+        if not self.admits_all:
+            with self._state.lock:
+                found = self._state.namespaces.get_locked(namespace)
+                if found is not None:
+                    self.use_locked(found, keys)
 
     def use_locked(self, found: Namespace, keys: Iterable[BlockKey]) -> None:
         """Blocks are used again: those that only memory has may be admitted now, parents first.

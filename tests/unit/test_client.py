@@ -15,7 +15,7 @@ import pytest
 from ucm.api import CacheApi
 from ucm.client import RemoteCache, connect
 from ucm.daemon import Daemon
-from ucm.door_client import MAX_LOOKUP_BYTES
+from ucm.door_wire import MAX_PACKET_BYTES
 from ucm.errors import CapacityError, ConfigError, InvalidArgumentError, TierUnavailableError
 from ucm.protos import cache_pb2 as pb
 from ucm.testing.blocks import chain, content, get, put, tiny_spec
@@ -194,7 +194,7 @@ def test_a_lookup_goes_by_grpc_where_the_door_does_not_take_it(
         with cache._at_door():
             assert cache.lookup(handle.id, keys).num_blocks == 3
         assert by_grpc == [3]
-        too_many = [*keys, *chain(handle.id, MAX_LOOKUP_BYTES // KEY_BYTES, seed=1)]
+        too_many = [*keys, *chain(handle.id, MAX_PACKET_BYTES // KEY_BYTES, seed=1)]
         assert cache.lookup(handle.id, too_many).num_blocks == 3
         assert by_grpc == [3, len(too_many)]
 
@@ -262,9 +262,14 @@ def test_a_daemon_that_answers_nonsense_is_not_believed(
 ) -> None:
     with connect(socket_path) as cache:
         namespace = cache.open_namespace(tiny_spec()).id
+        keys = chain(namespace, 1)
+        with monkeypatch.context() as at_door:
+            at_door.setattr(cache._door, "call", lambda *_args, **_options: reply)
+            with pytest.raises(TierUnavailableError):
+                cache.prepare_load(namespace, keys, timeout_s=1)
         monkeypatch.setattr(cache, "_stub", _Answers(reply))
-        with pytest.raises(TierUnavailableError):
-            cache.prepare_load(namespace, chain(namespace, 1), timeout_s=1)
+        with cache._at_door(), pytest.raises(TierUnavailableError):
+            cache.prepare_load(namespace, keys, timeout_s=1)
 
 
 def test_client_is_what_it_says(socket_path: Path) -> None:

@@ -14,14 +14,17 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from ucm import door as door_module
+from ucm.answers import Answers
 from ucm.checksum import block_checksums
 from ucm.config import ServiceConfig
-from ucm.door import MAX_PACKET_BYTES, Door, SessionTokens
-from ucm.door_client import MAX_LOOKUP_BYTES, DoorClient
+from ucm.door import Door, SessionTokens
+from ucm.door_client import DoorClient
+from ucm.door_wire import MAX_PACKET_BYTES
 from ucm.errors import (
     BlockNotFoundError,
     CapacityError,
@@ -51,6 +54,7 @@ class House:
 
     path: Path
     manager: Manager
+    answers: Answers
     tokens: SessionTokens
     door: Door
     clients: contextlib.ExitStack
@@ -84,9 +88,10 @@ def make_house(folder: Path, service: Callable[[ServiceConfig], ServiceConfig]) 
     config = small_config(folder, nvme=False)
     config = dataclasses.replace(config, service=service(config.service))
     manager, tokens = Manager(config), SessionTokens()
-    door = Door(folder / "door", manager, tokens, config.service)
+    answers = Answers(manager, config.service)
+    door = Door(folder / "door", answers, tokens, config.service)
     door.start()
-    return House(folder / "door", manager, tokens, door, contextlib.ExitStack())
+    return House(folder / "door", manager, answers, tokens, door, contextlib.ExitStack())
 
 
 @pytest.fixture
@@ -104,6 +109,7 @@ def house(folder: Path) -> Iterator[House]:
     yield found
     found.clients.close()
     found.door.stop()
+    found.answers.close()
     found.manager.close()
 
 
@@ -364,6 +370,10 @@ def test_a_daemon_that_passes_less_memory_than_it_says_is_not_believed(folder: P
     listener.close()
 
 
+def look(client: DoorClient, request: pb.LookupRequest, *, timeout_s: float = 5) -> pb.LookupReply:
+    return cast(pb.LookupReply, client.call(pb.DoorRequest(lookup=request), timeout_s=timeout_s))
+
+
 def test_a_lookup_is_answered_like_any_other(house: House) -> None:
     client = house.connect()
     session = house.tokens.session_of(client.hello(timeout_s=5).token)
@@ -374,33 +384,36 @@ def test_a_lookup_is_answered_like_any_other(house: House) -> None:
     sums = {key: block_checksums(LAYOUT, slot)}
     house.manager.complete_store(session, grants.lease_id, sums)
     request = pb.LookupRequest(namespace=SPEC.fingerprint(), keys=key + other)
-    assert client.takes(request)
-    assert client.lookup(request, timeout_s=5).tiers == bytes([pb.TIER_MEMORY])
+    assert client.takes(pb.DoorRequest(lookup=request))
+    assert look(client, request).tiers == bytes([pb.TIER_MEMORY])
 
 
 def test_a_refused_lookup_leaves_the_session(house: House) -> None:
     client = house.connect()
     client.hello(timeout_s=5)
     with pytest.raises(BlockNotFoundError):
-        client.lookup(pb.LookupRequest(namespace=SPEC.fingerprint()), timeout_s=5)
+        look(client, pb.LookupRequest(namespace=SPEC.fingerprint()))
     client.open_namespace(SPEC, SPEC.fingerprint(), timeout_s=5)
     for keys in (b"short", bytes(32 * (MAX_KEYS + 1))):
         request = pb.LookupRequest(namespace=SPEC.fingerprint(), keys=keys)
         with pytest.raises(InvalidArgumentError):
-            client.lookup(request, timeout_s=5)
+            look(client, request)
     request = pb.LookupRequest(namespace=SPEC.fingerprint(), keys=bytes(32))
-    assert client.lookup(request, timeout_s=5).tiers == b""
+    assert look(client, request).tiers == b""
 
 
 def test_as_many_keys_as_the_client_says_pass_the_door(house: House) -> None:
     client = house.connect()
     client.hello(timeout_s=5)
-    longest = pb.LookupRequest(namespace=SPEC.fingerprint(), keys=bytes(MAX_LOOKUP_BYTES))
-    packet = pb.DoorRequest(lookup=longest).SerializeToString()
-    assert len(packet) <= MAX_PACKET_BYTES
-    assert client.takes(longest)
-    longer = pb.LookupRequest(namespace=SPEC.fingerprint(), keys=bytes(MAX_LOOKUP_BYTES + 32))
-    assert not client.takes(longer)
+    lookups = [
+        pb.DoorRequest(
+            lookup=pb.LookupRequest(namespace=SPEC.fingerprint(), keys=bytes(32 * count))
+        )
+        for count in range(2040, 2050)
+    ]
+    lengths = [len(each.SerializeToString()) for each in lookups]
+    assert lengths[0] <= MAX_PACKET_BYTES < lengths[-1]
+    assert [client.takes(each) for each in lookups] == [n <= MAX_PACKET_BYTES for n in lengths]
 
 
 def slow_door(folder: Path, answers: threading.Event, order: list[str]) -> socket.socket:
@@ -429,16 +442,16 @@ def slow_door(folder: Path, answers: threading.Event, order: list[str]) -> socke
 
 def test_a_late_answer_is_never_taken_for_the_next_lookups(folder: Path) -> None:
     answers, order = threading.Event(), list[str]()
-    first, second = (pb.LookupRequest(keys=bytes([n]) * 32) for n in (1, 2))
+    first, second = (pb.DoorRequest(lookup=pb.LookupRequest(keys=bytes([n]) * 32)) for n in (1, 2))
     with slow_door(folder, answers, order):
         client = DoorClient(folder / "door", timeout_s=5)
         with pytest.raises(TierUnavailableError, match="does not answer"):
-            client.lookup(first, timeout_s=0.05)
+            client.call(first, timeout_s=0.05)
         assert client.is_open()
         assert not client.takes(second)
         answers.set()
         wait_until(lambda: client.takes(second))
-        assert client.lookup(second, timeout_s=5).tiers == b"\x02"
+        assert client.call(second, timeout_s=5).tiers == b"\x02"
         client.close()
 
 
@@ -447,7 +460,7 @@ def test_a_late_answer_is_never_taken_for_what_is_opened_next(folder: Path) -> N
     with slow_door(folder, answers, order):
         client = DoorClient(folder / "door", timeout_s=5)
         with pytest.raises(TierUnavailableError, match="does not answer"):
-            client.lookup(pb.LookupRequest(keys=bytes(32)), timeout_s=0.05)
+            look(client, pb.LookupRequest(keys=bytes(32)), timeout_s=0.05)
         answers.set()
         with pytest.raises(CapacityError, match="full"):
             client.open_summaries(SPEC.fingerprint(), timeout_s=5)

@@ -17,8 +17,8 @@ import pytest
 
 from ucm.client import connect
 from ucm.daemon import Daemon
-from ucm.door import MAX_PACKET_BYTES
 from ucm.door_client import DoorClient
+from ucm.door_wire import MAX_PACKET_BYTES
 from ucm.errors import TierUnavailableError
 from ucm.protos import cache_pb2 as pb
 from ucm.testing.blocks import chain, put, tiny_spec
@@ -26,7 +26,7 @@ from ucm.testing.daemon import running_daemon, short_folder, small_config
 from ucm.types import NamespaceId
 
 NAMESPACE = NamespaceId(bytes([1] * 32))
-LOOKUP = pb.LookupRequest(namespace=NAMESPACE, keys=bytes(32))
+LOOKUP = pb.DoorRequest(lookup=pb.LookupRequest(namespace=NAMESPACE, keys=bytes(32)))
 FOUND = pb.DoorReply(found=pb.LookupReply(tiers=bytes([pb.TIER_MEMORY])))
 
 
@@ -97,15 +97,15 @@ def test_a_cut_off_request_ends_the_connection(folder: Path) -> None:
             client.open_summaries(NAMESPACE, timeout_s=5)
         assert not client.is_open()
         with pytest.raises(TierUnavailableError):
-            client.lookup(LOOKUP, timeout_s=5)
+            client.call(LOOKUP, timeout_s=5)
 
 
 def test_a_cut_off_lookup_ends_the_connection_and_owes_nothing(folder: Path) -> None:
     with door(folder, lambda _sock: cut_off()) as client:
         with pytest.raises(CutOffError):
-            client.lookup(LOOKUP, timeout_s=5)
+            client.call(LOOKUP, timeout_s=5)
         assert not client.is_open()
-        assert not client._owes_lookup
+        assert not client._owes_answer
         started_s = time.monotonic()
         with pytest.raises(TierUnavailableError):
             client.open_summaries(NAMESPACE, timeout_s=5)
@@ -118,9 +118,9 @@ def test_a_lookup_cut_off_behind_its_answer_ends_the_connection(
     with door(folder, says(FOUND)) as client:
         monkeypatch.setattr(client, "_receive", _cut_behind(client._receive))
         with pytest.raises(CutOffError):
-            client.lookup(LOOKUP, timeout_s=5)
+            client.call(LOOKUP, timeout_s=5)
         assert not client.is_open()
-        assert not client._owes_lookup
+        assert not client._owes_answer
 
 
 def test_a_late_answer_whose_dropping_is_cut_off_ends_the_connection(
@@ -134,7 +134,7 @@ def test_a_late_answer_whose_dropping_is_cut_off_ends_the_connection(
 
     with door(folder, answer) as client:
         with pytest.raises(TierUnavailableError):
-            client.lookup(LOOKUP, timeout_s=0.05)
+            client.call(LOOKUP, timeout_s=0.05)
         assert client.is_open()
         monkeypatch.setattr(client, "_receive", _cut_behind(client._receive))
         late.set()
@@ -161,8 +161,13 @@ def _cut_behind(receive: Callable[[float], Any]) -> Callable[[float], Any]:
 
 @pytest.mark.parametrize(
     "reply",
-    [FOUND, pb.DoorReply(), pb.DoorReply(summaries=pb.SummariesOpened(area_bytes=4096))],
-    ids=["of another kind", "of none", "without its memory"],
+    [
+        FOUND,
+        pb.DoorReply(),
+        pb.DoorReply(elsewhere=pb.Elsewhere()),
+        pb.DoorReply(summaries=pb.SummariesOpened(area_bytes=4096)),
+    ],
+    ids=["of another kind", "of none", "nowhere else to ask", "without its memory"],
 )
 def test_an_answer_to_something_else_ends_the_connection(folder: Path, reply: pb.DoorReply) -> None:
     with door(folder, says(reply)) as client:

@@ -139,7 +139,7 @@ def test_selections_in_service_are_bounded_and_other_calls_go_on(
     places.give_back(None, 2)
     assert cache.select(handle.id, keys, request_of(), timeout_s=1).statuses
     assert places.used() == 0
-    assert daemon.engine_service._gate.num_inside == 0
+    assert daemon.answers.gate.num_inside == 0
 
 
 def test_a_message_too_long_is_refused_before_it_is_sent(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
@@ -132,25 +133,28 @@ def test_the_operators_socket_has_no_cache(admin_channel: grpc.Channel, method: 
     assert code is grpc.StatusCode.PERMISSION_DENIED
 
 
+@pytest.mark.parametrize("by", ["grpc", "door"])
 @pytest.mark.parametrize("error", [errors.CapacityError("no room"), errors.CorruptionError("x")])
 def test_a_load_that_fails_gives_its_place_back(
     daemon: Daemon,
     cache: RemoteCache,
     monkeypatch: pytest.MonkeyPatch,
     error: errors.UcmError,
+    by: str,
 ) -> None:
     handle = cache.open_namespace(tiny_spec())
     keys = chain(handle.id, 2)
     put(cache, handle, keys)
-    gate = daemon.engine_service._gate
+    gate = daemon.answers.gate
     inside: list[int] = []
 
     def fail(*_args: object, **_options: object) -> None:
         inside.append(gate.num_inside)
         raise error
 
-    with monkeypatch.context() as patched:
-        patched.setattr(daemon.manager, "prepare_load", fail)
+    at_door = contextlib.nullcontext() if by == "door" else cache._at_door()
+    with monkeypatch.context() as patched, at_door:
+        patched.setattr(daemon.manager._state, "grant_locked", fail)
         for _ in range(3):
             with pytest.raises(type(error)):
                 cache.prepare_load(handle.id, keys, timeout_s=1)
@@ -252,6 +256,14 @@ def test_kv_bytes_never_travel_in_a_message(
             return reply
 
         monkeypatch.setattr(cache._stub, method, measured)
+    call_door = cache._door.call
+
+    def at_door(request: Any, **options: Any) -> Any:
+        reply = call_door(request, **options)
+        sizes.extend((request.ByteSize(), reply.ByteSize()))
+        return reply
+
+    monkeypatch.setattr(cache._door, "call", at_door)
     handle = cache.open_namespace(tiny_spec("sizes"))
     keys = chain(handle.id, MAX_KEYS)
     put(cache, handle, keys, ROOT_KEY)
