@@ -50,11 +50,12 @@ class CallKind(enum.Enum):
     """What a call says of the cache beside its answer."""
 
     LOOKUP = "lookup"
-    """Its answer does not show that the connection works: it may go another way than all other
-    calls, which may fail at the same time."""
     LOAD = "load"
-    """Refused for want of capacity, it says nothing about other calls than loads."""
+    """Of a load, from its beginning to its end. Refused for want of capacity, it says nothing about
+    other calls than loads."""
     OTHER = "other"
+    """Its answer shows that the connection works. Those of the others do not: they may go another
+    way, at which nobody waits, while all that does fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ class Link:
         outcome = caller.attempt(lambda: call(connection), timeout_s, late)
         if outcome.error is not None:
             self._count_failure(outcome, kind)
-        elif kind is not CallKind.LOOKUP:
+        elif kind is CallKind.OTHER:
             self._suspect = False
             self.breaker.record_success()
         return outcome
@@ -146,7 +147,7 @@ class Link:
             log.error("a cache call failed in an unforeseen way", exc_info=error)
         if isinstance(error, ANSWERS_OF_A_LIVING_CACHE) and not outcome.timed_out:
             log.debug("cache call refused: %s", error)
-            self._suspect = self._suspect and kind is CallKind.LOOKUP
+            self._suspect = self._suspect and kind is not CallKind.OTHER
             if isinstance(error, CapacityError):
                 self._note_busy(error.retry_after_s, kind)
             return
@@ -174,7 +175,7 @@ class Link:
     def check(self, caller: DeadlineCaller) -> None:
         """Make a cheap call that changes nothing; the breaker judges by what becomes of it.
 
-        It goes the way of all calls but lookups, which a daemon may answer without the others.
+        It goes the way of all calls but those that a daemon may answer without the others.
         """
         self.attempt(
             caller,

@@ -326,4 +326,5 @@ class LoadDesk:
             self._caller,
             lambda connection: connection.cache.complete_load(plan.id, corrupt),
             self._options.deadline_s,
+            kind=CallKind.LOAD,
         )

@@ -19,7 +19,7 @@ from ucm.errors import CapacityError, TierUnavailableError
 from ucm.testing.blocks import chain, tiny_spec
 from ucm.testing.daemon import running_daemon, short_folder, small_config
 from ucm.testing.fake_cache import FakeCache
-from ucm.types import LoadMode, NamespaceId
+from ucm.types import ROOT_KEY, LoadMode, NamespaceId
 
 KEYS = chain(NamespaceId(bytes(32)), 1)
 
@@ -50,8 +50,12 @@ def load(link: Connection) -> None:
     link.cache.begin_load(link.namespace.id, KEYS, mode=LoadMode.MAPPED, timeout_s=1.0)
 
 
-def test_a_daemon_that_answers_lookups_only_is_given_up() -> None:
-    """Its door is alive and asked for lookups; all else goes by gRPC, which is gone."""
+def store(link: Connection) -> None:
+    link.cache.prepare_store(link.namespace.id, ROOT_KEY, KEYS)
+
+
+def test_a_daemon_that_answers_at_its_door_only_is_given_up() -> None:
+    """Its door is alive, asked for lookups and loads; all else goes by gRPC, which is gone."""
     with short_folder() as folder, running_daemon(small_config(folder, nvme=False)) as daemon:
         path = daemon.config.service.socket_path
         with connected(lambda: connect(path, timeout_s=2)) as (link, caller):
@@ -59,22 +63,28 @@ def test_a_daemon_that_answers_lookups_only_is_given_up() -> None:
             for _ in range(2):
                 found = link.attempt(caller, look_up, 5.0, kind=CallKind.LOOKUP)
                 assert found.error is None
-                assert link.attempt(caller, load, 5.0).error is not None
+                loaded = link.attempt(caller, load, 5.0, kind=CallKind.LOAD)
+                assert loaded.error is None
+                assert link.attempt(caller, store, 5.0).error is not None
                 assert not link.is_open() or link.needs_check()
                 link.check(caller)
             assert link.breaker.state is BreakerState.OPEN
 
 
 @pytest.mark.parametrize("error", [None, CapacityError("busy")])
-def test_an_answer_that_is_no_proof_clears_no_suspicion(error: CapacityError | None) -> None:
+@pytest.mark.parametrize("kind", [CallKind.LOOKUP, CallKind.LOAD])
+def test_an_answer_that_is_no_proof_clears_no_suspicion(
+    kind: CallKind, error: CapacityError | None
+) -> None:
+    name, call = {CallKind.LOOKUP: ("lookup", look_up), CallKind.LOAD: ("begin_load", load)}[kind]
     cache = FakeCache()
     with connected(lambda: cache) as (link, caller):
         for _ in range(3):
-            cache.fail["begin_load"] = TierUnavailableError("gone")
-            link.attempt(caller, load, 5.0)
+            cache.fail["prepare_store"] = TierUnavailableError("gone")
+            link.attempt(caller, store, 5.0)
             if error is not None:
-                cache.fail["lookup"] = error
-            link.attempt(caller, look_up, 5.0, kind=CallKind.LOOKUP)
+                cache.fail[name] = error
+            link.attempt(caller, call, 5.0, kind=kind)
             assert not link.is_open() or link.needs_check()
         assert link.breaker.state is BreakerState.OPEN
 
