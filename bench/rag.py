@@ -57,7 +57,7 @@ class RagBenchOptions:
     prompts: PromptOptions = field(default_factory=PromptOptions)
     quality: QualityOptions = field(default_factory=QualityOptions)
     ratio_lengths: tuple[str, ...] = tuple(RATIO_SHAPES)
-    ratio_repeats: int = 3
+    ratio_repeats: int = 7
 
     def quick(self) -> RagBenchOptions:
         """One prompt of three short chunks, one question: below 50 s."""
