@@ -1,7 +1,7 @@
 """`ucm bench overlap`: what overlap and load-or-compute gain, by bandwidth, hit ratio and context.
 
 A cell is one bandwidth, hit ratio, context and tier. In it the same prompt is served in each of
-these ways, one after the other, in rounds of those that `OverlapBenchOptions.wants_run` again;
+these ways, one after the other, in rounds: each as often as `OverlapBenchOptions.wants_run` says;
 medians are reported, seconds to the first token:
 
     compute_only        no cache
@@ -70,6 +70,8 @@ from .overlap_trace import Timeline
 TEACHING_S = 3.0
 """Of a load that is measured for nothing else; `TEACHING_BLOCKS` may take longer, but no longer
 than `longest_load_s`."""
+UNLIMITED = 100 * MB
+"""Bytes a second, by which a teaching load of a disk without a limit is sized."""
 Progress = Callable[[str], None]
 Result = dict[str, Any]
 
@@ -168,8 +170,8 @@ def _measure_cell(
         with rig.daemon(speed):
             if cell.tier is TierKind.MEMORY:
                 rig.run(LOAD_ONLY, tokens, 1)
-            if speed is not None and OVERLAPPED not in due:
-                _teach(rig, speed)
+            if OVERLAPPED not in due:
+                _teach(rig, speed or UNLIMITED)
             for variant in due:
                 say(f"{cell}: {variant.name} (round {num_rounds})")
                 runs.append(rig.run(variant, tokens, options.answer_tokens))

@@ -18,7 +18,7 @@ from ucm.errors import CapacityError
 from ucm.types import StoreStatus
 
 from .deadline import DeadlineCaller
-from .link import Connection, Link
+from .link import CallKind, Connection, Link
 from .session_stats import StatsCounter
 from .store_queue import QueueLimits, StoreJob, StoreQueue, StoreRun
 
@@ -142,7 +142,9 @@ class Background:
         return None
 
     def _give_back(self, errand: Callable[[Connection], None]) -> None:
-        self._link.attempt(self._caller, errand, self._limits.deadline_s)
+        deadline_s = self._limits.deadline_s
+        # As the end of a load it may go by the door, and proves nothing of other calls.
+        self._link.attempt(self._caller, errand, deadline_s, kind=CallKind.LOAD)
 
     def _drop(self, run: StoreRun) -> None:
         self._counter.add(dropped_blocks=len(run.keys))

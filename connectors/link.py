@@ -213,6 +213,9 @@ class Link:
                     f"the cache opened the namespace with {namespace.layout}, "
                     f"asked for {self._options.spec.layout}"
                 )
+            cache.prefetch(
+                namespace.id, ()
+            )  # as `check`: up to here a door alone may have answered
             connected = True
             return Connection(cache, namespace)
         finally:

@@ -43,6 +43,8 @@ CHUNK_THREADS = 1
 """That copy a chunk out of memory. A prompt's chunks are loads of their own, all at once, and what
 they are for is computed meanwhile: 8 x 4 threads on two cores made its first pass, of some 0.3 s
 with the load, 60 ms longer than 8 x 1."""
+MAX_LEASE_SHARE = 0.5
+"""Of the time that a plan lasts, for a pass that reads some layers ahead of what it computes."""
 HOLD_TIMEOUT_S = 0.2
 """How long the end of a load waits for a read that goes straight to the pool; then the read's
 blocks are held for it."""
@@ -169,7 +171,7 @@ class LoadJob:
             self._changed.notify_all()
             self._plan, self._is_failed = plan, True  # and so it stays if making a reader fails
             if plan is not None and self._is_of_use(plan):
-                reader = make_reader(plan, self._reader_options())
+                reader = make_reader(plan, self._reader_options(plan.timeout_s))
                 if self._given_up:  # before anything is read: the engine computes into it
                     reader.give_up_below(self._given_up)
                 self._reader, self._is_failed = reader, False
@@ -186,20 +188,23 @@ class LoadJob:
         """From the back, a plan without the last block would leave a gap in the chain."""
         return plan.num_ready >= (len(self.task.keys) if self._is_from_back else 1)
 
-    def _reader_options(self) -> ReaderOptions:
+    def _reader_options(self, lease_s: float) -> ReaderOptions:
         decision, load_s = self.task.decision, self._load_s(self.total_bytes)
-        num_layers = self._layout.num_layers
+        shape, num_layers = decision.shape, self._layout.num_layers
         slab_s = load_s / (num_layers * len(self.task.keys))
+        known = self._model.options
+        most_tokens = known.joined_tokens if shape.is_alone else known.chunk_tokens
+        pass_s = num_layers * self._comp_layer_s(most_tokens)
+        # A pass must not outlive what it reads behind: then nothing is read behind it.
+        is_long = pass_s > MAX_LEASE_SHARE * lease_s
         options = ReaderOptions(
-            read_ahead_layers=decision.read_ahead_layers,
+            read_ahead_layers=num_layers if is_long else decision.read_ahead_layers,
             order=decision.order,
-            compute_per_load=num_layers
-            * self._comp_layer_s(self._model.options.joined_tokens)
-            / load_s,
+            compute_per_load=pass_s / load_s,
             least_layers=1 if slab_s > SLOW_SLAB_S else LEAST_LAYERS,
         )
         is_copy = self._slowest_tier is TierKind.MEMORY
-        if decision.shape.is_whole and is_copy:
+        if shape.is_whole and is_copy:
             return replace(options, num_threads=CHUNK_THREADS)
         return options
 

@@ -137,6 +137,7 @@ class ReferenceConnector:
                 hold=lambda places: request.hold([block_ids[place] for place in places]),
                 extra_keys=request.extra_keys,
                 whole=request.whole,
+                is_alone=request.is_alone,
             )
             decision = self.session.start_load(offer)
         if decision is None:

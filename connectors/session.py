@@ -100,6 +100,8 @@ class LoadOffer:
     """What else changed the blocks' bytes; as `match` was asked."""
     whole: bool = False
     """All of `blocks`, layer by layer, or none: a chunk."""
+    is_alone: bool = False
+    """The engine has nothing else to do than this request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +285,7 @@ class CacheSession:
                 num_layers=layout.num_layers,
                 can_direct=True,
                 is_whole=offer.whole,
+                is_alone=offer.is_alone,
             )
         )
         if not decision.num_blocks:

@@ -37,9 +37,9 @@ from .types import NamespaceId, SessionId
 from .wire import (
     LOAD_STATUS_TO_WIRE,
     TIER_TO_WIRE,
+    checked_timeout,
     keys_from_wire,
     lease_from_wire,
-    timeout_from_wire,
     words_to_wire,
 )
 
@@ -165,7 +165,7 @@ class Answers:
     ) -> pb.DoorReply | None:
         asked = request.prepare_load
         keys, namespace = self.keys(asked.keys), NamespaceId(asked.namespace)
-        timeout_from_wire(asked.timeout_s)
+        checked_timeout(asked.timeout_s)
         with contextlib.ExitStack() as places:
             admit = self._admission(places, session, request.made, len(keys))
             grants = self.manager.at_once.prepare(session, namespace, keys, admit)
@@ -176,7 +176,7 @@ class Answers:
     ) -> pb.DoorReply | None:
         asked = request.begin_load
         keys, namespace = self.keys(asked.keys), NamespaceId(asked.namespace)
-        mode, timeout_s = mode_from_wire(asked.mode), timeout_from_wire(asked.timeout_s)
+        mode, timeout_s = mode_from_wire(asked.mode), checked_timeout(asked.timeout_s)
         with contextlib.ExitStack() as places:
             admit = self._admission(places, session, request.made, len(keys))
             grants = self.manager.at_once.begin(

@@ -66,6 +66,7 @@ from .wire import (
     STORE_STATUS_FROM_WIRE,
     TIER_FROM_WIRE,
     TOKEN_METADATA,
+    checked_timeout,
     checksums_to_wire,
     keys_to_wire,
 )
@@ -193,6 +194,7 @@ class RemoteCache:
         self, namespace: NamespaceId, keys: Sequence[BlockKey], *, timeout_s: float
     ) -> LoadLease:
         """See `CacheApi.prepare_load`."""
+        timeout_s = checked_timeout(timeout_s)
         request = pb.PrepareLoadRequest(
             namespace=namespace, keys=keys_to_wire(keys), timeout_s=daemon_timeout_s(timeout_s)
         )

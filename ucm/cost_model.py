@@ -64,7 +64,7 @@ class CostOptions:
     """What a pass costs whatever its size (reading the weights), in tokens. SmolLM2-135M in fp32 on
     two cores: 95; what a GPU computes while it reads a weight: 100 and more."""
     chunk_tokens: int = 512
-    """Most tokens of one prompt that the engine computes in one pass."""
+    """Most tokens of one prompt that the engine computes in one pass, but for those below."""
     joined_tokens: int = 2048
     """The same of the pass that follows a load, where the engine has nothing else to do."""
     memory: TierPrior = field(

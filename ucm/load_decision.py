@@ -64,6 +64,8 @@ class LoadShape:
     """Whether the engine can compute towards a load."""
     is_whole: bool = False
     """Whether it is all hits or none, layer by layer: of a chunk nothing is computed beside it."""
+    is_alone: bool = False
+    """Whether the engine has nothing else to do: the pass behind a load is a whole step then."""
     queue_s: float = 0.0
     """How long until the request's first pass can begin."""
     max_read_ahead_layers: int = 8
@@ -324,7 +326,8 @@ class _Plan:
         """The pass behind the load of the first `num_blocks`: its end, its seconds alone."""
         shape = self._shape
         start = shape.num_local_tokens + num_blocks * shape.block_tokens
-        most = self._model.options.joined_tokens if num_blocks else self._chunk_tokens
+        is_joined = shape.is_alone and num_blocks
+        most = self._model.options.joined_tokens if is_joined else self._chunk_tokens
         end = min(start + most, shape.num_tokens)
         return end, self._comp_s(start, end, 1)
 

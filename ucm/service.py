@@ -41,9 +41,9 @@ from .status_wire import status_to_wire
 from .types import NamespaceId, SessionId, StoreStatus
 from .wire import (
     STORE_STATUS_TO_WIRE,
+    checked_timeout,
     checksums_from_wire,
     lease_from_wire,
-    timeout_from_wire,
     words_to_wire,
 )
 
@@ -126,7 +126,7 @@ class CacheService(pb_grpc.CacheServicer):
         """Pin blocks in the arena."""
         with self._serving(context) as session:
             keys = self._answers.keys(request.keys)
-            timeout_s = timeout_from_wire(request.timeout_s)
+            timeout_s = checked_timeout(request.timeout_s)
             with self._loading(session, context):
                 grants = self._manager.prepare_load(
                     session, NamespaceId(request.namespace), keys, timeout_s=timeout_s
@@ -142,7 +142,7 @@ class CacheService(pb_grpc.CacheServicer):
         """Pin blocks where they are."""
         with self._serving(context) as session:
             keys = self._answers.keys(request.keys)
-            mode, timeout_s = mode_from_wire(request.mode), timeout_from_wire(request.timeout_s)
+            mode, timeout_s = mode_from_wire(request.mode), checked_timeout(request.timeout_s)
             namespace = NamespaceId(request.namespace)
             with self._loading(session, context):
                 grants = self._manager.begin_load(
@@ -201,7 +201,7 @@ class CacheService(pb_grpc.CacheServicer):
         """Keep a prefix in memory."""
         with self._serving(context) as session:
             keys = self._answers.keys(request.keys)
-            timeout_s = timeout_from_wire(request.timeout_s)
+            timeout_s = checked_timeout(request.timeout_s)
             with self._loading(session, context):
                 pin = self._manager.pin(
                     session,
@@ -254,7 +254,7 @@ class CacheService(pb_grpc.CacheServicer):
         """Pin summaries where they are."""
         with self._serving(context) as session:
             keys = self._answers.keys(request.keys)
-            timeout_s = timeout_from_wire(request.timeout_s)
+            timeout_s = checked_timeout(request.timeout_s)
             with self._selections_taken():
                 grants = self._manager.selections.map_summaries(
                     session, NamespaceId(request.namespace), keys, timeout_s=timeout_s
@@ -267,7 +267,7 @@ class CacheService(pb_grpc.CacheServicer):
         keys = self._answers.keys(request.keys)
         asked = request_from_wire(request)
         check_reply_size(asked, len(keys), self._max_message_bytes)
-        return AskedSelection(keys, asked, timeout_from_wire(request.timeout_s))
+        return AskedSelection(keys, asked, checked_timeout(request.timeout_s))
 
     def _selections_taken(self) -> contextlib.AbstractContextManager[None]:
         return self._selections.taken()
@@ -280,7 +280,7 @@ class CacheService(pb_grpc.CacheServicer):
     def Flush(self, request: pb.FlushRequest, context: grpc.ServicerContext) -> pb.FlushReply:
         """Wait for durability."""
         with self._serving(context), self._manager.waiting_place():
-            timeout_s = timeout_from_wire(request.timeout_s)
+            timeout_s = checked_timeout(request.timeout_s)
             flushed = self._manager.flush_while(context.is_active, timeout_s=timeout_s)
             return pb.FlushReply(flushed=flushed)
 
@@ -309,7 +309,7 @@ class AdminService(pb_grpc.AdminServicer):
     def Flush(self, request: pb.FlushRequest, context: grpc.ServicerContext) -> pb.FlushReply:
         """Wait until all that was accepted is flushed."""
         with translated(context):
-            timeout_s = timeout_from_wire(request.timeout_s)
+            timeout_s = checked_timeout(request.timeout_s)
             flushed = self._manager.flush_while(context.is_active, timeout_s=timeout_s)
             return pb.FlushReply(flushed=flushed)
 

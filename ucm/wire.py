@@ -184,7 +184,7 @@ def lease_from_wire(lease_id: bytes) -> LeaseId:
     return LeaseId(lease_id)
 
 
-def timeout_from_wire(timeout_s: float) -> float:
+def checked_timeout(timeout_s: float) -> float:
     """A call's time-out, bounded.
 
     Raises:

@@ -83,5 +83,4 @@ def test_memory_and_descriptors_stay() -> None:
     )
     assert growth <= NOISE_BYTES + ALLOWED_BYTES_AN_HOUR * hours, samples
     assert max(count for _, _, count in last) <= max(count for _, _, count in middle), samples
-    assert seed > LIVE_CHAINS  # else nothing was evicted
     assert num_read > 1000

@@ -87,6 +87,7 @@ def cases(draw: st.DrawFn) -> Case:
         num_local_tokens=num_local * BLOCK_TOKENS,
         tiers=(TierKind.MEMORY,) * num_memory + (NVME,) * (num_hits - num_memory),
         queue_s=draw(st.sampled_from([0.0, 0.3])),
+        is_alone=draw(st.booleans()),
     )
     return Case(machine, shape, machine.known())
 
@@ -159,7 +160,7 @@ def test_the_benchmarks_cells(bandwidth: float, share: float, num_tokens: int) -
 
 def test_the_pass_behind_a_load_hides_as_much_of_it_as_a_step_holds() -> None:
     """Half of 6 k tokens behind a slow disk: 2,048 of the other half are computed meanwhile."""
-    shape, machine = request(6144, 96), SimulatedMachine(bytes_per_s=3e6)
+    shape, machine = request(6144, 96, is_alone=True), SimulatedMachine(bytes_per_s=3e6)
     found = case(machine, shape)
     layered = forced(LoadKind.LOAD_ALL)(found.model, shape)
     compute_s = sum(machine.pass_seconds(i, i + 512) for i in range(3072, 6144, 512))
@@ -167,6 +168,9 @@ def test_the_pass_behind_a_load_hides_as_much_of_it_as_a_step_holds() -> None:
     hidden_s = machine.pass_seconds(3072, 3072 + 2048)
     assert found.ttft_s(layered) <= load_s + compute_s - 0.95 * hidden_s
     assert layered.predicted_ttft_s == pytest.approx(found.ttft_s(layered), rel=0.05)
+    beside = case(machine, replace(shape, is_alone=False))
+    layered_beside = forced(LoadKind.LOAD_ALL)(beside.model, beside.shape)
+    assert beside.ttft_s(layered_beside) > found.ttft_s(layered) + 0.5 * hidden_s, "a chunk"
 
 
 def test_a_fast_disk_is_read_and_a_slow_one_is_not() -> None:

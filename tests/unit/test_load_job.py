@@ -105,6 +105,23 @@ def no_reader(_plan: LoadPlan, _options: ReaderOptions) -> LayerReader:
     raise AssertionError("there is nothing to read")
 
 
+@pytest.mark.parametrize("lease_s", [0.1, 60.0])
+def test_behind_a_pass_that_may_outlast_the_lease_all_is_read_at_once(
+    tmp_path: Path, lease_s: float
+) -> None:
+    """A pass of 0.3 s, by what is believed of an engine that was never measured."""
+    desk, seen = Desk(tmp_path, LoadKind.LOAD_ALL, PosixFileIo(io_threads=1), LONG_S), []
+
+    def note(plan: LoadPlan, options: ReaderOptions) -> LayerReader:
+        seen.append(options.read_ahead_layers)
+        return desk.reader(plan, options)
+
+    assert desk.job.open(replace(desk.file.plan(), timeout_s=lease_s), note)
+    desk.job.end()
+    decided = desk.job.task.decision.read_ahead_layers
+    assert seen == [PAGE_LAYOUT.num_layers if lease_s < 1 else decided]
+
+
 @pytest.mark.parametrize("kind", [LoadKind.LOAD_ALL, LoadKind.HYBRID])
 def test_a_load_that_nobody_hurries_comes_whole(tmp_path: Path, kind: LoadKind) -> None:
     desk = Desk(tmp_path, kind, PosixFileIo(io_threads=1), LONG_S)

@@ -15,7 +15,7 @@ import pytest
 from ucm.client import RemoteCache, connect
 from ucm.daemon import Daemon
 from ucm.door_wire import MAX_PACKET_BYTES, load_reply_bytes
-from ucm.errors import CapacityError, TierUnavailableError
+from ucm.errors import CapacityError, InvalidArgumentError, TierUnavailableError
 from ucm.manager import Manager
 from ucm.protos import cache_pb2 as pb
 from ucm.testing.blocks import TINY_LAYOUT, chain, content, get, put, tiny_spec
@@ -101,6 +101,21 @@ def test_loads_from_memory_need_no_grpc(
     loaded = daemon.metrics.value("ucm_loaded_blocks_total", tier="memory")
     assert loaded == NUM_BLOCKS * (1 + len(LoadMode))
     assert daemon.answers.gate.num_inside == 0
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), 1e12, 0.0])
+def test_a_time_out_may_be_of_any_length(cache: RemoteCache, timeout_s: float) -> None:
+    for _ in range(2):
+        cache.complete_load(cache.prepare_load(NAMESPACE, KEYS, timeout_s=timeout_s).id)
+
+
+@pytest.mark.parametrize("timeout_s", [float("nan"), -1.0])
+def test_a_time_out_that_is_none_is_refused_and_the_session_stays(
+    cache: RemoteCache, timeout_s: float
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="time-out"):
+        cache.prepare_load(NAMESPACE, KEYS, timeout_s=timeout_s)
+    load_and_give_back(cache)
 
 
 def test_who_finds_another_thread_at_the_door_asks_by_grpc(

@@ -55,7 +55,7 @@ def test_so_does_one_after_a_kill(path: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path\n"
         "from ucm.storage.nvme import NvmeStore\n"
-        "from ucm.testing.nvme import NAMESPACE, open_tier, nvme_config\n"
+        "from ucm.testing.nvme import NAMESPACE, nvme_config\n"
         "from ucm.testing.tier_conformance import LAYOUT, put\n"
         "store = NvmeStore(nvme_config(Path(sys.argv[1]), 8))\n"
         "put(store.open_namespace(NAMESPACE, LAYOUT), range(5))\n"

@@ -64,6 +64,8 @@ class LoadRequest:
     """What else changed the blocks' bytes, as it was given to `match`."""
     whole: bool = False
     """In the order LAYERS, and all of the blocks or none: nobody computes towards this load."""
+    is_alone: bool = False
+    """Nobody runs or waits beside the request: the pass behind its load computes a whole step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

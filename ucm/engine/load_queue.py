@@ -140,13 +140,16 @@ class LoadQueue:
 
     # From the beginning of a load to its end
 
-    def begin(self, sequence: TokenSequence, num_local: int, num_usable: int) -> Load | None:
+    def begin(
+        self, sequence: TokenSequence, num_local: int, num_usable: int, *, is_alone: bool = False
+    ) -> Load | None:
         """Start to load what the hook has of a sequence that was given its blocks.
 
         Args:
             sequence: `num_computed` says what is in the pool.
             num_local: leading blocks that the pool had.
             num_usable: leading blocks that may come from outside.
+            is_alone: see `LoadRequest`.
 
         Returns:
             None when nothing is being loaded.
@@ -162,6 +165,7 @@ class LoadQueue:
             first_block=num_local,
             block_ids=block_ids,
             hold=self._pool.holder(block_ids),
+            is_alone=is_alone,
         )
         start = self._hook.start_load(request)
         if start.num_blocks < 1:

@@ -310,7 +310,7 @@ class BatchRunner:
         if sequence.num_preemptions == 0:
             sequence.num_local_tokens = sequence.num_computed
         num_loadable = len(shared) if sequence.is_private else len(usable)
-        load = self.loads.begin(sequence, len(shared), num_loadable)
+        load = self.loads.begin(sequence, len(shared), num_loadable, is_alone=self._is_alone())
         if self.blends is not None:
             self.blends.admit(sequence)
         return self._start(sequence, admission.max_tokens, load)
@@ -327,16 +327,24 @@ class BatchRunner:
         return Work(sequence, num_tokens) if num_tokens else None
 
     def _join(self, sequence: TokenSequence, max_tokens: int) -> Work | None:
-        """Make a sequence's load part of the pass: of a whole one, where it is alone."""
+        """Make a sequence's load part of the pass.
+
+        Where it is alone, with as many tokens as a step may have: what is computed hides the load,
+        and nobody waits for the step's end but who comes while it runs.
+        """
         load = self.loads.get(sequence)
         if load is None or max_tokens == 0 or load.num_uncomputed == 0:
             return None
-        if len(self.running) == 1 and not self.waiting:
+        if self._is_alone():
             max_tokens = self._options.scheduler.max_step_tokens
         if not self.loads.join(load):
             self._preempt(sequence)
             return None
         return Work(sequence, min(max_tokens, sequence.num_computable))
+
+    def _is_alone(self) -> bool:
+        """Whether nobody runs or waits beside the one sequence."""
+        return len(self.running) == 1 and not self.waiting
 
     def _join_smallest(self) -> list[Work]:
         """Nothing else can run: follow the load that has the least to come."""

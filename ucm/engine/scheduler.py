@@ -5,7 +5,8 @@ tokens, in this order (chunked prefill, Sarathi-Serve, arXiv:2403.02310):
 
     1. decodes              one token each, oldest first; they are what users wait for
     2. prefills under way   a chunk each, oldest first
-    3. loads about to end   a chunk each, the one with the least to come first
+    3. loads about to end   a chunk each (a whole step where there is nothing else), the one with
+                            the least to come first
     4. waiting requests     first come first served, each only if *all* its blocks fit
 
 A sequence whose KV is being loaded has its blocks and its place, and computes nothing until the
@@ -47,7 +48,7 @@ class SchedulerOptions:
     decode takes part in every step."""
     prefill_chunk_tokens: int = 512
     """Most tokens of one prompt in one step: larger fills the machine better, smaller lets running
-    decodes wait less."""
+    decodes wait less. The pass behind a load that nobody runs or waits beside is a whole step."""
     max_loading: int = 8
     """Sequences whose KV is being loaded at once: they hold their blocks meanwhile."""
     max_load_stall_s: float = 0.01

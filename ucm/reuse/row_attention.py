@@ -100,8 +100,6 @@ class _RowAttention:
 
     def _add(self, first: int, stop: int, begin: int, end: int) -> None:
         """Columns that each of these rows sees, merged with what is known."""
-        if begin == end:
-            return
         x = slice(first * self._repeat, stop * self._repeat)
         part, part_lse = attend_folded(self._q_GXD[:, x], self._kv_2GTD[:, :, begin:end])
         out, lse = self._out_GXD[:, x], self._lse_GX[:, x]

@@ -33,7 +33,7 @@ class SimulatedMachine:
     contention_s_per_byte: float = 0.0
     chunk_tokens: int = 512
     joined_tokens: int = 2048
-    """Of the pass behind a load."""
+    """Of the pass behind the load of a request that is alone."""
 
     def pass_seconds(self, start: int, stop: int) -> float:
         """One forward pass, alone."""
@@ -109,7 +109,7 @@ class SimulatedMachine:
 
     def _layerwise(self, shape: LoadShape, num_blocks: int, start: int) -> tuple[float, int]:
         """The first pass behind a load; returns when it ends and where the next one starts."""
-        most = self.joined_tokens if num_blocks else self.chunk_tokens
+        most = self.joined_tokens if num_blocks and shape.is_alone else self.chunk_tokens
         stop = min(start + most, shape.num_tokens)
         layer_work_s = self.pass_seconds(start, stop) / shape.num_layers
         layer_load_s = self._load_s(shape, range(num_blocks)) / shape.num_layers
