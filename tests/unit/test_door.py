@@ -39,6 +39,7 @@ from ucm.layout import KvDtype, KvLayout
 from ucm.manager import Manager
 from ucm.protos import cache_pb2 as pb
 from ucm.testing.daemon import short_folder, small_config
+from ucm.testing.stores import wait_until
 from ucm.types import ROOT_KEY, BlockKey, NamespaceId
 from ucm.wire import PROTOCOL_VERSION, spec_to_wire
 
@@ -72,16 +73,6 @@ class House:
 
     def num_sessions(self) -> int:
         return self.manager.status().num_sessions
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Sessions end on their own threads; this bounds how long a test waits for that."""
-    pause = threading.Event()
-    for _ in range(500):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError("the condition did not come true")
 
 
 def make_house(folder: Path, service: Callable[[ServiceConfig], ServiceConfig]) -> House:

@@ -7,6 +7,7 @@ import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ucm.manager import Manager
 from ucm.protos import cache_pb2 as pb
 from ucm.testing.blocks import TINY_LAYOUT, chain, content, get, put, tiny_spec
 from ucm.testing.daemon import running_daemon, short_folder, small_config
+from ucm.testing.stores import wait_until
 from ucm.types import BlockKey, LoadMode, LoadStatus, NamespaceId
 from ucm.wire import keys_to_wire
 
@@ -74,14 +76,6 @@ def num_leases(daemon: Daemon) -> int:
     return daemon.manager.status().num_leases
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("the condition did not come true")
-
-
 def load_and_give_back(cache: RemoteCache) -> None:
     """A load of each kind, given back in each way."""
     handle = cache._opened(NAMESPACE).handle
@@ -130,11 +124,7 @@ def test_who_finds_another_thread_at_the_door_asks_by_grpc(
 def test_what_only_nvme_has_is_read_by_grpc_and_counted_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running_daemon(small_config(folder)) as before, connect_to(before) as cache:
-        put(cache, cache.open_namespace(tiny_spec()), KEYS)
-        assert cache.flush(timeout_s=10)
-    with running_daemon(small_config(folder)) as daemon, connect_to(daemon) as cache:
-        cache.open_namespace(tiny_spec())
+    with reopened(folder) as (daemon, cache):
         by_grpc = noted(cache, monkeypatch)
         plan = cache.begin_load(NAMESPACE, KEYS, mode=LoadMode.DIRECT, timeout_s=5)
         assert plan.num_ready == NUM_BLOCKS
@@ -160,11 +150,7 @@ def test_mapped_plans_of_what_is_on_nvme_go_by_grpc(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Room may have to be made for what is promoted, and that takes a disk."""
-    with running_daemon(small_config(folder)) as before, connect_to(before) as cache:
-        put(cache, cache.open_namespace(tiny_spec()), KEYS)
-        assert cache.flush(timeout_s=10)
-    with running_daemon(small_config(folder)) as daemon, connect_to(daemon) as cache:
-        cache.open_namespace(tiny_spec())
+    with reopened(folder) as (daemon, cache):
         by_grpc = noted(cache, monkeypatch)
         plan = cache.begin_load(NAMESPACE, KEYS, mode=LoadMode.MAPPED, timeout_s=5)
         assert (plan.num_ready, by_grpc, num_leases(daemon)) == (NUM_BLOCKS, ["BeginLoad"], 1)
@@ -173,6 +159,17 @@ def test_mapped_plans_of_what_is_on_nvme_go_by_grpc(
 
 def connect_to(daemon: Daemon) -> RemoteCache:
     return connect(daemon.config.service.socket_path, timeout_s=10)
+
+
+@contextmanager
+def reopened(folder: Path) -> Iterator[tuple[Daemon, RemoteCache]]:
+    """A daemon that has the blocks on NVMe only, and a session."""
+    with running_daemon(small_config(folder)) as before, connect_to(before) as cache:
+        put(cache, cache.open_namespace(tiny_spec()), KEYS)
+        assert cache.flush(timeout_s=10)
+    with running_daemon(small_config(folder)) as daemon, connect_to(daemon) as cache:
+        cache.open_namespace(tiny_spec())
+        yield daemon, cache
 
 
 def test_a_load_whose_answer_is_too_long_goes_by_grpc(
