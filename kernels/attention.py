@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ucm.errors import LayoutMismatchError
 
-from .dispatch import Implementation, Operation, Problem, Thunk, always, coarse
+from .dispatch import Implementation, Operation, TensorProblem, Thunk, always, coarse
 
 AttentionFn: TypeAlias = Callable[[Tensor, Tensor, "PagedSequence"], tuple[Tensor, Tensor]]
 """(q_THD, kv_layer, sequence) -> (out_THD in q's dtype, lse_TH fp32)."""
@@ -311,7 +311,7 @@ def _views_of_runs(kv_layer: Tensor, sequence: PagedSequence) -> list[tuple[Tens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionProblem(Problem):
+class AttentionProblem(TensorProblem):
     """One sequence's attention in one layer."""
 
     num_queries: int

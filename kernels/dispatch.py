@@ -20,13 +20,14 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ucm.errors import ConfigError
 
 from . import cost_table
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -36,11 +37,18 @@ class Problem:
 
     device: str
     """`cpu` or `cuda`."""
-    dtype: torch.dtype
+    dtype: torch.dtype | np.dtype[Any]
 
     def bucket(self) -> str:
         """The sizes, coarsely: problems of one bucket share their measured costs."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorProblem(Problem):
+    """Of an operation on tensors; others know numpy only."""
+
+    dtype: torch.dtype
 
 
 ProblemT = TypeVar("ProblemT", bound=Problem)

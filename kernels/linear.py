@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Implementation, Operation, Problem, Thunk, always, coarse
+from .dispatch import Implementation, Operation, TensorProblem, Thunk, always, coarse
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
 """x -> x W^T for [T, in]."""
@@ -47,7 +47,7 @@ MANY_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinearProblem(Problem):
+class LinearProblem(TensorProblem):
     """A product with one weight."""
 
     rows: int

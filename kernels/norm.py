@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Implementation, Operation, Problem, Thunk, always, coarse
+from .dispatch import Implementation, Operation, TensorProblem, Thunk, always, coarse
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ NormFn: TypeAlias = Callable[[Tensor, NormWeights], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NormProblem(Problem):
+class NormProblem(TensorProblem):
     """Rows to normalise."""
 
     rows: int

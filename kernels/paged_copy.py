@@ -26,14 +26,14 @@ from ucm.errors import LayoutMismatchError
 
 from .cuda.driver import CudaDriver
 from .cuda.slab_kernels import PagedSlabs, SlabKernels, check_block_ids
-from .dispatch import Implementation, Operation, Problem, Thunk, always, coarse
+from .dispatch import Implementation, Operation, TensorProblem, Thunk, always, coarse
 
 PagedCopyFn: TypeAlias = Callable[[Tensor, Tensor, Sequence[int], bool], None]
 """(staging, blocks [num_blocks, slab_bytes] uint8, block ids, is_gather)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PagedCopyProblem(Problem):
+class PagedCopyProblem(TensorProblem):
     """Slabs to gather or to scatter."""
 
     num_slabs: int

@@ -35,7 +35,7 @@ from ucm.errors import LayoutMismatchError
 
 from .cuda.driver import CudaDriver
 from .cuda.rotate_kernel import RotateKernel, Rows
-from .dispatch import Implementation, Operation, Problem, Thunk, always, coarse
+from .dispatch import Implementation, Operation, TensorProblem, Thunk, always, coarse
 from .rope import Rope, RopeStyle, cos_sin
 
 RotateFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, RopeStyle], None]
@@ -43,7 +43,7 @@ RotateFn: TypeAlias = Callable[[Tensor, Tensor, Tensor, RopeStyle], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RotateProblem(Problem):
+class RotateProblem(TensorProblem):
     """Keys to rotate by one shift."""
 
     num_rows: int

@@ -24,15 +24,16 @@ from ucm.errors import InvalidArgumentError
 
 from .cuda.driver import CudaDriver
 from .cuda.slab_kernels import SlabKernels
-from .dispatch import Implementation, Operation, Problem, Thunk, coarse
-from .slab_checksum import MIN_BYTES, xxh3_64_in_blocks
+from .dispatch import Implementation, Operation, TensorProblem, Thunk, coarse
+from .slab_checksum import xxh3_64_in_blocks
+from .xxh3 import MIN_BYTES
 
 SlabSumsFn: TypeAlias = Callable[[Tensor, Sequence[int], int], list[int]]
 """(bytes, offsets, slab_bytes) -> a checksum for each offset."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlabSumsProblem(Problem):
+class SlabSumsProblem(TensorProblem):
     """Slabs to check."""
 
     num_slabs: int

@@ -18,6 +18,7 @@ from typing import Final
 import torch
 
 from .attention import ATTENTION
+from .block_copy import BLOCK_COPY
 from .cost_table import CostKey, CostTable
 from .dispatch import Case, Choice, Thunk, dtype_name
 from .linear import LINEAR
@@ -49,6 +50,7 @@ def all_cases() -> list[tuple[str, Case]]:
         [(operation, case) for case in found]
         for operation, found in (
             (ATTENTION.name, ATTENTION.cases()),
+            (BLOCK_COPY.name, BLOCK_COPY.cases()),
             (LINEAR.name, LINEAR.cases()),
             (NORM.name, NORM.cases()),
             (PAGED_COPY.name, PAGED_COPY.cases()),

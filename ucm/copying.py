@@ -1,9 +1,9 @@
 """Copying the blocks of a lease, several at a time, and checking every copy.
 
-One core copies and checksums cold blocks at half the speed at which the memory delivers, so a batch
-is shared out between the caller and a few helper threads: each takes the next block when it is
-done with one, and a helper that the machine does not run costs nothing. The copies and the checks
-of slabs above 100 KiB run without the interpreter lock.
+One core does not copy as fast as the memory delivers, so a batch is shared out between the caller
+and a few helper threads: each takes the next block when it is done with one, and a helper that the
+machine does not run costs nothing. How one block is copied and checked is `kernels.block_copy`'s
+choice: in one pass by machine code, or in pieces of a core's cache.
 
 Invariants
     * What is judged is the copy, after it was made: no later writer can make a bad one look good.
@@ -11,29 +11,16 @@ Invariants
     * Threads are started by the first batch worth it, are at most `MAX_THREADS`, and end with
       `close`. Without them (closed, forked in the middle, no more threads) the caller copies alone.
 
-Envelope: 64 blocks of 1 MiB with 64 KiB slabs, from memory to memory: 19 ms on one core, 11 on two
-(8 without checksums; those of slabs below 100 KiB hold the interpreter lock, and two threads wait
-for it). One plain copy of all of it takes 9 ms, because the C library writes round the cache above
-some 40 MB. The first touch of an arena of 2 MiB pages adds 0.6 ms in a process (5 of 4 KiB pages).
+Envelope: 64 blocks of 1 MiB with 64 KiB slabs, memory to memory, GB/s on one core and on two, where
+one plain copy of all of it runs at 18 (the C library goes round the cache above some 40 MB):
 
-What a core can do, CPU-s/GB: read 0.13, plain copy of 64 MiB 0.15, of 512 KiB 0.24 (every line of
-the target is fetched to be overwritten), and 0.28 with the checksum of the copy in the cache. One
-long copy and then its checksums is no better (0.15 + 0.13): so pieces stay small, and whether they
-lie together does not matter. Below 0.28 only stores that go round the cache in the same loop as the
-hash would lead, which nothing that Python can call has.
+    one pass, round the cache    20    26
+    one pass, through it         15    19
+    in pieces                    15    19    (slabs below 100 KiB hold the interpreter lock)
 
-Tried in C in the same rounds, medians in ms for 64 MiB where one plain copy takes 8.4. Other work
-went on beside, which hurts two cores most: only the order counts, 8.6 was the best there.
-
-    7.1   stores round the cache, four pages at a time: what is written is not in it to be checked
-    9.5   through the cache, four pages at a time, fetched ahead; 11.4 as one instruction
-    2.0   checksums of 64 KiB that are in the cache; 8.2 of those that are not
-    14.4  slab by slab, checksum of the source, then the copy round the cache
-    17.7  by way of a buffer in the cache, whose checksum it is
-    10.9  this module on two cores; 15.3 on one
-
-Checksums that let go of the interpreter lock (called by ctypes) do not help: changing hands costs
-more than waiting, 13.1 ms on two cores at best against 10.1.
+Below 32 MiB the copy stays in the last cache: all ways run at 20 to 25 GB/s, and who reads it next
+reads it there; above, going round it is faster even with that reading (12.8 and 10.6 GB/s). The
+first touch of an arena of 2 MiB pages adds 0.6 ms in a process (5 of 4 KiB pages).
 """
 
 from __future__ import annotations
@@ -46,8 +33,9 @@ from types import TracebackType
 from typing import Final, Generic, Self, TypeVar, cast
 
 from .api import LoadedBlock, SlabChecksums
-from .checksum import copy_block, verify
+from .checksum import verify
 from .errors import InvalidArgumentError
+from .kernels.block_copy import block_copy
 from .layout import KvLayout
 from .types import LoadStatus
 
@@ -58,6 +46,9 @@ MAX_THREADS: Final = 4
 
 BYTES_PER_THREAD: Final = 2 << 20
 """A helper that would copy less is not woken."""
+
+AROUND_BYTES: Final = 32 << 20
+"""A batch of this size is not in a cache when it is done: it need not push out what is."""
 
 
 class BlockCopier:
@@ -78,6 +69,7 @@ class BlockCopier:
             raise InvalidArgumentError(f"copying needs a thread, not {num_threads}")
         self.layout = layout
         self.num_threads = num_threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        self._copy = block_copy(layout)
         self._helpers = _Helpers(self.num_threads - 1)
 
     def __enter__(self) -> Self:
@@ -111,7 +103,8 @@ class BlockCopier:
             ValueError: not as many targets as blocks.
         """
         pairs = list(zip(blocks, targets, strict=True))
-        return self.each(lambda index: self._copy_one(*pairs[index]), len(pairs))
+        around = self._goes_around(len(pairs))
+        return self.each(lambda index: self._copy_one(*pairs[index], around), len(pairs))
 
     def verify_in_place(self, blocks: Sequence[LoadedBlock]) -> list[bool]:
         """Check the blocks of a load lease where they are, for a client that computes there.
@@ -138,7 +131,8 @@ class BlockCopier:
             ValueError: not as many targets as sources.
         """
         pairs = list(zip(sources, targets, strict=True))
-        return self.each(lambda index: copy_block(self.layout, *pairs[index]), len(pairs))
+        around = self._goes_around(len(pairs))
+        return self.each(lambda index: self._copy(self.layout, *pairs[index], around), len(pairs))
 
     def each(self, work: Callable[[int], T], num_blocks: int) -> list[T]:
         """`work(0)`, ..., `work(num_blocks - 1)`, each about one block of copying, on all threads.
@@ -162,10 +156,14 @@ class BlockCopier:
         """End the helper threads, without waiting for them. Idempotent; copying still works."""
         self._helpers.close()
 
-    def _copy_one(self, block: LoadedBlock, target: memoryview) -> bool:
+    def _goes_around(self, num_blocks: int) -> bool:
+        return num_blocks * self.layout.block_bytes >= AROUND_BYTES
+
+    def _copy_one(self, block: LoadedBlock, target: memoryview, around: bool) -> bool:
         if block.status is not LoadStatus.READY or block.data is None:
             return False
-        return copy_block(self.layout, block.data, target) == tuple(block.checksums)
+        found = self._copy(self.layout, block.data, target, around)
+        return found == tuple(block.checksums)
 
     def _check_one(self, block: LoadedBlock) -> bool:
         if block.status is not LoadStatus.READY or block.data is None:

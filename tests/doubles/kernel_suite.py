@@ -31,7 +31,8 @@ from ucm.kernels.cuda.slab_kernels import PagedSlabs, SlabKernels
 from ucm.kernels.paged_copy import PAGED_COPY, copy_by_kernel, gather_slabs, scatter_slabs
 from ucm.kernels.rope import Rope, RopeStyle, cos_sin
 from ucm.kernels.rotate import rotate_keys
-from ucm.kernels.slab_checksum import MIN_BYTES, xxh3_64_in_blocks
+from ucm.kernels.slab_checksum import xxh3_64_in_blocks
+from ucm.kernels.xxh3 import MIN_BYTES
 from ucm.layout import KvDtype, KvLayout
 from ucm.storage.device import DeviceBuffer, DeviceRequest
 from ucm.storage.file_io import aligned_buffer

@@ -12,6 +12,7 @@ from ucm.api import LoadedBlock
 from ucm.checksum import block_checksums
 from ucm.copying import BYTES_PER_THREAD, BlockCopier
 from ucm.errors import InvalidArgumentError, LayoutMismatchError
+from ucm.kernels.block_copy import BLOCK_COPY
 from ucm.layout import KvDtype, KvLayout
 from ucm.testing.tier_conformance import make_block
 from ucm.types import BlockKey, LoadStatus, TierKind
@@ -29,8 +30,13 @@ def sources() -> list[memoryview]:
     return [make_block(number, LAYOUT) for number in range(NUM_BLOCKS)]
 
 
+@pytest.fixture(params=BLOCK_COPY.names)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCM_KERNEL_BLOCK_COPY", request.param)
+
+
 @pytest.fixture(params=[1, 2, 4])
-def copier(request: pytest.FixtureRequest) -> Iterator[BlockCopier]:
+def copier(request: pytest.FixtureRequest, implementation: None) -> Iterator[BlockCopier]:
     with BlockCopier(LAYOUT, request.param) as made:
         yield made
 

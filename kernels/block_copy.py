@@ -1,0 +1,150 @@
+"""Copying one block with a checksum for each slab of the copy.
+
+    implementation   how                                                          admits
+    pieces           copy what fits a core's cache, checksum it there, go on      everything
+    fused            each byte read once, copied and checksummed (`fused_copy`)   slabs of whole
+                                                                                  64 bytes, 256 on
+
+Host memory only. Both write all of the target, padding too, and both answer for the copy: the
+checksums are of what was written, whatever happens to the source meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from ucm.checksum import check_block_length, copy_block
+from ucm.layout import KvDtype, KvLayout
+
+from . import fused_copy
+from .dispatch import Implementation, Operation, Problem, Thunk, always, coarse
+
+BENCH_BYTES: Final = 64 << 20
+
+SlabSums: TypeAlias = tuple[int, ...]
+CopyBlockFn: TypeAlias = Callable[[KvLayout, memoryview, memoryview, bool], SlabSums]
+"""(layout, source, target, around the cache) -> checksums of the copy's slabs, layer 0 first.
+
+The buffers are contiguous, `layout.block_bytes` long and do not overlap; LayoutMismatchError if
+they have another length. Blocks until done, without the interpreter lock for the most part.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCopyProblem(Problem):
+    """Blocks to copy."""
+
+    layout: KvLayout
+
+    def bucket(self) -> str:
+        """See `Problem.bucket`."""
+        layout = self.layout
+        return f"slabs{coarse(layout.num_layers, 4)} bytes{coarse(layout.slab_bytes, 4)}"
+
+
+def block_copy(layout: KvLayout, *, override: str | None = None) -> CopyBlockFn:
+    """What copies blocks of a layout here; the first call in a process may take 0.2 s.
+
+    Raises:
+        ConfigError: `override` is not possible.
+    """
+    return BLOCK_COPY.select(_problem(layout), override).run
+
+
+def _in_pieces(layout: KvLayout, source: memoryview, into: memoryview, _around: bool) -> SlabSums:
+    return copy_block(layout, source, into)
+
+
+def _fused(layout: KvLayout, source: memoryview, into: memoryview, around: bool) -> SlabSums:
+    check_block_length(layout, source)
+    check_block_length(layout, into)
+    origin, target = np.frombuffer(source, np.uint8), np.frombuffer(into, np.uint8)
+    if not target.flags.writeable:
+        raise ValueError("the target of a copy is read-only")
+    size, stride = layout.slab_bytes, layout.slab_stride_bytes
+    starts = np.arange(layout.num_layers, dtype=np.uint64) * np.uint64(stride)
+    sums = fused_copy.fused_copy().copy_slabs(
+        starts + np.uint64(target.ctypes.data),
+        starts + np.uint64(origin.ctypes.data),
+        size,
+        stride - size,
+        around=around,
+    )
+    return tuple(sums.tolist())
+
+
+def _fused_refuses(problem: BlockCopyProblem) -> str | None:
+    layout = problem.layout
+    size = layout.slab_bytes
+    if why_not := fused_copy.why_not(size, layout.slab_stride_bytes - size):
+        return why_not
+    try:
+        fused_copy.fused_copy()
+    except fused_copy.FusedCopyUnavailableError as error:
+        return str(error)
+    return None
+
+
+def _cost_us(
+    block_us: float, slab_us: float, bytes_per_us: float
+) -> Callable[[BlockCopyProblem], float]:
+    def cost_us(problem: BlockCopyProblem) -> float:
+        layout = problem.layout
+        return block_us + layout.num_layers * slab_us + layout.block_bytes / bytes_per_us
+
+    return cost_us
+
+
+def _problem(layout: KvLayout) -> BlockCopyProblem:
+    return BlockCopyProblem(device="cpu", dtype=np.dtype(np.uint8), layout=layout)
+
+
+def _examples() -> list[BlockCopyProblem]:
+    return [
+        _problem(
+            KvLayout(
+                num_layers=30,
+                num_kv_heads=3,
+                head_dim=64,
+                block_tokens=tokens,
+                dtype=KvDtype.BFLOAT16,
+            )
+        )
+        for tokens in (8, 32, 128)
+    ]
+
+
+def _bench(problem: BlockCopyProblem) -> Callable[[CopyBlockFn], Thunk]:
+    """A batch that no cache holds: what a load copies was long not touched."""
+    layout, size = problem.layout, problem.layout.block_bytes
+    count = max(2, BENCH_BYTES // size)
+    sources, targets = (np.ones(count * size, np.uint8) for _ in range(2))
+
+    def prepare(run: CopyBlockFn) -> Thunk:
+        def once() -> None:
+            for start in range(0, count * size, size):
+                part = slice(start, start + size)
+                run(layout, sources[part].data, targets[part].data, True)
+
+        return once
+
+    return prepare
+
+
+BLOCK_COPY = Operation[BlockCopyProblem, CopyBlockFn](
+    "block_copy",
+    [
+        Implementation(
+            name="pieces", run=_in_pieces, refuses=always, cost_us=_cost_us(5.0, 1.0, 17_700)
+        ),
+        Implementation(
+            name="fused", run=_fused, refuses=_fused_refuses, cost_us=_cost_us(8.0, 0.1, 20_900)
+        ),
+    ],
+    examples=_examples,
+    bench=_bench,
+)

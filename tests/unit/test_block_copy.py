@@ -1,0 +1,158 @@
+"""Copies of blocks: every implementation writes the same bytes and answers for what it wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from ucm.checksum import block_checksums, checksum
+from ucm.errors import ConfigError, LayoutMismatchError
+from ucm.kernels import fused_copy
+from ucm.kernels.block_copy import BLOCK_COPY, block_copy
+from ucm.kernels.fused_copy import FusedCopyUnavailableError
+from ucm.layout import KvDtype, KvLayout
+from ucm.testing.tier_conformance import make_block
+
+EDGE = 64
+"""Bytes around a target that nobody may touch."""
+RACE_ROUNDS = 300
+
+
+def layout_of(num_layers: int, tokens: int) -> KvLayout:
+    """Slabs of 64 bytes a token."""
+    return KvLayout(
+        num_layers=num_layers,
+        num_kv_heads=1,
+        head_dim=8,
+        block_tokens=tokens,
+        dtype=KvDtype.FLOAT32,
+    )
+
+
+LAYOUTS = [layout_of(1, 4), layout_of(3, 24), layout_of(2, 17), layout_of(4, 64), layout_of(2, 800)]
+"""Less than a KiB, with padding, a stripe over a KiB, no padding, many KiB."""
+TOO_SHORT = layout_of(2, 3)
+
+
+@pytest.fixture(params=BLOCK_COPY.names)
+def implementation(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.slab_bytes} bytes")
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("shift", [0, 1, 32])
+def test_the_copy_is_whole_and_nothing_else_is_written(
+    implementation: str, layout: KvLayout, around: bool, shift: int
+) -> None:
+    source = make_block("source", layout)
+    memory = np.zeros(layout.block_bytes + 3 * EDGE, np.uint8)
+    start = -memory.ctypes.data % EDGE + EDGE + shift
+    into = memory[start : start + layout.block_bytes]
+    copy = block_copy(layout, override=implementation)
+    assert copy(layout, source, into.data, around) == block_checksums(layout, source)
+    assert into.data == source
+    assert not memory[:start].any()
+    assert not memory[start + layout.block_bytes :].any()
+
+
+@given(
+    data=st.binary(min_size=4 * 64, max_size=40 * 64).map(lambda data: data[: len(data) // 64 * 64])
+)
+def test_the_fused_checksum_is_the_librarys(data: bytes) -> None:
+    source, target = np.frombuffer(data, np.uint8), np.empty(len(data), np.uint8)
+    sums = fused_copy.fused_copy().copy_slabs(
+        np.array([target.ctypes.data], np.uint64),
+        np.array([source.ctypes.data], np.uint64),
+        len(data),
+        0,
+        around=False,
+    )
+    assert sums.tolist() == [checksum(data)]
+    assert target.tobytes() == data
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_source_that_is_written_meanwhile_cannot_pass_off_other_bytes(
+    implementation: str, around: bool
+) -> None:
+    layout = layout_of(2, 4096)
+    words = np.zeros(layout.block_bytes // 8, np.uint64)
+    into = memoryview(bytearray(layout.block_bytes))
+    copy = block_copy(layout, override=implementation)
+    with _scribbling(words):
+        for _ in range(RACE_ROUNDS):
+            found = copy(layout, words.view(np.uint8).data, into, around)
+            assert found == block_checksums(layout, into)
+
+
+@contextlib.contextmanager
+def _scribbling(words: NDArray[np.uint64]) -> Iterator[None]:
+    """Another thread writes to an array."""
+    is_over = threading.Event()
+
+    def write() -> None:
+        while not is_over.is_set():
+            words[:] += np.uint64(1)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def test_buffers_of_other_lengths_are_refused(implementation: str) -> None:
+    layout = LAYOUTS[1]
+    copy = block_copy(layout, override=implementation)
+    right, short = (memoryview(bytearray(layout.block_bytes - cut)) for cut in (0, 1))
+    for source, into in ((right, short), (short, right)):
+        with pytest.raises(LayoutMismatchError):
+            copy(layout, source, into, False)
+
+
+def test_a_read_only_target_is_refused(implementation: str) -> None:
+    layout = LAYOUTS[1]
+    target = memoryview(bytes(layout.block_bytes))
+    with pytest.raises(ValueError, match="read-only"):
+        block_copy(layout, override=implementation)(layout, make_block(1, layout), target, False)
+
+
+def test_what_the_code_does_not_take_is_copied_in_pieces() -> None:
+    with pytest.raises(ConfigError, match="multiples of 64"):
+        block_copy(TOO_SHORT, override="fused")
+    source, into = make_block(1, TOO_SHORT), memoryview(bytearray(TOO_SHORT.block_bytes))
+    assert block_copy(TOO_SHORT)(TOO_SHORT, source, into, True) == block_checksums(TOO_SHORT, into)
+    assert into == source
+
+
+@pytest.fixture
+def without_llvm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def compiled(_llvm: object, _source: str) -> None:
+        raise RuntimeError("no executable memory")
+
+    monkeypatch.setattr(fused_copy, "_compiled", compiled)
+    fused_copy.fused_copy.cache_clear()
+    yield
+    fused_copy.fused_copy.cache_clear()
+
+
+@pytest.mark.usefixtures("without_llvm")
+def test_where_no_code_can_be_made_blocks_are_copied_in_pieces() -> None:
+    layout = LAYOUTS[1]
+    with pytest.raises(FusedCopyUnavailableError, match="no executable memory"):
+        fused_copy.fused_copy()
+    source, into = make_block(1, layout), memoryview(bytearray(layout.block_bytes))
+    assert block_copy(layout)(layout, source, into, True) == block_checksums(layout, source)
+    with pytest.raises(ConfigError, match="no executable memory"):
+        block_copy(layout, override="fused")
