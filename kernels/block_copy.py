@@ -43,7 +43,7 @@ class BlockCopyProblem(Problem):
     def bucket(self) -> str:
         """See `Problem.bucket`."""
         layout = self.layout
-        return f"slabs{coarse(layout.num_layers, 4)} bytes{coarse(layout.slab_bytes, 4)}"
+        return f"N{coarse(layout.num_layers, 4)} bytes{coarse(layout.slab_bytes, 4)}"
 
 
 def block_copy(layout: KvLayout, *, override: str | None = None) -> CopyBlockFn:

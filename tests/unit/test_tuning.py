@@ -20,7 +20,7 @@ from ucm.kernels.cost_table import MachineIdentity
 from ucm.kernels.slab_sums import slab_sums
 from ucm.kernels.tuning import all_cases, measure, tune
 
-MEASURED = {"attention", "linear", "norm", "paged_copy", "slab_checksum"}
+MEASURED = {"attention", "block_copy", "linear", "norm", "paged_copy", "slab_checksum"}
 OPERATIONS = MEASURED | {"rotate_keys"}
 """Of the last there is one implementation a device: nothing to choose, nothing to measure."""
 
