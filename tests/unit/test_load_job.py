@@ -50,7 +50,7 @@ class Desk:
             tiers=shape.tiers,
             target=self.pool,
             hold=self._hold,
-            decision=forced(kind)(model, shape),
+            decision=forced(kind, is_from_back=True)(model, shape),
             patience_s=patience_s,
         )
         self.job = LoadJob(task, PAGE_LAYOUT, model)
