@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ucm import tracing
 from ucm.client import connect
+from ucm.connectors.cached_engine import cost_model_for
 from ucm.connectors.reference import ReferenceConnector, kv_dtype, namespace_spec
 from ucm.connectors.session import CacheSession, SessionOptions
 from ucm.cost_model import CostModel
@@ -80,7 +81,8 @@ OVERLAPPED = Variant(
 )
 HYBRID = Variant(
     "hybrid",
-    "Computed from the front, read directly from the back, until the two meet.",
+    "Computed from the front, read directly from the back, until the two meet; as overlapped where "
+    "that gains nothing.",
     forced(LoadKind.HYBRID, LoadMode.DIRECT),
 )
 CHOSEN = Variant("chosen", "What the cost model chose by itself.", decide)
@@ -139,7 +141,7 @@ class OverlapRig:
             dtype=kv_dtype(dtype),
             block_tokens=options.block_tokens,
         )
-        self.model = CostModel()
+        self.model = cost_model_for(options)
         self.hook = MeasuredHook(self.spec.layout)
         try:
             self.engine = Engine(loaded.model, None, options, self.hook)
