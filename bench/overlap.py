@@ -13,7 +13,8 @@ reported, seconds to the first token, and how many runs they are of:
                         `overlapped` where the cost model sees no gain in that (`hybrid_ways`)
     chosen              what the cost model chose by itself, in a run of its own
     predicted           what it said of that choice before that run (so compare with `chosen`); it
-                        has learnt from the cell's other runs, as a server learns from requests
+                        has learnt from the cell's other runs, as a server learns from requests, but
+                        is not corrected by those that the benchmark itself holds up (awaited whole)
 
 Blocks of the tier `memory` lie in the daemon's memory in every run; there is nothing to read
 directly, all loads copy from it. `identical_tokens`: every way gave the greedy answer of

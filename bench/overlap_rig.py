@@ -104,6 +104,18 @@ class Run:
     decision: Decision | None
 
 
+class RigModel(CostModel):
+    """A cost model that corrects no prediction by a run that the benchmark holds up itself."""
+
+    is_held_up = False
+    """Whether the pass under way awaits all layers first, which no decision plans."""
+
+    def observe_ttft(self, kind: str, estimated_s: float, measured_s: float) -> None:
+        """See `CostModel.observe_ttft`."""
+        if not self.is_held_up:
+            super().observe_ttft(kind, estimated_s, measured_s)
+
+
 class OverlapRig:
     """See the module. Use `daemon` around runs; `close` at the end."""
 
@@ -141,7 +153,7 @@ class OverlapRig:
             dtype=kv_dtype(dtype),
             block_tokens=options.block_tokens,
         )
-        self.model = cost_model_for(options)
+        self.model = RigModel(cost_model_for(options).options)
         self.hook = MeasuredHook(self.spec.layout)
         try:
             self.engine = Engine(loaded.model, None, options, self.hook)
@@ -240,6 +252,7 @@ class OverlapRig:
         """
         self._decide = variant.decide or decide
         self.hook.begin(is_enabled=variant.decide is not None, awaits_all=variant.awaits_all)
+        self.model.is_held_up = variant.awaits_all
         tracing.start_recording()
         begin_us = tracing.now_us()
         ttft_s, token_ids, end_us = self._answer(tokens, answer_tokens)

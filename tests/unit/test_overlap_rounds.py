@@ -21,6 +21,7 @@ from ucm.bench.overlap_rig import (
     OVERLAPPED,
     VARIANTS,
     OverlapRig,
+    RigModel,
     Run,
     Variant,
 )
@@ -157,3 +158,16 @@ def test_ratios_are_of_medians() -> None:
     assert row["ttft_ms"][LOAD_ONLY.name] == 3000.0
     assert row["hybrid_to_best_alone"] == 1.0
     assert row["runs"][LOAD_THEN_COMPUTE.name] == 0
+
+
+def test_what_the_benchmark_holds_up_corrects_no_prediction() -> None:
+    """Ways that await all layers are loads of every hit too, and slower than one was planned."""
+    model = RigModel()
+    for is_held_up, took_s in ((True, 2.0), (False, 1.0), (True, 2.0), (True, 2.0)):
+        model.is_held_up = is_held_up
+        model.observe_ttft("load_all", 1.0, took_s)
+    assert model.bias("load_all") == 1.0, "one run is none"
+    model.is_held_up = False
+    for took_s in (1.2, 1.2):
+        model.observe_ttft("load_all", 1.0, took_s)
+    assert model.bias("load_all") == 1.2
