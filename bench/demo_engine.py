@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import torch
 
 from ucm.client import connect
+from ucm.connectors.cached_engine import cost_model_for
 from ucm.connectors.reference import ReferenceConnector, kv_dtype, namespace_spec
 from ucm.connectors.session import CacheSession, SessionOptions
 from ucm.connectors.session_stats import SessionStats
@@ -59,6 +60,7 @@ class DemoEngine:
             spec,
             # All that is there is loaded, also where computing is as fast, so that runs compare.
             SessionOptions(deadline_s=settings.deadline_s, decide=forced(LoadKind.LOAD_ALL)),
+            model=cost_model_for(options),
         )
         try:
             self._session.connect(CONNECT_TIMEOUT_S)

@@ -1,18 +1,20 @@
 """`ucm bench overlap`: what overlap and load-or-compute gain, by bandwidth, hit ratio and context.
 
 A cell is one bandwidth, hit ratio, context and tier. In it the same prompt is served in each of
-these ways, one after the other, in rounds: each as often as `OverlapBenchOptions.wants_run` says;
-medians are reported, seconds to the first token:
+these ways, one after the other, in rounds over all cells (see `overlap_rounds`); medians are
+reported, seconds to the first token, and how many runs they are of:
 
     compute_only        no cache
     load_only           every hit through the daemon's memory (MAPPED), awaited whole before the
                         first layer; then the rest is computed
     load_then_compute   the direct reads of `overlapped`, awaited whole before the first layer
     overlapped          direct reads layer by layer, computed behind them
-    hybrid              computed from the front, read directly from the back, until they meet
+    hybrid              computed from the front, read directly from the back, until they meet; as
+                        `overlapped` where the cost model sees no gain in that (`hybrid_ways`)
     chosen              what the cost model chose by itself, in a run of its own
     predicted           what it said of that choice before that run (so compare with `chosen`); it
-                        has learnt from the cell's other runs, as a server learns from requests
+                        has learnt from the cell's other runs, as a server learns from requests, but
+                        is not corrected by those that the benchmark itself holds up (awaited whole)
 
 Blocks of the tier `memory` lie in the daemon's memory in every run; there is nothing to read
 directly, all loads copy from it. `identical_tokens`: every way gave the greedy answer of
@@ -29,8 +31,10 @@ minus 1; `stored_share`: blocks stored by the end of a decode over those that it
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +69,7 @@ from .overlap_rig import (
     Run,
     Variant,
 )
+from .overlap_rounds import CellRuns, compute_times_s
 from .overlap_trace import Timeline
 
 TEACHING_S = 3.0
@@ -132,8 +137,7 @@ def run_overlap_bench(
 
 
 def _measure(rig: OverlapRig, options: OverlapBenchOptions, say: Progress) -> OverlapOutcome:
-    outcome = OverlapOutcome({})
-    rows: list[Result] = []
+    outcome, begun_s = OverlapOutcome({}), time.monotonic()
     longest = max(options.context_tokens)
     with rig.daemon(None):
         # This also warms torch up: no measured run is the first one.
@@ -143,11 +147,10 @@ def _measure(rig: OverlapRig, options: OverlapBenchOptions, say: Progress) -> Ov
         if options.decode_rounds:
             say("decoding with and without storing")
             store = _store_overhead(rig, options)
-    for cell in cells_of(options):
-        row, runs = _measure_cell(rig, cell, options, say)
-        rows.append(row)
-        say(f"{cell}: " + ", ".join(f"{way} {ms} ms" for way, ms in row["ttft_ms"].items()))
-        outcome.timelines[str(cell)] = [run.timeline for run in runs]
+    cells = [_cell_runs(rig, cell, options) for cell in cells_of(options)]
+    _measure_rounds(rig, cells, options, say, begun_s)
+    rows = [_row(found, compute_times_s(found, cells)) for found in cells]
+    outcome.timelines = {str(found.cell): _first_timelines(found) for found in cells}
     outcome.result = {
         "cells": rows,
         "store_overhead_ratio": store["ratio"] if store is not None else None,
@@ -157,36 +160,61 @@ def _measure(rig: OverlapRig, options: OverlapBenchOptions, say: Progress) -> Ov
     return outcome
 
 
-def _measure_cell(
-    rig: OverlapRig, cell: Cell, options: OverlapBenchOptions, say: Progress
-) -> tuple[Result, list[Run]]:
+def _measure_rounds(
+    rig: OverlapRig,
+    cells: Sequence[CellRuns],
+    options: OverlapBenchOptions,
+    say: Progress,
+    begun_s: float,
+) -> None:
+    """Round after round over all cells, until nothing is due or the time is up."""
+    for number in itertools.count(1):
+        is_over = True
+        for found in cells:
+            due = found.due(options)
+            end_s = time.monotonic() - begun_s + found.expected_s(due)
+            if due and (number <= options.repeats or end_s <= options.limit_s):
+                is_over = False
+                say(f"{found.cell}: round {number}")
+                _measure_cell(rig, found, due, options, say)
+        if is_over:
+            return
+
+
+def _cell_runs(rig: OverlapRig, cell: Cell, options: OverlapBenchOptions) -> CellRuns:
     tokens, num_hits = rig.prompt(cell.context_tokens, cell.hit_ratio)
-    variants = _variants_of(rig, cell, num_hits, options)
+    return CellRuns(cell, tokens, num_hits, _variants_of(rig, cell, num_hits, options))
+
+
+def _measure_cell(
+    rig: OverlapRig,
+    found: CellRuns,
+    due: Sequence[Variant],
+    options: OverlapBenchOptions,
+    say: Progress,
+) -> None:
+    """One round of a cell, on a daemon with nothing in its memory."""
+    cell = found.cell
     speed = None if cell.bandwidth_mb_s is None else int(cell.bandwidth_mb_s * MB)
-    runs: list[Run] = []
-    due, num_rounds = variants, 0
-    while due:
-        num_rounds += 1
-        with rig.daemon(speed):
-            if cell.tier is TierKind.MEMORY:
-                rig.run(LOAD_ONLY, tokens, 1)
-            if OVERLAPPED not in due:
-                _teach(rig, speed or UNLIMITED)
-            for variant in due:
-                say(f"{cell}: {variant.name} (round {num_rounds})")
-                runs.append(rig.run(variant, tokens, options.answer_tokens))
-        due = [each for each in variants if options.wants_run(_times(runs, each))]
-    return _row(cell, num_hits, runs), runs[: len(variants)]
+    with rig.daemon(speed):
+        if cell.tier is TierKind.MEMORY:
+            rig.run(LOAD_ONLY, found.tokens, 1)
+        if OVERLAPPED not in due:
+            _teach(rig, speed or UNLIMITED, max(options.context_tokens))
+        for variant in due:
+            say(f"{cell}: {variant.name}")
+            found.runs.append(rig.run(variant, found.tokens, options.answer_tokens))
+            say(f"{cell}: {variant.name} {1e3 * found.runs[-1].ttft_s:.0f} ms")
 
 
-def _times(runs: Sequence[Run], variant: Variant) -> list[float]:
-    return [run.ttft_s for run in runs if run.variant is variant]
+def _first_timelines(found: CellRuns) -> list[Timeline]:
+    return [found.of(variant)[0].timeline for variant in found.variants]
 
 
-def _teach(rig: OverlapRig, bytes_per_s: int) -> None:
+def _teach(rig: OverlapRig, bytes_per_s: int, most_tokens: int) -> None:
     """Short loads where the long ones are left out: the model learns the bandwidth from either."""
     num_blocks = max(TEACHING_BLOCKS, int(TEACHING_S * bytes_per_s) // rig.block_bytes)
-    tokens, _ = rig.prompt((num_blocks + 1) * rig.block_tokens, 1.0)
+    tokens, _ = rig.prompt(min((num_blocks + 1) * rig.block_tokens, most_tokens), 1.0)
     for _ in range(2):
         rig.run(OVERLAPPED, tokens, 1)
 
@@ -202,8 +230,9 @@ def _variants_of(
     return [variant for variant in VARIANTS if variant not in slow]
 
 
-def _row(cell: Cell, num_hits: int, runs: Sequence[Run]) -> Result:
-    of = {variant.name: [run for run in runs if run.variant is variant] for variant in VARIANTS}
+def _row(found: CellRuns, compute_s: Sequence[float]) -> Result:
+    cell, runs = found.cell, found.runs
+    of = {variant.name: found.of(variant) for variant in VARIANTS}
     expected = of[COMPUTE_ONLY.name][0].token_ids
     chosen = of[CHOSEN.name]
     decision = chosen[0].decision
@@ -211,14 +240,15 @@ def _row(cell: Cell, num_hits: int, runs: Sequence[Run]) -> Result:
     errors = [
         run.decision.predicted_ttft_s / run.ttft_s - 1 for run in chosen if run.decision is not None
     ]
-    ttft = {name: _median_ms([run.ttft_s for run in found]) for name, found in of.items()}
+    ttft = {each.name: _median_ms(found.times_s(each)) for each in VARIANTS}
+    ttft[COMPUTE_ONLY.name] = _median_ms(compute_s)
     return {
         "name": str(cell),
         "bandwidth_mb_s": cell.bandwidth_mb_s,
         "hit_ratio": cell.hit_ratio,
         "context_tokens": cell.context_tokens,
         "tier": cell.tier.value,
-        "hit_blocks": num_hits,
+        "hit_blocks": found.num_hits,
         "ttft_ms": {**ttft, "predicted": _median_ms(predicted)},
         "chosen_kind": decision.kind.value if decision is not None else None,
         "alternatives_ms": {
@@ -230,11 +260,13 @@ def _row(cell: Cell, num_hits: int, runs: Sequence[Run]) -> Result:
         **_shares(of[OVERLAPPED.name]),
         **_ratios(ttft),
         "loaded_blocks": {
-            name: found[0].watch.num_loaded_blocks for name, found in of.items() if found
+            name: taken[0].watch.num_loaded_blocks for name, taken in of.items() if taken
         },
         "identical_tokens": all(run.token_ids == expected for run in runs),
         "wrong_bytes": sum(run.wrong_bytes for run in runs),
-        "runs": len(chosen),
+        "runs": {name: len(taken) for name, taken in of.items()},
+        "compute_runs": len(compute_s),
+        "hybrid_ways": [run.decision.way.value for run in of[HYBRID.name] if run.decision],
     }
 
 

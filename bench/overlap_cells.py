@@ -51,8 +51,10 @@ class OverlapBenchOptions:
     repeats: int = 1
     """Runs of each way in each cell, at least."""
     steady_s: float = 10.0
-    """A way whose runs in a cell took less so far gets another, up to `MOST_ROUNDS`; 0: none. What
-    takes longer waits for a disk that is as slow each time, or is long enough to be steadier."""
+    """A way whose runs in a cell took less so far gets another, up to `MOST_ROUNDS`; so does one
+    that a ratio of the cell depends on, however long it takes. 0: none."""
+    limit_s: float = 35 * 60.0
+    """Runs beyond `repeats` are begun only where the whole benchmark should end before."""
     answer_tokens: int = 8
     """Of each answer; compared with that of `compute_only`."""
     every_cell: bool = False
@@ -72,11 +74,17 @@ class OverlapBenchOptions:
     """Folder in which the daemon's data folder is made while measuring; None: that of temporary
     files."""
 
-    def wants_run(self, took_s: Sequence[float]) -> bool:
-        """Whether a way is measured (again), after runs that took so long."""
+    def wants_run(self, took_s: Sequence[float], *, is_judged: bool = False) -> bool:
+        """Whether a way is measured (again), after runs that took so long.
+
+        Args:
+            took_s: of its runs in the cell.
+            is_judged: whether a ratio of the cell depends on it.
+        """
         if len(took_s) < self.repeats:
             return True
-        return len(took_s) < MOST_ROUNDS and sum(took_s) < self.steady_s
+        is_unsteady = self.steady_s > 0 and (is_judged or sum(took_s) < self.steady_s)
+        return len(took_s) < MOST_ROUNDS and is_unsteady
 
     def quick(self) -> OverlapBenchOptions:
         """The same on two cells of a short context: below 50 s."""
@@ -87,6 +95,7 @@ class OverlapBenchOptions:
             context_tokens=(512,),
             answer_tokens=4,
             steady_s=1.5,
+            limit_s=30.0,
             decode_rounds=4,
             decode_tokens=34,
             stores_wait=False,

@@ -33,7 +33,7 @@ compute    no cache, everything is computed
 load       all hits through the daemon's memory, then the rest is computed
 direct     all hits read directly, then the rest is computed
 overlap    the same reads, each layer computed as soon as it is there
-hybrid     computed from the front, read from the back, until the two meet
+hybrid     computed from the front, read from the back, until the two meet, or as overlap
 chosen     what the cost model chose; pred. is what it said of that beforehand
 hid%       of the loading in `overlap`, the share that computing hid
 max        as fast as the disk; memory: hits lie in the daemon's memory"""

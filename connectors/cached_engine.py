@@ -113,11 +113,11 @@ def _session(
         block_tokens=block_tokens,
     )
     spec = dataclasses.replace(spec, accepts_lossy=options.accepts_lossy)
-    return CacheSession(factory, spec, options.session, model=_cost_model(options.engine))
+    return CacheSession(factory, spec, options.session, model=cost_model_for(options.engine))
 
 
-def _cost_model(options: EngineOptions) -> CostModel:
-    """One that knows how much the engine computes in a pass."""
+def cost_model_for(options: EngineOptions) -> CostModel:
+    """One that knows how much an engine with these options computes in a pass."""
     steps = options.scheduler
     chunk_tokens = min(steps.prefill_chunk_tokens, steps.max_step_tokens)
     return CostModel(CostOptions(chunk_tokens=chunk_tokens, joined_tokens=steps.max_step_tokens))

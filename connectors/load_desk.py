@@ -116,7 +116,7 @@ class LoadDesk:
         if decision.order is LoadOrder.LAYERS and self._is_too_slow(decision):
             # It would be cut off half way: better to compute meanwhile.
             kind = LoadKind.COMPUTE if shape.is_whole else LoadKind.HYBRID
-            decision = forced(kind, decision.mode)(self.model, shape)
+            decision = forced(kind, decision.mode, is_from_back=True)(self.model, shape)
         self.decisions.append(decision)
         if shape.is_whole:  # no pass ends where a chunk does
             return decision
@@ -207,7 +207,7 @@ class LoadDesk:
         if found is not None:
             decided_s, decision = found
             took_s = time.monotonic() - decided_s
-            self.model.observe_ttft(decision.kind.value, decision.estimated_ttft_s, took_s)
+            self.model.observe_ttft(decision.way.value, decision.estimated_ttft_s, took_s)
 
     def close(self) -> None:
         """End every load and the thread. Idempotent. Places that reads hang in stay held."""

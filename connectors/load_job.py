@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from ucm.load_plan import LoadPlan
     from ucm.slab_mover import SlabTarget
 
-SLOW_SLAB_S = 1e-3
-"""A slab that takes longer to come is read by itself: asking for it, 0.15 ms of processor time, is
+SLOW_SLAB_S = 3e-4
+"""A slab that takes longer to come is read by itself: asking for it, 0.1 ms of processor time, is
 little beside that, and with two at a time a pass that is hardly slower than its load would wait for
-two. 28 blocks of 48 KiB at 30 MB/s: 45 ms a layer."""
+two. 172 blocks of 48 KiB at 100 MB/s: 0.48 ms a slab, 84 ms a layer."""
 CHUNK_THREADS = 1
 """That copy a chunk out of memory. A prompt's chunks are loads of their own, all at once, and what
 they are for is computed meanwhile: 8 x 4 threads on two cores made its first pass, of some 0.3 s
@@ -192,9 +192,10 @@ class LoadJob:
         decision, load_s = self.task.decision, self._load_s(self.total_bytes)
         shape, num_layers = decision.shape, self._layout.num_layers
         slab_s = load_s / (num_layers * len(self.task.keys))
-        known = self._model.options
-        most_tokens = known.joined_tokens if shape.is_alone else known.chunk_tokens
+        known = self._model
+        most_tokens = known.options.joined_tokens if shape.is_alone else known.options.chunk_tokens
         pass_s = num_layers * self._comp_layer_s(most_tokens)
+        pass_s += known.contention_s(self.total_bytes)
         # A pass must not outlive what it reads behind: then nothing is read behind it.
         is_long = pass_s > MAX_LEASE_SHARE * lease_s
         options = ReaderOptions(

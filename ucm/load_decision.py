@@ -5,7 +5,8 @@ is taken:
 
     load all    read every hit, computing the rest behind it layer by layer
     load part   read the first k blocks only: the others are computed while those arrive
-    hybrid      compute from the front, read from the back, until both meet (Cake, arXiv:2410.03065)
+    hybrid      compute from the front, read from the back, until both meet (Cake,
+                arXiv:2410.03065); where that gains nothing over it, as `load all`
     compute     read nothing
 
 For uniform costs the last but one takes T_c * T_l / (T_c + T_l) of what computing (T_c) and loading
@@ -90,7 +91,7 @@ class Decision:
     first_block: int
     """Index in the chain of the first block to load."""
     num_blocks: int
-    """How many to load; 0 when all is computed. A hybrid's loader begins with the last of them."""
+    """How many to load; 0 when all is computed. From the back, the last of them comes first."""
     order: LoadOrder
     mode: LoadMode
     read_ahead_layers: int
@@ -104,6 +105,12 @@ class Decision:
     """Predicted seconds of every way, by `LoadKind` value, this one included."""
     shape: LoadShape
     estimates: CostEstimates
+
+    @property
+    def way(self) -> LoadKind:
+        """What is done, and learnt from: LOAD_ALL also for a hybrid that loads every hit."""
+        is_layered = self.kind is LoadKind.HYBRID and self.order is LoadOrder.LAYERS
+        return LoadKind.LOAD_ALL if is_layered else self.kind
 
     def explain(self) -> str:
         """The decision and what it rests on, for people."""
@@ -119,7 +126,7 @@ class Decision:
             LoadKind.HYBRID: f"compute from block {shape.first_block} on, load from block {last} "
             f"back; they should meet at block {self.meeting_block}",
             LoadKind.COMPUTE: "compute everything",
-        }[self.kind]
+        }[self.way]
         lines = [
             f"{self.kind.value}: {what}",
             (
@@ -154,18 +161,20 @@ def decide(model: CostModel, shape: LoadShape) -> Decision:
     return _with_alternatives(chosen, ways)
 
 
-def forced(kind: LoadKind, mode: LoadMode | None = None) -> Decide:
+def forced(kind: LoadKind, mode: LoadMode | None = None, *, is_from_back: bool = False) -> Decide:
     """A `decide` that always answers `kind`; for measurements and tests.
 
     Args:
         kind: what to answer; COMPUTE where there is nothing to load, LOAD_ALL for any kind of load
             of a whole chunk.
         mode: how to read; None takes the better one.
+        is_from_back: a hybrid computes towards its load also where reading layer by layer is
+            quicker.
     """
 
     def decide_so(model: CostModel, shape: LoadShape) -> Decision:
         plan = _Plan(model, shape, mode or _best_mode(model, shape))
-        ways = plan.all_ways()
+        ways = plan.all_ways(is_from_back=is_from_back)
         if shape.is_whole and kind is not LoadKind.COMPUTE:
             return _with_alternatives(ways[0], ways)
         found = [way for way in ways if way.kind is kind]
@@ -250,8 +259,8 @@ class _Plan:
         self._loaded_s = [0.0, *accumulate(self.block_s)]
         self._suffix_s = self._comp_s(shape.first_suffix_token, shape.num_tokens)
 
-    def all_ways(self) -> list[Decision]:
-        """Every way that is open to the request, the simplest first."""
+    def all_ways(self, *, is_from_back: bool = False) -> list[Decision]:
+        """Every way that is open to the request, the simplest first; see `forced`."""
         num_blocks = len(self._shape.tiers)
         compute = self._way(LoadKind.COMPUTE, 0, self._loading(0))
         if not num_blocks:
@@ -263,7 +272,10 @@ class _Plan:
             part = self._best_part()
             ways.append(self._way(LoadKind.LOAD_PART, part, self._loading(part)))
         if self._shape.can_hybrid:
-            ways.append(self._hybrid())
+            hybrid, layered = self._from_both_ends(), ways[0]
+            if layered.predicted_ttft_s < hybrid.predicted_ttft_s and not is_from_back:
+                hybrid = replace(layered, kind=LoadKind.HYBRID)
+            ways.append(hybrid)
         return ways
 
     def comp_blocks_s(self, first: int, last: int) -> float:
@@ -340,7 +352,7 @@ class _Plan:
         found: int = min([best, *near], key=self._loading)
         return found
 
-    def _hybrid(self) -> Decision:
+    def _from_both_ends(self) -> Decision:
         shape, back = self._shape, BackLoad.of(self.block_s)
         num_blocks = len(shape.tiers)
         meeting = meet(back, self.comp_blocks_s, begin_s=shape.queue_s, most=self.most_blocks)

@@ -30,6 +30,10 @@ LEAST_LAYERS: Final = 2
 """Of one read, but of layer 0. On two cores that also compute, 28 blocks of 30 layers at 100 MB/s:
 840 reads of one layer cost the pass 100 ms and more, 448 of two nothing that could be measured."""
 
+FIRST_LAYERS: Final = 4
+"""Of these none is read with the next one where that would delay a computation that is slower than
+the load: it has nothing in hand yet, and what it waits for here it never makes up."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -53,20 +57,21 @@ def layer_groups(
     pace: the computation begins when layer 0 is there, at 1, and comes to layer a at 1 + a * r.
     Layers a .. a+n-1 have been read together at a + n, so n <= 1 + a * (r - 1) delays nothing.
     Two at a time delay the computation by a layer at most, and take half of the interpreter's time
-    that single ones take from it: the least, also where loading takes longer, as long as a slab
-    comes about as fast as the interpreter asks for it.
+    that single ones take from it: the least behind `FIRST_LAYERS`, also where loading takes longer,
+    as long as a slab comes about as fast as the interpreter asks for it.
 
     Args:
         num_layers: of the model.
         most: layers of one read, at most.
         compute_per_load: r, how many times as long computing a layer takes as loading it.
-        least: layers of one read, at least, but of layer 0.
+        least: layers of one read, at least, but of the first ones.
     """
     groups: list[range] = []
     first = 0
     while first < num_layers:
         spare = first * max(0.0, compute_per_load - 1)
-        wanted = max(least, 1 + int(min(spare, most))) if first else 1
+        is_early = compute_per_load > 1 and first < FIRST_LAYERS
+        wanted = max(1 if is_early else least, 1 + int(min(spare, most))) if first else 1
         stop = min(first + min(wanted, most), num_layers)
         groups.append(range(first, stop))
         first = stop
@@ -89,7 +94,7 @@ def own_steps(
         order: what comes first.
         request_bytes: of one read, at most, but one slab at least.
         compute_per_load: see `layer_groups`.
-        least_layers: of one read, but of layer 0.
+        least_layers: of one read, but of the first layers.
     """
     if order is LoadOrder.BLOCKS_FROM_BACK:
         for block in reversed(range(len(sources))):

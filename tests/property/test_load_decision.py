@@ -155,6 +155,7 @@ def test_the_benchmarks_cells(bandwidth: float, share: float, num_tokens: int) -
     compute = found.ttft_s(forced(LoadKind.COMPUTE)(found.model, found.shape))
     chosen = decide(found.model, found.shape)
     assert found.ttft_s(chosen) <= 1.05 * min(hybrid, load, compute)
+    assert hybrid <= 1.05 * min(load, compute)
     assert chosen.predicted_ttft_s == pytest.approx(found.ttft_s(chosen), rel=0.15)
 
 
@@ -233,3 +234,30 @@ def test_a_load_that_spares_less_than_a_pass_is_left_alone() -> None:
     hybrid = forced(LoadKind.HYBRID)(found.model, shape)
     compute = forced(LoadKind.COMPUTE)(found.model, shape)
     assert found.ttft_s(hybrid) <= 1.03 * found.ttft_s(compute)
+
+
+def test_a_hybrid_that_gains_nothing_by_computing_loads_layer_by_layer() -> None:
+    """Half of 3 k at 100 MB/s: the load is short, and what no cache has hides it in one step."""
+    shape = request(3072, 48, is_alone=True)
+    machine = SimulatedMachine(token_s=2e-3, pass_s=0.1, bytes_per_s=1e8)
+    found = case(machine, shape)
+    hybrid = forced(LoadKind.HYBRID)(found.model, shape)
+    assert (hybrid.kind, hybrid.way) == (LoadKind.HYBRID, LoadKind.LOAD_ALL)
+    assert (hybrid.order, hybrid.meeting_block) == (LoadOrder.LAYERS, 0)
+    assert "layer by layer" in hybrid.explain()
+    layered = forced(LoadKind.LOAD_ALL)(found.model, shape)
+    assert found.ttft_s(hybrid) == found.ttft_s(layered)
+    towards = forced(LoadKind.HYBRID, is_from_back=True)(found.model, shape)
+    assert (towards.way, towards.order) == (LoadKind.HYBRID, LoadOrder.BLOCKS_FROM_BACK)
+    assert found.ttft_s(towards) > found.ttft_s(layered)
+    assert decide(found.model, shape).kind is LoadKind.LOAD_ALL
+
+
+def test_what_a_hybrid_is_corrected_by_is_what_it_does() -> None:
+    """Hybrids from both ends took twice their estimate; one that loads every hit is none."""
+    found = case(SimulatedMachine(bytes_per_s=1e8), request(3072, 48, is_alone=True))
+    for _ in range(3):
+        found.model.observe_ttft(LoadKind.HYBRID.value, 1.0, 2.0)
+    hybrid = forced(LoadKind.HYBRID)(found.model, found.shape)
+    assert hybrid.way is LoadKind.LOAD_ALL
+    assert hybrid.predicted_ttft_s == hybrid.estimated_ttft_s

@@ -157,7 +157,7 @@ def open_rig(folder: Path, config: FakeConfig, seed: int, codec: str) -> Rig:
         return (
             decide(model, shape)
             if kind is None
-            else forced(kind, dice.choice(list(LoadMode)))(model, shape)
+            else forced(kind, dice.choice(list(LoadMode)), is_from_back=True)(model, shape)
         )
 
     options = SessionOptions(

@@ -39,7 +39,7 @@ def job_at(bytes_per_s: float) -> LoadJob:
         tiers=shape.tiers,
         target=SlabPool(LAYOUT, NUM_BLOCKS),
         hold=no_hold,
-        decision=forced(LoadKind.HYBRID)(model, shape),
+        decision=forced(LoadKind.HYBRID, is_from_back=True)(model, shape),
         patience_s=60.0,
     )
     return LoadJob(task, LAYOUT, model)

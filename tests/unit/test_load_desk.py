@@ -12,7 +12,7 @@ import pytest
 from ucm.checksum import block_checksums
 from ucm.connectors.circuit_breaker import BreakerOptions, BreakerState
 from ucm.connectors.session import CacheSession, LoadOffer, SessionOptions
-from ucm.cost_model import CostModel
+from ucm.cost_model import CostModel, CostOptions, TierPrior
 from ucm.errors import CapacityError, TierUnavailableError
 from ucm.hashing import NamespaceSpec, chain_keys
 from ucm.layout import KvDtype, KvLayout
@@ -21,7 +21,7 @@ from ucm.load_plan import LoadPlan
 from ucm.testing.blocks import content
 from ucm.testing.extent_files import wait_for
 from ucm.testing.fake_cache import FakeCache
-from ucm.types import ROOT_KEY, BlockKey, LoadMode, NamespaceId
+from ucm.types import ROOT_KEY, BlockKey, LoadMode, LoadOrder, NamespaceId, TierKind
 
 LAYOUT = KvLayout(num_layers=3, num_kv_heads=1, head_dim=8, block_tokens=4, dtype=KvDtype.FLOAT32)
 SPEC = NamespaceSpec(layout=LAYOUT, model_id="m", weights_digest="d")
@@ -94,7 +94,7 @@ def cache() -> Iterator[SlowPlans]:
 def session_to(cache: FakeCache, kind: LoadKind = LoadKind.LOAD_ALL) -> CacheSession:
     options = SessionOptions(
         deadline_s=DEADLINE_S,
-        decide=forced(kind),
+        decide=forced(kind, is_from_back=True),
         breaker=BreakerOptions(failures_to_open=3, backoff_s=3600.0),
     )
     session = CacheSession(lambda: cache, SPEC, options)
@@ -239,4 +239,25 @@ def test_many_loads_at_once_end_in_any_order(cache: SlowPlans) -> None:
         assert session.loads.end(name) == NUM_BLOCKS
         assert all(map(pools[name].is_right, range(NUM_BLOCKS)))
     assert wait_for(lambda: not cache.leases)
+    session.close()
+
+
+def test_a_load_that_would_be_cut_off_is_computed_towards(cache: SlowPlans) -> None:
+    """Layer by layer it would be quickest, and nothing of it would be good at the deadline."""
+    bytes_per_s = NUM_BLOCKS * LAYOUT.block_bytes / (2 * DEADLINE_S)
+    nvme = TierPrior(bytes_per_s=bytes_per_s, request_s=1e-6)
+    model = CostModel(CostOptions(token_s=1.0, nvme=nvme))
+    options = SessionOptions(deadline_s=DEADLINE_S)
+    session = CacheSession(lambda: cache, SPEC, options, model=model)
+    shape = LoadShape(
+        num_tokens=len(TOKENS),
+        num_local_tokens=0,
+        tiers=(TierKind.NVME,) * NUM_BLOCKS,
+        block_tokens=LAYOUT.block_tokens,
+        block_bytes=LAYOUT.block_bytes,
+        num_layers=LAYOUT.num_layers,
+        can_direct=True,
+    )
+    assert forced(LoadKind.HYBRID)(model, shape).order is LoadOrder.LAYERS
+    assert session.loads.choose(shape).order is LoadOrder.BLOCKS_FROM_BACK
     session.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ucm.connectors.load_job import CHUNK_THREADS, LoadJob, LoadTask
-from ucm.cost_model import CostModel
+from ucm.cost_model import CostModel, CostOptions
 from ucm.layer_reader import LayerReader, ReaderOptions
 from ucm.load_decision import LoadKind, LoadShape, forced
 from ucm.load_plan import LoadPlan
@@ -29,12 +29,19 @@ LONG_S = 10.0
 class Desk:
     """A job over a file of our own, and what the desk does for it."""
 
-    def __init__(self, folder: Path, kind: LoadKind, io: FileIo, patience_s: float) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kind: LoadKind,
+        io: FileIo,
+        patience_s: float,
+        contention_s_per_byte: float = 1e-9,
+    ) -> None:
         self.file = ExtentFile(folder / "0000.seg", PAGE_LAYOUT, NUM_BLOCKS)
         self.pool = SlabPool(PAGE_LAYOUT, NUM_BLOCKS)
         self.held: list[int] = []
         self._io = io
-        model = CostModel()
+        self.model = CostModel(CostOptions(contention_s_per_byte=contention_s_per_byte))
         shape = LoadShape(
             num_tokens=(NUM_BLOCKS + 1) * PAGE_LAYOUT.block_tokens,
             num_local_tokens=0,
@@ -50,10 +57,10 @@ class Desk:
             tiers=shape.tiers,
             target=self.pool,
             hold=self._hold,
-            decision=forced(kind)(model, shape),
+            decision=forced(kind, is_from_back=True)(self.model, shape),
             patience_s=patience_s,
         )
-        self.job = LoadJob(task, PAGE_LAYOUT, model)
+        self.job = LoadJob(task, PAGE_LAYOUT, self.model)
 
     def _hold(self, places: Sequence[int]) -> Callable[[], None]:
         self.held.extend(places)
@@ -86,6 +93,25 @@ class EagerReader(LayerReader):
     def start(self, on_progress: Callable[[], None] | None = None) -> None:
         super().start(on_progress)
         assert wait_for(lambda: self.is_done)
+
+
+def test_reads_are_as_long_as_a_pass_beside_them_allows(tmp_path: Path) -> None:
+    """What the load itself takes from the pass makes the pass longer: there is time to hide in."""
+    found = []
+
+    def note(plan: LoadPlan, options: ReaderOptions) -> LayerReader:
+        found.append(options.compute_per_load)
+        return desk.reader(plan, options)
+
+    for contention in (1e-9, 1e-6):
+        folder = tmp_path / str(contention)
+        folder.mkdir()
+        desk = Desk(folder, LoadKind.LOAD_ALL, PosixFileIo(io_threads=1), LONG_S, contention)
+        assert desk.job.open(desk.file.plan(), note)
+        desk.job.end()
+    lost_s = NUM_BLOCKS * BLOCK_BYTES * 1e-6
+    load_s = desk.model.load_s(TierKind.NVME, NUM_BLOCKS * BLOCK_BYTES, is_computing=True)
+    assert found[1] - found[0] == pytest.approx(lost_s / load_s, rel=0.01)
 
 
 def lacking_last(plan: LoadPlan) -> LoadPlan:

@@ -22,7 +22,8 @@ def sizes(compute_per_load: float) -> list[int]:
 def test_layer_0_comes_alone_and_what_is_hidden_in_long_reads() -> None:
     assert sizes(math.inf) == [1, 5, 5, 5, 5, 5, 4]
     assert sizes(2.0) == [1, 2, 4, 5, 5, 5, 5, 3]
-    assert sizes(1.25)[:8] == [1, 2, 2, 2, 2, 3, 4, 5]
+    assert sizes(1.25)[:9] == [1, 1, 1, 1, 2, 2, 3, 3, 4]
+    assert sizes(1.01)[:6] == [1, 1, 1, 1, 2, 2]
 
 
 def test_what_cannot_be_hidden_comes_in_short_reads() -> None:

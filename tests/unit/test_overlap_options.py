@@ -237,3 +237,10 @@ def test_a_way_that_is_done_quickly_is_measured_three_times() -> None:
     assert not options.wants_run([1.0] * 3)
     assert not replace(options, steady_s=0.0).wants_run([1.0, 1.0])
     assert replace(options, repeats=5).wants_run([1000.0] * 4)
+
+
+def test_a_way_that_a_ratio_depends_on_is_measured_three_times_however_long_it_takes() -> None:
+    options = OverlapBenchOptions()
+    assert options.wants_run([1000.0] * 2, is_judged=True)
+    assert not options.wants_run([1000.0] * 3, is_judged=True)
+    assert not replace(options, steady_s=0.0).wants_run([1000.0], is_judged=True)

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ucm.cost_model import CostModel, CostOptions, TierPrior
-from ucm.load_decision import Decision, LoadKind, LoadShape
-from ucm.types import TierKind
+from ucm.load_decision import Decision, LoadShape
+from ucm.types import LoadOrder, TierKind
 
 Claim = Callable[[int, int, int], int]
 """(first block, end block, bytes before the end that arrived) to how many to compute next."""
@@ -95,7 +95,7 @@ class SimulatedMachine:
             claim: says what a hybrid computes next.
         """
         shape = decision.shape
-        if decision.kind is LoadKind.HYBRID:
+        if decision.order is LoadOrder.BLOCKS_FROM_BACK:
             now_s, start = self._meet(shape, claim)
             return self._passes(now_s, start, shape.num_tokens)
         start = shape.num_local_tokens + decision.num_blocks * shape.block_tokens
