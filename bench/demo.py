@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ucm.path_errors import path_error
+
 from .demo_processes import ChildProcess, EngineProcess, EngineSettings, Event, start_daemon
 from .demo_workload import PROMPTS
 
@@ -227,15 +229,22 @@ class _Stage:
 
 @contextmanager
 def _demo_folder(folder: Path | None) -> Iterator[Path]:
-    """A folder on a disk whose path is short enough for a socket."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
+    """A folder on a disk whose path is short enough for a socket.
+
+    Raises:
+        ConfigError: nothing can be made in `folder`.
+        CapacityError, TierUnavailableError: the disk has no room, or does not answer.
+    """
+    if folder is None:
         temporary = Path(tempfile.gettempdir())
         places = [temporary, Path("/var/tmp"), Path.home()]  # noqa: S108  mkdtemp makes it ours
         on_disk = [p for p in places if p.is_dir() and filesystem_of(p) not in ("tmpfs", "ramfs")]
         folder = next(iter(on_disk), temporary)
-    own = Path(tempfile.mkdtemp(prefix="ucm-demo-", dir=folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = Path(tempfile.mkdtemp(prefix="ucm-demo-", dir=folder))
+    except OSError as error:
+        raise path_error(error, f"cannot use {folder}", "name another with --folder") from error
     try:
         yield own
     finally:

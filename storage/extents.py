@@ -107,19 +107,21 @@ class ExtentTable:
     def open_segment(self, segment: int) -> SegmentFd:
         """Open a segment's file once more, read-only, with O_DIRECT where the disk takes it.
 
+        Does not wait for a sync of the segment.
+
         Raises:
             TierUnavailableError: it is out of use, or cannot be opened.
         """
-        with self._segments.held_file(segment) as file:
-            if file is None:
-                raise TierUnavailableError(f"segment {segment:04d} is out of use")
-            file_id = self._segments.file_id(segment)
-            try:
+        try:
+            with self._segments.duplicate(segment) as found:
+                if found is None:
+                    raise TierUnavailableError(f"segment {segment:04d} is out of use")
+                file, file_id = found
                 fd, is_direct = _reopened(file)
-            except OSError as error:
-                raise TierUnavailableError(
-                    f"segment {segment:04d} cannot be opened for a client: {error.strerror}"
-                ) from error
+        except OSError as error:
+            raise TierUnavailableError(
+                f"segment {segment:04d} cannot be opened for a client: {error.strerror}"
+            ) from error
         return SegmentFd(fd, file_id, is_direct)
 
 

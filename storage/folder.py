@@ -29,6 +29,7 @@ from ucm.errors import (
     TierUnavailableError,
     UcmError,
 )
+from ucm.path_errors import path_error
 from ucm.types import NamespaceId
 
 from .codecs import codec_of
@@ -86,12 +87,12 @@ def check_folder(path: Path) -> None:
         CapacityError, TierUnavailableError: it cannot be created.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # a link, or no folder: said below
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.lstat()
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise ConfigError(f"nvme.path {path} cannot be used: {error}") from error
     except OSError as error:
-        raise translate_os_error(error, f"cannot create {path}") from error
+        what = f"nvme.path {path} cannot be used"
+        raise path_error(error, what, "name another folder") from error
     if not stat.S_ISDIR(status.st_mode):
         raise ConfigError(f"nvme.path {path} is a link or a file: give a folder's own path")
     if status.st_uid != current_uid():

@@ -139,6 +139,7 @@ class NvmeTier:
 
     def allocate(self, count: int, *, full: bool = False) -> list[SlotId]:
         """See `Tier.allocate`. May create a segment, which blocks on the disk."""
+        self._segments.look_for_room()
         full = full and self._superblock.has_compact_slots
         slots = self._slots.allocate(count, full=full)
         while len(slots) < count and self._grow(full=full):
@@ -201,7 +202,7 @@ class NvmeTier:
         self._release(gone)
 
     def usage(self) -> TierUsage:
-        """See `Tier.usage`. Free slots include those that the budget of segments still allows."""
+        """See `Tier.usage`. Free slots include what the budget still allows; asks no disk."""
         slots = self._slots
         return TierUsage(
             used_slots=slots.count(SlotState.USED) + slots.count(SlotState.ALLOCATED),

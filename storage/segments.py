@@ -119,8 +119,10 @@ class Segments:
         self._retired: set[int] = set()
         self._left: set[int] = set()
         self._grow_lock = threading.Lock()
+        self._close_lock = threading.Lock()
+        """A file and its id are changed, or a descriptor duplicated; nobody waits inside."""
         self._full_at_free_bytes = -1
-        """Free disk when a segment last found no room; -1 when it found some."""
+        """Free disk when a segment last found no room; -1 when there is some, as far as known."""
         try:
             paths = segment_files(folder)
         except OSError as error:
@@ -164,16 +166,21 @@ class Segments:
 
     @property
     def disk_is_full(self) -> bool:
-        """Whether the last segment that the budget allowed found no room on the disk."""
+        """Whether the disk had no room for a segment that the budget allowed, when last asked."""
         return self._full_at_free_bytes >= 0
+
+    def look_for_room(self) -> None:
+        """Ask a disk that was full whether it has room: a whole segment more of it is free."""
+        full_at = self._full_at_free_bytes
+        if full_at >= 0 and _free_bytes(self._folder) >= full_at + self._superblock.segment_bytes:
+            self._full_at_free_bytes = -1
 
     def growable_slots(self) -> int:
         """Slots that `grow` could add by the budget; 0 while the disk is known to be full.
 
-        A full disk is believed to have room again once a whole segment more of it is free.
+        Does not ask the disk, which may hang: callers hold locks. `look_for_room` does.
         """
-        full_at, size_bytes = self._full_at_free_bytes, self._superblock.segment_bytes
-        if full_at >= 0 and _free_bytes(self._folder) < full_at + size_bytes:
+        if self.disk_is_full:
             return 0
         room = self._budget.remaining_bytes // self._superblock.segment_bytes
         numbers = MAX_SEGMENTS - self.num_segments + len(self._left)
@@ -207,13 +214,25 @@ class Segments:
         return self._file_ids[segment]
 
     @contextlib.contextmanager
-    def held_file(self, segment: int) -> Iterator[FileHandle | None]:
-        """The segment's file, not closed or removed meanwhile; None when it is out of use."""
-        if not 0 <= segment < len(self._files):
-            yield None
-            return
-        with self._sync_locks[segment]:
-            yield None if segment in self._retired else self._files[segment]
+    def duplicate(self, segment: int) -> Iterator[tuple[int, int] | None]:
+        """The segment's file as a descriptor of the body's own, and its id; None: out of use.
+
+        Waits for no sync and no other call of the disk: the file may be removed meanwhile.
+
+        Raises:
+            OSError: the process has no descriptor left.
+        """
+        with self._close_lock:
+            file = self._files[segment] if 0 <= segment < len(self._files) else None
+            if file is None or segment in self._retired:
+                own = None
+            else:
+                own = os.dup(file), self._file_ids[segment]
+        try:
+            yield own
+        finally:
+            if own is not None:
+                os.close(own[0])
 
     def is_full_slot(self, slot: SlotId) -> bool:
         """Whether the slot holds a block as it is though the namespace's others are encoded."""
@@ -270,8 +289,9 @@ class Segments:
             file = self._make(self._path(number, full=full)) if number >= 0 else None
             if file is None:
                 return -1
-            self._files[number] = file
-            self._file_ids[number] = next(self._next_file_id)
+            with self._close_lock:
+                self._files[number] = file
+                self._file_ids[number] = next(self._next_file_id)
             self._left.discard(number)
             return number
 
@@ -296,9 +316,8 @@ class Segments:
             except OSError as error:
                 log.warning("segment %04d cannot be deleted: %s", segment, error)
                 return False
-            self._files[segment] = None
             self._left.add(segment)
-            self._close_file(file)
+            self._close_file(segment)
         try:
             self._io.sync_folder(self._folder)
         except OSError as error:
@@ -346,14 +365,15 @@ class Segments:
 
     def close(self) -> None:
         """Close the files. Idempotent."""
-        for number, file in enumerate(self._files):
-            if file is not None:
-                self._close_file(file)
-            self._files[number] = None
+        for number in range(len(self._files)):
+            self._close_file(number)
 
-    def _close_file(self, file: FileHandle) -> None:
-        with contextlib.suppress(OSError):  # nothing is buffered: all was synced
-            self._io.close_file(file)
+    def _close_file(self, segment: int) -> None:
+        with self._close_lock:  # from here on nobody duplicates it
+            file, self._files[segment] = self._files[segment], None
+        if file is not None:
+            with contextlib.suppress(OSError):  # nothing is buffered: all was synced
+                self._io.close_file(file)
 
     def _append(self, file: FileHandle | None, path: Path) -> None:
         if file is None and len(self._files) not in self._left:

@@ -198,5 +198,6 @@ def _problem(name: str, value: Value) -> str:
         assert isinstance(value, float)
         return "" if 0 < value <= 1 else "expected a share above 0 and up to 1"
     if isinstance(value, (int, float)) and not (name in _MAY_BE_ZERO and value == 0):
-        return "" if 0 < value < 2**63 else "expected more than 0"
+        wrong = "expected less than 2^63" if value >= 2**63 else "expected more than 0"
+        return "" if 0 < value < 2**63 else wrong
     return ""

@@ -24,6 +24,7 @@ from typing import Final
 
 from ucm.storage.arena import Arena, ArenaKind
 from ucm.storage.file_io import aligned_buffer
+from ucm.storage.folder import list_namespaces
 from ucm.storage.io_choice import (
     INSTALL,
     Finding,
@@ -39,6 +40,7 @@ from .config import Config, NvmeConfig
 from .errors import ConfigError, UcmError
 from .layout import ALIGNMENT_BYTES, KvDtype, KvLayout
 from .machine_memory import machine_memory
+from .plurals import counted
 
 MIN_PYTHON: Final = (3, 11)
 FDS_BESIDES: Final = 128
@@ -46,6 +48,8 @@ FDS_BESIDES: Final = 128
 FDS_PER_SESSION: Final = 6
 FDS_PER_SEGMENT: Final = 3
 """Ours and, through kvikio, its two."""
+FDS_PER_NAMESPACE: Final = 5
+"""Two arenas and the index."""
 USUAL_IO_THREADS: Final = range(4, 65)
 HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage")
 
@@ -269,6 +273,7 @@ def _check_open_files(config: Config) -> Check:
     segments = math.ceil(config.nvme.capacity_bytes / config.nvme.segment_bytes)
     needed = FDS_BESIDES + FDS_PER_SESSION * config.service.max_sessions
     needed += FDS_PER_SEGMENT * segments if config.nvme.path is not None else 0
+    needed += FDS_PER_NAMESPACE * _num_namespaces(config.nvme)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     found = f"at most {_limit_text(limit)}, {needed} may be needed"
     if limit == resource.RLIM_INFINITY or limit >= needed:
@@ -281,16 +286,21 @@ def _check_memory(config: Config) -> Check:
     """Whether there is room for all that the store may take, and for one session."""
     name, why = "memory", "arenas fill as they are used; where none is left the kernel kills"
     memory, session_bytes = machine_memory(), config.service.staging_bytes
-    store_bytes = config.memory.capacity_bytes
-    store_bytes += config.summaries.capacity_bytes + config.summaries.table_bytes
+    block_bytes = config.memory.capacity_bytes
+    summary_bytes = config.summaries.capacity_bytes + config.summaries.table_bytes
+    store_bytes = block_bytes + summary_bytes
     found = (
-        f"{memory.total_bytes >> 20} MiB, {memory.available_bytes >> 20} MiB available; the store "
-        f"takes up to {store_bytes >> 20} MiB, each session up to {session_bytes >> 20} MiB"
+        f"{memory.total_bytes >> 20} MiB, {memory.available_bytes >> 20} MiB available; over all "
+        f"namespaces the store takes up to {block_bytes >> 20} MiB for blocks and "
+        f"{summary_bytes >> 20} MiB for summaries, each session up to {session_bytes >> 20} MiB"
     )
     needed = store_bytes + session_bytes
     if needed <= memory.available_bytes:
         return _met(name, found, why)
-    advice = "lower memory.capacity_bytes, or service.staging_bytes"
+    advice = (
+        "lower memory.capacity_bytes, service.staging_bytes, or, if namespaces have summaries, "
+        "summaries.capacity_bytes and summaries.table_bytes"
+    )
     if needed > memory.total_bytes:
         return Check(name, CheckStatus.FAILED, found, why, advice)
     advice += ", or free memory (if it is not this store's daemon that takes it)"
@@ -298,14 +308,18 @@ def _check_memory(config: Config) -> Check:
 
 
 def _check_sizes(config: Config) -> Check:
-    """Whether limits of the process let it make arenas and segments, and map them."""
+    """Whether limits of the process let it make arenas and segments, and map them.
+
+    What namespaces share as a budget each of them maps whole: pages come as they are written.
+    """
     name, why = "size limits", "arenas and segments are files of their whole size, and are mapped"
-    nvme = config.nvme
-    file_bytes = [config.memory.capacity_bytes, config.service.staging_bytes]
-    mapped_bytes = sum(file_bytes)
+    nvme, num_namespaces = config.nvme, max(1, _num_namespaces(config.nvme))
+    arena_bytes = [config.memory.capacity_bytes, config.summaries.capacity_bytes]
+    file_bytes = [*arena_bytes, config.service.staging_bytes]
+    mapped_bytes = num_namespaces * sum(arena_bytes) + config.service.staging_bytes
     if nvme.path is not None:
         file_bytes.append(nvme.segment_bytes)
-        mapped_bytes += nvme.index_map_bytes + config.collections.map_bytes
+        mapped_bytes += num_namespaces * nvme.index_map_bytes + config.collections.map_bytes
     limits = (
         ("files", "-f", "LimitFSIZE", resource.RLIMIT_FSIZE, max(file_bytes)),
         ("addresses", "-v", "LimitAS", resource.RLIMIT_AS, mapped_bytes),
@@ -315,11 +329,19 @@ def _check_sizes(config: Config) -> Check:
         limit = resource.getrlimit(kind)[0]
         text = f"{what}: at most {_limit_text(limit)} bytes"
         if limit != resource.RLIM_INFINITY and limit < needed:
-            text += f", {needed} may be needed"
+            text += f", {needed} may be needed for {counted(num_namespaces, 'namespace')}"
             advice = f"ulimit {flag} unlimited, or {setting}=infinity in the unit"
             return Check(name, CheckStatus.FAILED, text, why, advice)
         found.append(text)
     return _met(name, "; ".join(found), why)
+
+
+def _num_namespaces(config: NvmeConfig) -> int:
+    """Namespaces in the data folder; 0 when there is none, or none that can be looked into."""
+    try:
+        return 0 if config.path is None else len(list_namespaces(config.path / "ns"))
+    except OSError:
+        return 0
 
 
 def _check_locked_memory(config: Config, choice: IoChoice | None) -> Check:

@@ -20,7 +20,7 @@ from typing import Final
 from urllib.parse import quote
 
 from .errors import ConfigError
-from .path_errors import reachable
+from .path_errors import path_error, reachable
 
 MAX_PATH_BYTES: Final = 107
 """Longest Unix socket address of Linux: `sun_path` less its final zero."""
@@ -90,6 +90,7 @@ class SocketFolder:
 
         Raises:
             ConfigError: the path is too long, in use, no socket, or its folder is not ours.
+            CapacityError, TierUnavailableError: the disk has no room, or does not answer.
         """
         check_socket_path(socket_path)
         self._path = socket_path.absolute()
@@ -123,10 +124,8 @@ def _make_folder(folder: Path) -> None:
             folder.chmod(FOLDER_MODE)  # whatever the umask is
         info = folder.lstat()
     except OSError as error:
-        raise ConfigError(
-            f"cannot create the socket's folder {folder}: {error.strerror}; "
-            "choose another with --socket"
-        ) from error
+        what = f"cannot create the socket's folder {folder}"
+        raise path_error(error, what, "choose another with --socket") from error
     if not stat.S_ISDIR(info.st_mode):
         raise ConfigError(f"{folder} is not a folder; choose another with --socket")
     sticky = bool(info.st_mode & stat.S_ISVTX)
@@ -147,7 +146,7 @@ def _take_lock(socket_path: Path) -> int:
     try:
         lock_fd = os.open(path, flags, 0o600)
     except OSError as error:
-        raise ConfigError(f"cannot open {path}: {error.strerror}") from error
+        raise path_error(error, f"cannot open {path}", "choose another with --socket") from error
     try:
         fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -96,7 +96,7 @@ def find_files(
     for path, status in zip(paths, statuses, strict=True):
         below = _walk(path, skipped, root) if stat.S_ISDIR(status.st_mode) else iter((path,))
         found.update(dict.fromkeys(each.absolute() for each in below))
-    unique = {each.resolve(): each for each in reversed(list(found))}
+    unique = {os.path.realpath(each): each for each in reversed(list(found))}
     return sorted(unique.values()), skipped
 
 

@@ -67,6 +67,9 @@ class DiskRun:
         self.flushed: dict[int, SlotId] = {}
         self.unsure: set[int] = set()
         """Names in a call that failed or was cut: there or not."""
+        self.torn: set[int] = set()
+        """Names whose last write was not acknowledged. Its header may be on the disk and its slabs
+        not: nobody sees that until the index is rebuilt from headers, lives later."""
         self.index_was_damaged = False
 
     def run(self) -> None:
@@ -117,11 +120,13 @@ class DiskRun:
             parent = name
         names = [name for name, _ in items]
         self.unsure.update(names)
+        self.torn.update(names)
         statuses = tier.write([item for _, item in items])
         for (name, item), status in zip(items, statuses, strict=True):
             if status is IoStatus.OK:
                 self.flushed[name] = item.slot
                 self.unsure.discard(name)
+                self.torn.discard(name)
             else:
                 tier.free([item.slot])
 
@@ -209,7 +214,7 @@ class DiskRun:
         if status is IoStatus.OK:
             self.check_summary(tier, slot, name)
             return
-        is_torn = tier.was_rebuilt and name in self.unsure
+        is_torn = tier.was_rebuilt and name in self.unsure | self.torn
         assert is_torn or self._is_doubtful(name), f"the entry of {name} leads to garbage: {status}"
         if status is IoStatus.CORRUPT:
             assert slot not in {entry.slot for entry in tier.entries()}
@@ -221,7 +226,7 @@ class DiskRun:
         is_due = (name, slot) in self.summarised
         self.outcomes["summary"] += bool(found)
         assert is_due or not found, f"{name} was written without a summary"
-        torn = tier.was_rebuilt and name in self.unsure
+        torn = tier.was_rebuilt and name in self.unsure | self.torn
         assert found or not is_due or torn or self._is_doubtful(name), f"that of {name} is lost"
 
     def fill(self, tier: NvmeTier) -> None:

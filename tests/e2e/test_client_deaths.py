@@ -13,9 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,19 +25,13 @@ from ucm.testing.blocks import chain, content, get, put, tiny_spec
 from ucm.testing.daemon import SpawnedDaemon, short_folder, small_settings, spawned_daemon
 from ucm.testing.doomed_client import NUM_BLOCKS, STATES
 from ucm.testing.lanes import IS_DEEP, LANE
+from ucm.testing.stores import wait_until
 
 pytestmark = pytest.mark.timeout(3600 if IS_DEEP else 120)
 
 LATE_POOL_THREADS = 4
+WAIT_S = 20.0
 LEASED = ("load_leased", "load_being_read", "layer_loads_begun", "store_prepared", "many_leases")
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> None:
-    """Another process has to get there; this bounds how long a test waits for that."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, what
-        threading.Event().wait(0.02)
 
 
 @dataclass(frozen=True)
@@ -134,14 +126,14 @@ def test_deaths_in_any_state_leave_nothing(
         def is_empty() -> bool:
             return admin.status().store.num_sessions == 0
 
-        wait_until(is_empty, "sessions of the test before are left")
+        wait_until(is_empty, WAIT_S, what="sessions of the test before are left")
         before = Held.by(daemon.pid)
         for _ in range(LANE.deaths_each):
             with clients.one_in(state):
                 store = admin.status().store
                 assert store.num_sessions == (0 if state == "connected" else 1)
                 assert store.leased_bytes > 0 or state not in LEASED
-            wait_until(is_empty, "the dead client's session is left")
+            wait_until(is_empty, WAIT_S, what="the dead client's session is left")
             store = admin.status().store
             assert (store.num_leases, store.leased_bytes) == (0, 0)
 
@@ -153,7 +145,8 @@ def test_deaths_in_any_state_leave_nothing(
                 and now.threads <= threads_at_first + LATE_POOL_THREADS
             )
 
-        wait_until(is_back, f"more than {before} and {threads_at_first} threads is left")
+        left = f"more than {before} and {threads_at_first} threads is left"
+        wait_until(is_back, WAIT_S, what=left, every_s=0.02)
     with connect(daemon.socket_path, timeout_s=10) as cache:
         handle = cache.open_namespace(tiny_spec())
         keys = chain(handle.id, NUM_BLOCKS)

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,9 +27,12 @@ from ucm.testing.daemon import (
     spawn_daemon,
     spawned_daemon,
 )
+from ucm.testing.stores import wait_until
 from ucm.types import LoadStatus, StoreStatus
 
 pytestmark = pytest.mark.timeout(120)
+
+WAIT_S = 20.0
 
 
 @pytest.fixture
@@ -53,14 +55,6 @@ def ucm(*arguments: object) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=60,
     )
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
-    """Another process has to get there; this bounds how long a test waits for that."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "the condition did not come true"
-        threading.Event().wait(0.02)
 
 
 # ---------------------------------------------------------------- life
@@ -99,7 +93,7 @@ def test_a_second_sigterm_skips_the_drain(folder: Path) -> None:
         lease = cache.prepare_store(handle.id, bytes(32), chain(handle.id, 1))  # type: ignore[arg-type]
         assert lease.slots[0].data is not None
         daemon.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: "draining" in daemon.log())
+        wait_until(lambda: "draining" in daemon.log(), WAIT_S)
         assert daemon.process.poll() is None
         assert daemon.stop() == 0
         cache.close()
@@ -235,7 +229,7 @@ def _on_a_full_disk(daemon: SpawnedDaemon, ballast: Path) -> None:
             statuses = put(cache, handle, chain(handle.id, 4, seed=next(seeds)))
             return cache.flush(timeout_s=10) and set(statuses) == {StoreStatus.ACCEPTED}
 
-        wait_until(stores_again)
+        wait_until(stores_again, WAIT_S, every_s=0.02)
     with AdminClient(daemon.socket_path, timeout_s=10) as admin:
         assert admin.status().store.problems == ()
 
@@ -280,7 +274,7 @@ def test_a_client_that_hangs_loses_its_leases_by_deadline(folder: Path) -> None:
         cache.prepare_store(handle.id, chain(handle.id, 1)[0], chain(handle.id, 2)[1:])
         put(cache, handle, chain(handle.id, 2))
         cache.prepare_load(handle.id, chain(handle.id, 2), timeout_s=5)
-        wait_until(lambda: admin.status().store.num_leases == 0)
+        wait_until(lambda: admin.status().store.num_leases == 0, WAIT_S)
         assert admin.status().store.leased_bytes == 0
 
 
@@ -316,7 +310,7 @@ def test_a_forked_child_cannot_use_nor_keep_its_parents_session(daemon: SpawnedD
             assert lines == [[str(child), "0"], ["refused"]]
             assert admin.status().store.num_sessions == 1
             parent.kill()
-            wait_until(lambda: admin.status().store.num_sessions == 0)
+            wait_until(lambda: admin.status().store.num_sessions == 0, WAIT_S)
         finally:
             os.kill(child, signal.SIGKILL)
 
@@ -348,7 +342,7 @@ def test_a_frozen_daemon_costs_no_more_than_the_deadline(daemon: SpawnedDaemon) 
         handle = again.open_namespace(tiny_spec())
         assert get(again, handle, keys) == [content(key) for key in keys]
         with AdminClient(daemon.socket_path, timeout_s=10) as admin:
-            wait_until(lambda: admin.status().store.num_sessions == 1)
+            wait_until(lambda: admin.status().store.num_sessions == 1, WAIT_S)
             assert admin.status().store.num_leases == 0
 
 

@@ -22,6 +22,7 @@ from ucm.client import connect
 from ucm.config import MemoryConfig
 from ucm.errors import LEAVES, ConfigError, UcmError
 from ucm.sockets import admin_path
+from ucm.storage import format as disk_format
 from ucm.testing.blocks import chain, put, tiny_spec
 from ucm.testing.daemon import running_daemon, short_folder, small_config
 
@@ -235,6 +236,19 @@ def test_fsck_of_a_sound_store(ucm: Runner, store: Path) -> None:
     assert "3 blocks whole" in ucm("fsck", store).out
     assert "3 blocks whole" in ucm("fsck", "--store", store).out
     assert ucm("fsck", store, "--store", store).code == ExitCode.WRONG_USE
+
+
+def test_fsck_of_a_store_of_another_version_promises_no_repair(
+    ucm: Runner, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written_by = disk_format.FORMAT_VERSION
+    monkeypatch.setattr(disk_format, "FORMAT_VERSION", written_by - 1)
+    for arguments in ((), ("--repair",)):
+        outcome = ucm("fsck", store, *arguments)
+        assert outcome.code == ExitCode.CHECK_FAILED
+        assert f"has disk format {written_by}" in outcome.out
+        assert "neither checked nor changed" in outcome.out
+        assert "--repair" not in outcome.out
 
 
 def test_fsck_finds_and_repairs_a_flipped_bit(ucm: Runner, store: Path) -> None:

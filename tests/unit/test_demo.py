@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ucm.bench import demo
 from ucm.bench.demo import RUN_NAMES, DemoOptions, DemoRecord, RunRecord, filesystem_of, summarise
 from ucm.bench.demo_audit import AuditHook
 from ucm.bench.demo_documents import SYSTEM_PROMPT
@@ -205,6 +206,13 @@ def test_a_child_that_ends_early_shows_the_end_of_its_log(tmp_path: Path) -> Non
     with pytest.raises(TierUnavailableError, match="the engine ended with 1"):
         child.next_event(60.0)
     child.close()
+
+
+def test_a_file_is_no_folder_for_a_demo(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = "file: File exists; name another with --folder"
+    with pytest.raises(ConfigError, match=said), demo._demo_folder(tmp_path / "file"):
+        pass
 
 
 def test_a_daemon_that_cannot_start_says_why(tmp_path: Path) -> None:

@@ -164,16 +164,20 @@ def test_memory_that_may_be_taken_is_compared_with_what_there_is(
     small = found_with(5, 5)
     assert small.status is CheckStatus.FAILED
     assert small.found == (
-        "5120 MiB, 5120 MiB available; the store takes up to 5120 MiB, each session up to 1024 MiB"
+        "5120 MiB, 5120 MiB available; over all namespaces the store takes up to 4096 MiB for "
+        "blocks and 1024 MiB for summaries, each session up to 1024 MiB"
     )
-    assert small.advice == "lower memory.capacity_bytes, or service.staging_bytes"
+    assert small.advice == (
+        "lower memory.capacity_bytes, service.staging_bytes, or, if namespaces have summaries, "
+        "summaries.capacity_bytes and summaries.table_bytes"
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "needed", "remedy"),
     [
         (resource.RLIMIT_FSIZE, 2 << 30, "LimitFSIZE=infinity"),
-        (resource.RLIMIT_AS, (2 << 30) + (256 << 20) + (5 << 30), "LimitAS=infinity"),
+        (resource.RLIMIT_AS, (2 << 30) + (512 << 20) + (5 << 30), "LimitAS=infinity"),
     ],
 )
 def test_arenas_and_segments_keep_to_the_limits_of_sizes(
@@ -193,6 +197,30 @@ def test_arenas_and_segments_keep_to_the_limits_of_sizes(
         assert check.status is status
     assert f"{needed} may be needed" in check.found
     assert remedy in check.advice
+
+
+def test_namespaces_share_memory_and_each_maps_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = resource.RLIM_INFINITY
+    limits = {resource.RLIMIT_AS: 1, resource.RLIMIT_NOFILE: 1}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits.get(kind, endless), endless))
+    config = config_of(tmp_path)
+    assert config.nvme.path is not None
+    one_bytes = config.memory.capacity_bytes + config.summaries.capacity_bytes
+    one_bytes += config.nvme.index_map_bytes
+    once_bytes = config.service.staging_bytes + config.collections.map_bytes
+    sizes, files, memory = [], [], []
+    for name in range(3):
+        sizes.append(doctor._check_sizes(config).found)
+        files.append(int(doctor._check_open_files(config).advice.split()[2].rstrip(",")))
+        memory.append(doctor._check_memory(config).found.partition("over all")[2])
+        (config.nvme.path / "ns" / bytes([name] * 32).hex()).mkdir(parents=True)
+    assert f", {one_bytes + once_bytes} may be needed for 1 namespace" in sizes[0]
+    assert sizes[1] == sizes[0]
+    assert f", {2 * one_bytes + once_bytes} may be needed for 2 namespaces" in sizes[2]
+    assert files[2] - files[0] == 2 * doctor.FDS_PER_NAMESPACE
+    assert memory[0] == memory[2], "one budget"
 
 
 def test_few_and_many_threads_are_noted(tmp_path: Path) -> None:

@@ -294,8 +294,10 @@ def test_a_link_or_a_file_is_no_data_folder(path: Path) -> None:
     with pytest.raises(ConfigError, match="link"):
         NvmeStore(nvme_config(path, 8))
     (path.parent / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be used"):
+    with pytest.raises(ConfigError, match="is a link or a file"):
         NvmeStore(nvme_config(path.parent / "file", 8))
+    with pytest.raises(ConfigError, match="cannot be used: Not a directory; name another"):
+        NvmeStore(nvme_config(path.parent / "file" / "below", 8))
 
 
 def test_what_it_makes_is_private(path: Path) -> None:

@@ -120,8 +120,62 @@ def test_a_full_disk_leaves_no_file_and_gives_the_budget_back(
     assert segment_numbers(folder) == []
     assert budget.remaining_bytes == 2 * SUPERBLOCK.segment_bytes
     assert segments.growable_slots() == 0, "known to be full"
+    segments.look_for_room()
+    assert segments.growable_slots() == 0, "nobody freed anything"
     assert segments.grow() == 3
     assert segments.growable_slots() == 3
+    segments.close()
+
+
+def test_who_asks_how_full_it_is_does_not_wait_for_the_disk(
+    folder: Path, io: PosixFileIo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store asks under its lock, and a file system may hang."""
+    free_bytes = [0]
+
+    def asked(_folder: Path) -> int:
+        assert free_bytes, "the disk was asked"
+        return free_bytes[-1]
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "injected")
+
+    monkeypatch.setattr("ucm.storage.segments._free_bytes", asked)
+    monkeypatch.setattr(io, "preallocate", no_room)
+    segments = Segments(folder, SUPERBLOCK, io, budget_of(2))
+    assert segments.grow() == 0
+    free_bytes.clear()
+    assert (segments.growable_slots(), segments.disk_is_full) == (0, True)
+    free_bytes.append(SUPERBLOCK.segment_bytes - 1)
+    segments.look_for_room()
+    assert (segments.growable_slots(), segments.disk_is_full) == (0, True)
+    free_bytes.append(SUPERBLOCK.segment_bytes)
+    segments.look_for_room()
+    assert (segments.growable_slots(), segments.disk_is_full) == (6, False)
+    segments.close()
+
+
+def test_a_descriptor_outlives_the_file_and_waits_for_no_sync(
+    folder: Path, io: PosixFileIo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments = Segments(folder, SUPERBLOCK, io, budget_of(1))
+    assert segments.grow() == 3
+
+    def sync_with_a_reader(_file: int) -> None:
+        with segments.duplicate(0) as found:
+            assert found is not None
+            assert os.fstat(found[0]).st_size == SUPERBLOCK.segment_bytes
+
+    monkeypatch.setattr(io, "fdatasync", sync_with_a_reader)
+    assert segments.sync([0]) == set()
+    with segments.duplicate(0) as found:
+        assert found is not None
+        assert found[1] == segments.file_id(0)
+        assert segments.remove(0)
+        assert os.fstat(found[0]).st_nlink == 0
+    for number in (-1, 0, 1):
+        with segments.duplicate(number) as nothing:
+            assert nothing is None
     segments.close()
 
 

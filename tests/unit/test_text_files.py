@@ -110,8 +110,12 @@ def test_folders_are_walked_in_order_and_files_come_once(tmp_path: Path) -> None
         (tmp_path / name).write_text("x")
     (tmp_path / "b" / "loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "z").symlink_to(tmp_path / "z")
     files, skipped = find_files([tmp_path / "b" / "two", tmp_path, tmp_path / "a"])
-    assert [name_of(each, tmp_path) for each in files] == ["a", "b/one", "b/two"]
+    assert [name_of(each, tmp_path) for each in files] == ["a", "b/one", "b/two", "z"]
+    refused = read_text(tmp_path / "z", tmp_path)
+    assert isinstance(refused, SkippedFile)
+    assert "Too many levels" in refused.detail, "a link to itself"
     assert not skipped
     hidden, _ = find_files([tmp_path / ".hidden"])
     assert hidden == [tmp_path / ".hidden"], "what is named itself is taken"

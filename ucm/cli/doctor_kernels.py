@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ucm.errors import ConfigError
+from ucm.path_errors import path_error
 
 from .console import print_json
 from .options import JsonOption
@@ -77,7 +78,8 @@ def _tune(path: Path | None, machine: MachineIdentity, budget_s: float) -> int:
     try:
         cost_table.save(path, machine, tuned.table)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+        advice = f"name another file with {cost_table.VARIABLE}"
+        raise path_error(error, f"{path} cannot be written", advice) from error
     cost_table.current.cache_clear()  # this process chose nothing that matters yet
     return tuned.num_left
 

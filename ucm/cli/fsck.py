@@ -45,7 +45,7 @@ def fsck(
     if as_json:
         print_json(_as_dict(folder, report))
     else:
-        _show(folder, report)
+        _show(folder, report, repair=repair)
     if not report.ok:
         raise typer.Exit(ExitCode.CHECK_FAILED)
 
@@ -55,7 +55,7 @@ def _as_dict(folder: Path, report: FsckReport) -> dict[str, object]:
     return asdict(report) | {"path": folder, "ok": report.ok, "findings": findings}
 
 
-def _show(folder: Path, report: FsckReport) -> None:
+def _show(folder: Path, report: FsckReport, *, repair: bool) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for finding in report.findings:
         console.print(_line(finding), markup=False)
@@ -71,8 +71,23 @@ def _show(folder: Path, report: FsckReport) -> None:
             f"stored; nothing is left of {counted(report.num_deleted_blocks, 'block')} of deleted "
             "documents"
         )
-    if not report.ok:
-        console.print("damage is left; run `ucm fsck --repair` to drop the damaged blocks")
+    advice = _advice(report, repair=repair)
+    if advice:
+        console.print(advice)
+
+
+def _advice(report: FsckReport, *, repair: bool) -> str:
+    """What to do about damage that is left; empty when none is."""
+    from ucm.storage.fsck_report import FindingKind
+
+    left = {each.kind for each in report.findings if each.is_damage and not each.fixed}
+    if not left:
+        return ""
+    if left == {FindingKind.VERSION}:
+        return "no damage was found; what another version wrote was neither checked nor changed"
+    if repair:
+        return "damage is left that could not be mended: each line without [fixed] says what"
+    return "damage is left; run `ucm fsck --repair` to drop the damaged blocks"
 
 
 def _line(finding: FsckFinding) -> str:

@@ -76,13 +76,19 @@ class FakeStore:
         self.cache.close()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Wait for another thread to get somewhere.
+def wait_until(
+    condition: Callable[[], bool],
+    timeout_s: float = 5.0,
+    *,
+    what: str = "waited in vain",
+    every_s: float = 0.001,
+) -> None:
+    """Wait for another thread or process to get somewhere; `what` says where it did not.
 
     Raises:
         AssertionError: it did not in time.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline_s = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.001)
+        assert time.monotonic() < deadline_s, what
+        time.sleep(every_s)
