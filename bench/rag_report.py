@@ -105,7 +105,7 @@ def _full(result: Result) -> str:
     full = [detail["full"] for detail in result["details"]["prompts"].values()]
     gold = statistics.fmean(prompt["full"]["gold_logp"] for prompt in result["prompts"])
     return (
-        f"full prefill: gold {gold:.3f} ({_num_questions(result)} questions), "
+        f"full prefill: gold {gold:.3f} (questions: {_num_questions(result)}), "
         f"exact {_mean(full, 'exact_match'):.2f}, copy {_mean(full, 'copy_perplexity'):.2f}"
     )
 
