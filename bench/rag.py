@@ -9,7 +9,8 @@ For each prompt, policy and budget, against a full prefill of the same tokens:
     cost        recomputed token-layers over those of the chunk rows that are not exact where they
                 stand; everything computed to choose them is counted
     ttft_ms     of the real engine, the chunks in host memory; the text that follows is the query
-    gold_logp   log-probability of answers to questions for facts in the chunks, nats a token
+    gold_logp   log-probability of answers to questions for facts in the chunks, nats a token; one
+                question for every chunk but the first
 
 `none` and `full` have no budget: their numbers are the same at each. `geomean_kl` is the geometric
 mean over prompts; `ttft_ratio` is `progressive` at 0.18 over full prefill, medians of turns, for
@@ -34,7 +35,7 @@ from .gsa import LEAST_KL
 from .gsa_documents import Document
 from .rag_prompts import CONT, RAG, PlainEncoder, Prompt, PromptMaker, PromptOptions, Shape
 from .rag_quality import PromptQuality, QualityOptions, measure_quality
-from .rag_targets import targets_of
+from .rag_targets import gold_error, gold_loss, targets_of
 from .rag_texts import check_folder, folder_texts, own_texts
 from .rag_ttft import TtftResult, TtftRig, measure_ttft, ttft_ratio
 
@@ -108,6 +109,7 @@ def run_rag_bench(options: RagBenchOptions, progress: Progress | None = None) ->
     result["details"] = {
         "prompts": {row.prompt.name: row.details() for row in rows},
         "ttft": ratios,
+        "gold": gold_details(result["prompts"], [row.quality.details for row in rows]),
     }
     return {**result, "targets": targets_of(result)}
 
@@ -208,6 +210,33 @@ class _Bench:
         if line not in self.warnings:
             self.warnings.append(line)
             self._say(f"warning: {line}")
+
+
+def gold_details(
+    prompts: Sequence[Result], details: Sequence[Mapping[str, Mapping[str, Result]]]
+) -> Result:
+    """What gold answers lose, and how well that is known.
+
+    Args:
+        prompts: the result's.
+        details: of each prompt: policy, budget, details.
+
+    Returns:
+        Policy, budget: `loss` and `standard_error` in nats a token, `num_questions`.
+    """
+
+    def cell(policy: str, budget: str) -> Result:
+        losses = [each[policy][budget]["gold_losses"] for each in details]
+        return {
+            "loss": gold_loss({"prompts": prompts}, policy, budget),
+            "standard_error": gold_error(losses),
+            "num_questions": sum(map(len, losses)),
+        }
+
+    return {
+        policy: {budget: cell(policy, budget) for budget in budgets}
+        for policy, budgets in details[0].items()
+    }
 
 
 def geomean_kl(cells: Sequence[Mapping[str, Mapping[str, Result]]]) -> Result:

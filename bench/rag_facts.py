@@ -126,10 +126,15 @@ def ask(facts: Sequence[Fact], index: int, encoder: Encoder) -> Question:
     return Question(tuple(encoder.encode(text)), tuple(gold))
 
 
-def asked(num_facts: int, num_questions: int) -> list[int]:
+def asked(num_facts: int, num_questions: int | None = None) -> list[int]:
     """Which facts are asked for: spread evenly, the last first, the first chunk's never.
 
     The first chunk is the one that nothing can stand before but the prefix.
+
+    Args:
+        num_facts: of a prompt.
+        num_questions: at most; None asks for all but the first.
     """
-    count = min(num_questions, num_facts - 1)
+    most = num_facts - 1
+    count = most if num_questions is None else min(num_questions, most)
     return [num_facts - 1 - step * (num_facts - 1) // count for step in range(count)]

@@ -106,8 +106,8 @@ class PromptOptions:
 
     shapes: tuple[Shape, ...] = SHAPES
     window_tokens: int = 96
-    num_questions: int = 3
-    """For each prompt; one less than it has chunks where that is less."""
+    num_questions: int | None = None
+    """For each prompt, at most; None: one for every chunk but the first."""
 
 
 class PromptMaker:

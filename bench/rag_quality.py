@@ -94,7 +94,7 @@ class PromptQuality:
     """Policy, budget: kl, top1, dnll, cost, gold_logp."""
     details: dict[str, dict[str, Result]] = field(default_factory=dict)
     """Policy, budget: recomputed_token_layers, rows_per_layer, fresh_rows, exact_match, answer_kl,
-    and copy_perplexity where it was measured."""
+    gold_losses, and copy_perplexity where it was measured."""
     full: Result = field(default_factory=dict)
     """Of full prefill: gold_logp."""
     full_details: Result = field(default_factory=dict)
@@ -198,6 +198,7 @@ class _Trial:
             "fresh_rows": outcome.num_fresh,
             "exact_match": self._exact_match(answers),
             "answer_kl": self._answer_kl(answers),
+            "gold_losses": self._gold_losses(answers),
         }
         if has_copy:
             detail["copy_perplexity"] = self._perplexity(said[-1])
@@ -228,8 +229,19 @@ class _Trial:
 
     def _gold_logp(self, answers: Sequence[Tensor]) -> float:
         """Mean over questions of the answer's log-probability a token."""
+        return statistics.fmean(self._gold_logps(answers))
+
+    def _gold_losses(self, answers: Sequence[Tensor]) -> list[float]:
+        """For each question what full prefill gives the answer more, nats a token."""
+        truth = self._gold_logps([self._truth[each] for each in self._questions])
+        return [
+            ours - theirs for ours, theirs in zip(truth, self._gold_logps(answers), strict=True)
+        ]
+
+    def _gold_logps(self, answers: Sequence[Tensor]) -> list[float]:
+        """For each question the answer's log-probability a token."""
         pairs = zip(answers, self._questions, strict=True)
-        return statistics.fmean(_mean_logp(said, each.targets) for said, each in pairs)
+        return [_mean_logp(said, each.targets) for said, each in pairs]
 
     def _exact_match(self, answers: Sequence[Tensor]) -> float:
         """Share of questions that greedy decoding answers with the gold answer."""

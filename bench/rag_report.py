@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from .gsa_report import targets_table
-from .rag_targets import gold_loss
 
 Result = Mapping[str, Any]
 KEY = """\
@@ -22,6 +21,7 @@ dNLL       of what follows, reuse minus full prefill, nats a token; mean of |dNL
 cost       recomputed token-layers, probes too, over those of rows not exact
 TTFT       milliseconds to the first token; mean: of the ratio to full prefill
 gold       log-probability of answers less that of full prefill, nats a token
++-         its standard error over questions
 exact      share of questions that are answered rightly
 copy       perplexity of a passage that recurs"""
 
@@ -47,7 +47,7 @@ def rag_bench_report(result: Result) -> Group:
 
 
 def _means(result: Result, budget: str) -> Table:
-    headings = ("KL", "top-1", "dNLL", "cost", "TTFT", "gold", "exact", "copy")
+    headings = ("KL", "top-1", "dNLL", "cost", "TTFT", "gold", "+-", "exact", "copy")
     table = _table("policy", headings)
     details = result["details"]["prompts"].values()
     for policy, geomean in result["geomean_kl"].items():
@@ -57,6 +57,7 @@ def _means(result: Result, budget: str) -> Table:
             for cell, prompt in zip(cells, result["prompts"], strict=True)
         ]
         extra = [detail["policies"][policy][budget] for detail in details]
+        gold = result["details"]["gold"][policy][budget]
         copies = [each["copy_perplexity"] for each in extra if "copy_perplexity" in each]
         table.add_row(
             policy,
@@ -65,7 +66,8 @@ def _means(result: Result, budget: str) -> Table:
             f"{statistics.fmean(abs(cell['dnll']) for cell in cells):.4f}",
             f"{_mean(cells, 'cost'):.3f}",
             f"{statistics.geometric_mean(ratios):.2f} x",
-            f"{-gold_loss(result, policy, budget):+.3f}",
+            f"{-gold['loss']:+.3f}",
+            "" if gold["standard_error"] is None else f"{gold['standard_error']:.3f}",
             f"{_mean(extra, 'exact_match'):.2f}",
             f"{statistics.fmean(copies):.2f}" if copies else "",
         )
@@ -103,9 +105,16 @@ def _full(result: Result) -> str:
     full = [detail["full"] for detail in result["details"]["prompts"].values()]
     gold = statistics.fmean(prompt["full"]["gold_logp"] for prompt in result["prompts"])
     return (
-        f"full prefill: gold {gold:.3f}, exact {_mean(full, 'exact_match'):.2f}, "
-        f"copy {_mean(full, 'copy_perplexity'):.2f}"
+        f"full prefill: gold {gold:.3f} (questions: {_num_questions(result)}), "
+        f"exact {_mean(full, 'exact_match'):.2f}, copy {_mean(full, 'copy_perplexity'):.2f}"
     )
+
+
+def _num_questions(result: Result) -> int:
+    """The same for every policy and budget."""
+    cell = next(iter(result["details"]["gold"]["full"].values()))
+    num_questions: int = cell["num_questions"]
+    return num_questions
 
 
 def _mean(cells: list[Result], name: str) -> float:

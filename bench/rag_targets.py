@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .gsa_targets import judged
@@ -89,3 +90,22 @@ def gold_loss(result: Result, policy: str, budget: str) -> float:
         prompt["full"]["gold_logp"] - prompt["policies"][policy][budget]["gold_logp"]
         for prompt in result["prompts"]
     )
+
+
+def gold_error(losses: Sequence[Sequence[float]]) -> float | None:
+    """How well `gold_loss` is known: its standard error, taking questions for independent.
+
+    A prompt's mean weighs as much as another's, however many questions it has.
+
+    Args:
+        losses: for each prompt those of its questions, nats a token.
+
+    Returns:
+        Nats a token; None for a single question, which tells nothing of it.
+    """
+    num_questions = sum(map(len, losses))
+    if num_questions < 2:
+        return None
+    mean = statistics.fmean(statistics.fmean(each) for each in losses)
+    variance = sum(sum((loss - mean) ** 2 for loss in each) / len(each) ** 2 for each in losses)
+    return math.sqrt(variance * num_questions / (num_questions - 1)) / len(losses)

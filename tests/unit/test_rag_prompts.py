@@ -150,9 +150,10 @@ def test_facts_say_the_same_of_different_places(seed: int) -> None:
 
 def test_questions_ask_for_different_chunks_but_the_first() -> None:
     for num_facts in range(3, 9):
-        for num_questions in (1, 3):
+        for num_questions in (1, 3, None):
             found = asked(num_facts, num_questions)
-            assert len(set(found)) == len(found) == min(num_questions, num_facts - 1)
+            wanted = num_facts - 1 if num_questions is None else num_questions
+            assert len(set(found)) == len(found) == min(wanted, num_facts - 1)
             assert 0 not in found
             assert max(found) == num_facts - 1
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from typing import Any
 
 import pytest
 import torch
 
-from ucm.bench.rag import geomean_kl
+from ucm.bench.rag import geomean_kl, gold_details
 from ucm.bench.rag_facts import Question
 from ucm.bench.rag_prompts import COPY_LEAD, Prompt
 from ucm.bench.rag_quality import POLICIES, PromptQuality, QualityOptions, Suffix, measure_quality
-from ucm.bench.rag_targets import gold_loss, kl_ratio, targets_of, worst_prompt
+from ucm.bench.rag_targets import gold_error, gold_loss, kl_ratio, targets_of, worst_prompt
 from ucm.engine.loading import load_model
 from ucm.engine.model import LlamaModel
 from ucm.testing.models import write_tiny_model
@@ -74,6 +75,15 @@ def test_what_everything_recomputed_says_is_full_prefill(found: PromptQuality) -
         assert detail["copy_perplexity"] == pytest.approx(
             found.full_details["copy_perplexity"], rel=1e-3
         )
+
+
+def test_losses_are_told_question_by_question(found: PromptQuality) -> None:
+    for policy, cells in found.cells.items():
+        for budget, cell in cells.items():
+            losses = found.details[policy][budget]["gold_losses"]
+            assert len(losses) == len(PROMPT.questions)
+            lost = found.full["gold_logp"] - cell["gold_logp"]
+            assert sum(losses) / len(losses) == pytest.approx(lost, abs=1e-5)
 
 
 def test_costs_are_within_their_budgets(found: PromptQuality) -> None:
@@ -189,6 +199,25 @@ def test_targets_compare_what_they_name() -> None:
     assert found["|dNLL| of progressive at 0.18, mean over prompts"]["value"] == 0.02
     assert not found["TTFT at 1k, progressive 0.18 / full prefill"]["held"]
     assert not any("3k" in name for name in found)
+
+
+def test_the_error_of_a_mean_over_prompts() -> None:
+    even = gold_error([[0.1, 0.3], [0.2, 0.6]])
+    assert even == pytest.approx(statistics.stdev([0.1, 0.3, 0.2, 0.6]) / 2)
+    assert gold_error([[0.1, 0.1], [0.1]]) == pytest.approx(0.0)
+    assert gold_error([[0.1]]) is None
+    single = gold_error([[0.0, 0.0, 0.0, 0.0], [1.0]])
+    few, many = 0.25 * 5 / 4, 4 * 0.25 / 16 * 5 / 4
+    assert single == pytest.approx(math.sqrt(few + many) / 2)
+
+
+def test_gold_details_say_how_many_were_asked() -> None:
+    prompts = result_of([(0.1, 0.4), (0.2, 0.1)])["prompts"]
+    details = [{"progressive": {"0.18": {"gold_losses": each}}} for each in ([0.1], [0.0, 0.2])]
+    cell = gold_details(prompts, details)["progressive"]["0.18"]
+    assert cell["loss"] == pytest.approx(0.1)
+    assert cell["num_questions"] == 3
+    assert cell["standard_error"] == gold_error([[0.1], [0.0, 0.2]])
 
 
 def test_a_ratio_of_nothing() -> None:
