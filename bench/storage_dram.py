@@ -3,7 +3,8 @@
 A load is everything from asking for the lease to the last byte, checked, in the client's own
 memory: PrepareLoad and `BlockCopier.copy_verified`. CompleteLoad follows and is timed by itself.
 
-What it is compared with, in the same rounds, into the same memory, which was touched before:
+What it is compared with, in the same rounds. All copy into the same memory, which is overwritten
+before each, so each finds the cache full of bytes that have to be written to memory first:
 
     memcpy_gb_s           the same bytes from the arena, one call for each run of neighbouring
                           slots: one call for all, as a rule (`arena_runs`); `load_ratio` is to this
@@ -139,15 +140,18 @@ class DramBench:
 
     def _plain_copies(self) -> Mapping[str, float]:
         into = np.frombuffer(self._target.memory, np.uint8)
+        self._target.wipe()
         begin = time.perf_counter()
         np.copyto(into, np.frombuffer(self._private.memory, np.uint8))
         private = gb_s(into.nbytes, begin)
+        self._target.wipe()
         lease = self._cache.prepare_load(self._handle.id, self._keys, timeout_s=LEASE_TIMEOUT_S)
         blocks = [ready_data(block) for block in lease.blocks]
         runs = list(runs_in_arena(blocks))
         cpu = time.thread_time()
         arena = _copy_rate(into, runs)
         cpu = time.thread_time() - cpu
+        self._target.wipe()
         by_block = _copy_rate(into, [np.frombuffer(block, np.uint8) for block in blocks])
         self._cache.complete_load(lease.id)
         return {
