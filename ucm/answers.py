@@ -111,6 +111,10 @@ class Answers:
         finally:
             self.pacer.note_urgent(time.monotonic())
 
+    def forget(self, session: SessionId) -> None:
+        """A session has ended: it waits for no load."""
+        self.gate.forget(session, time.monotonic())
+
     def keys(self, packed: bytes) -> CheckedKeys:
         """A call's keys.
 

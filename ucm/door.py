@@ -283,6 +283,7 @@ class Door:
             # The token first: a call that arrives now must not find a session half ended.
             self._tokens.revoke(token)
             self._manager.close_session(session)
+            self._answers.forget(session)
             _log.info("session %d ended", session)
 
     def _welcome(self, staging_bytes: int, token: bytes) -> pb.DoorReply:

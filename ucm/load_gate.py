@@ -4,7 +4,8 @@
     crowded   refusals, or calls with more than `most` in front of them, for `STANDING_S`: up to
               `crowded` are in service or on their way, each with a ticket from the board
               (`load_board`), where all others see that they need not call
-    open      again when hardly anybody was refused for a while, or few clients are left
+    open      again when hardly anybody was refused for a while, or few clients are left; at once
+              when the sessions of the others have ended
 
 Loads that are in service together share a processor and a disk: many of them take many times as
 long each and are hardly more a second. As long as nobody is turned away that is what clients ask
@@ -15,8 +16,9 @@ While it is crowded a call without a ticket is admitted to a place that is free,
 waited longer than `LATE_S` before it came here while others are in service: its answer would be
 late, and it stood in a queue that must get shorter.
 
-A ticket that was taken and not brought within `LOST_S` is issued again: its client has died. If
-more are lost than brought somebody takes tickets for nothing; then the board is left open for a
+A ticket that was taken and not brought within `LOST_S` is issued again: its client has died. Nobody
+may be left who tells: so while none is in service the board is believed for `IDLE_S` only. If more
+are lost than brought somebody takes tickets for nothing; then the board is left open for a
 while, and refusals cost a call again.
 
 Hints make clients come again as fast as `TRIES_A_LOAD` looks for each load that ends, however many
@@ -89,6 +91,10 @@ STALLED_S: Final = 0.5
 
 BELIEVED_S: Final = 0.5
 """How long the board says that it is crowded, unless a load comes or ends before."""
+
+IDLE_S: Final = 0.05
+"""The same while no load is in service: in a crowd somebody takes the ticket within a few
+milliseconds and its call is here soon after, or the ticket is lost."""
 
 _FIRST_INTERVAL_S: Final = 0.01
 _WEIGHT: Final = 0.05
@@ -204,6 +210,14 @@ class LoadGate:
                 self._interval_s += _WEIGHT * (took_s - self._interval_s)
             self._post(now_s)
 
+    def forget(self, caller: Hashable, now_s: float) -> None:
+        """A caller is gone and waits for no place; as few as are served at once are no crowd."""
+        with self._lock:
+            self._callers.pop(caller, None)
+            if len(self._callers) <= self._limits.crowded:
+                self._is_crowded = False
+            self._post(now_s)
+
     def _has_place(self, now_s: float, made: Made) -> bool:
         if len(self._inside) >= self._limits.most:
             return False
@@ -262,7 +276,8 @@ class LoadGate:
         """Bring the board up to date."""
         is_posted = self._is_crowded and now_s >= self._distrust_until_s
         self._renew_tickets(now_s, self._limits.crowded if is_posted else 0)
-        self._board.post(now_s + BELIEVED_S if is_posted else 0.0, self._retry_s())
+        until_s = now_s + (BELIEVED_S if self._inside else IDLE_S)
+        self._board.post(until_s if is_posted else 0.0, self._retry_s())
 
     def _renew_tickets(self, now_s: float, wanted: int) -> None:
         """See to it that loads with tickets and in service are as many as wanted."""

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,20 @@ def test_a_session_ends_with_its_connection(house: House) -> None:
     wait_until(lambda: house.door.num_connections == 0)
     with pytest.raises(PermissionDeniedError):
         house.tokens.session_of(token)
+
+
+def test_a_crowd_ends_with_its_sessions(house: House) -> None:
+    gate, now_s = house.answers.gate, time.monotonic()
+    clients = [house.connect() for _ in range(3)]
+    sessions = [house.tokens.session_of(each.hello(timeout_s=5).token) for each in clients]
+    while not gate.is_crowded:
+        for session in sessions:
+            with contextlib.suppress(CapacityError):
+                gate.enter(session, now_s)
+        now_s += 0.01
+    for client in clients:
+        client.close()
+    wait_until(lambda: not gate.is_crowded)
 
 
 def test_descriptors_and_threads_go_back_to_the_baseline(house: House) -> None:

@@ -16,6 +16,7 @@ from ucm.load_board import BoardReader, LoadBoard, Made, made_of
 from ucm.load_gate import (
     CALLERS_S,
     DISTRUST_S,
+    IDLE_S,
     LATE_S,
     LOST_S,
     OPEN_RETRY_S,
@@ -216,6 +217,34 @@ def test_a_crowd_ends_when_few_are_left(place: Place) -> None:
         place.enter(1, Made(num_refused=3, has_ticket=True))
         place.leave(0.01)
     assert not place.gate.is_crowded
+
+
+def test_a_crowd_ends_with_the_sessions_of_those_who_wait(place: Place) -> None:
+    place.crowd(callers=8)
+    for _ in range(MOST):
+        place.leave()
+    for caller in range(8 - CROWDED):
+        assert place.gate.is_crowded
+        place.gate.forget(caller, place.now_s)
+    assert not place.gate.is_crowded
+    assert place.passes() == Made()
+    assert place.board.take_tickets() == 0
+
+
+def test_a_caller_that_is_not_known_is_forgotten_too(place: Place) -> None:
+    place.gate.forget("nobody", place.now_s)
+    assert place.passes() == Made()
+
+
+def test_who_dies_with_the_only_ticket_keeps_others_away_for_a_moment(place: Place) -> None:
+    place.crowd()
+    for _ in range(MOST):
+        place.leave()
+    for _ in range(CROWDED):
+        assert place.passes() == Made(has_ticket=True)
+    assert place.passes() is None
+    place.now_s += IDLE_S
+    assert place.passes() == Made()
 
 
 def test_loads_that_wait_for_a_slow_disk_hold_up_no_others(place: Place) -> None:
