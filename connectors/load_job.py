@@ -195,7 +195,8 @@ class LoadJob:
         known = self._model
         most_tokens = known.options.joined_tokens if shape.is_alone else known.options.chunk_tokens
         pass_s = num_layers * self._comp_layer_s(most_tokens)
-        pass_s += known.contention_s(self.total_bytes)
+        beside = min(1.0, pass_s / load_s)
+        pass_s += known.contention_s(int(beside * self.total_bytes))
         # A pass must not outlive what it reads behind: then nothing is read behind it.
         is_long = pass_s > MAX_LEASE_SHARE * lease_s
         options = ReaderOptions(

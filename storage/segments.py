@@ -316,8 +316,8 @@ class Segments:
             except OSError as error:
                 log.warning("segment %04d cannot be deleted: %s", segment, error)
                 return False
-            self._left.add(segment)
             self._close_file(segment)
+            self._left.add(segment)
         try:
             self._io.sync_folder(self._folder)
         except OSError as error:
@@ -380,9 +380,10 @@ class Segments:
             self._retired.add(len(self._files))
         is_compact = path == segment_path(self._folder, len(self._full), is_compact=True)
         self._full.append(self._superblock.has_compact_slots and not is_compact)
-        self._files.append(file)
-        self._file_ids.append(next(self._next_file_id))
         self._sync_locks.append(threading.Lock())
+        with self._close_lock:
+            self._file_ids.append(next(self._next_file_id))
+            self._files.append(file)
 
     def _path(self, number: int, *, full: bool = False) -> Path:
         is_compact = self._superblock.has_compact_slots and not full

@@ -63,6 +63,7 @@ class BlockCopier:
                 `MAX_THREADS`.
 
         Raises:
+            ConfigError: `UCM_KERNEL_BLOCK_COPY` asks for what is not possible.
             InvalidArgumentError: `num_threads` is not positive.
         """
         if num_threads is not None and num_threads < 1:

@@ -273,7 +273,8 @@ class _Plan:
             ways.append(self._way(LoadKind.LOAD_PART, part, self._loading(part)))
         if self._shape.can_hybrid:
             hybrid, layered = self._from_both_ends(), ways[0]
-            if layered.predicted_ttft_s < hybrid.predicted_ttft_s and not is_from_back:
+            # Not by what was learnt: a way that is taken no more is learnt about no more.
+            if layered.estimated_ttft_s < hybrid.estimated_ttft_s and not is_from_back:
                 hybrid = replace(layered, kind=LoadKind.HYBRID)
             ways.append(hybrid)
         return ways

@@ -71,6 +71,7 @@ def reachable(
     Raises:
         UcmError: a `refusal`: a folder on the way belongs to somebody else.
         ConfigError: no path can be like this.
+        CapacityError: the disk, or the process's table of open files, is full.
         TierUnavailableError: the file system does not answer.
     """
     try:

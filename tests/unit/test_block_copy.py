@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -156,3 +158,34 @@ def test_where_no_code_can_be_made_blocks_are_copied_in_pieces() -> None:
     assert block_copy(layout)(layout, source, into, True) == block_checksums(layout, source)
     with pytest.raises(ConfigError, match="no executable memory"):
         block_copy(layout, override="fused")
+
+
+def test_a_process_that_may_have_no_executable_memory_copies_in_pieces() -> None:
+    """As under systemd's MemoryDenyWriteExecute: LLVM says nothing, its code would be a fault."""
+    script = """if True:
+        import ctypes, sys
+        if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE, Linux 6.3
+            sys.exit(77)
+        from ucm.checksum import block_checksums
+        from ucm.kernels.block_copy import BLOCK_COPY, block_copy
+        from ucm.testing.tier_conformance import LAYOUT, make_block
+        source, into = make_block(1), memoryview(bytearray(LAYOUT.block_bytes))
+        assert block_copy(LAYOUT)(LAYOUT, source, into, True) == block_checksums(LAYOUT, source)
+        try:
+            block_copy(LAYOUT, override="fused")
+        except Exception as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("the kernel is older than Linux 6.3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no executable memory" in done.stdout
+
+
+def test_code_that_copies_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_copy, "PRIME64_1", 1)
+    fused_copy.fused_copy.cache_clear()
+    with pytest.raises(FusedCopyUnavailableError, match="wrongly"):
+        fused_copy.fused_copy()
