@@ -53,7 +53,7 @@ class OverlapBenchOptions:
     steady_s: float = 10.0
     """A way whose runs in a cell took less so far gets another, up to `MOST_ROUNDS`; so does one
     that a ratio of the cell depends on, however long it takes. 0: none."""
-    limit_s: float = 35 * 60.0
+    limit_s: float = 30 * 60.0
     """Runs beyond `repeats` are begun only where the whole benchmark should end before."""
     answer_tokens: int = 8
     """Of each answer; compared with that of `compute_only`."""
