@@ -1,4 +1,5 @@
-# demo, test: the two commands of the README. Everything lives in $(VENV); nothing else is touched.
+# demo, test: the two commands of the README. Everything lives in $(VENV), but for the model, in the
+# user's cache folder.
 VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt

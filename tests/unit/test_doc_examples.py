@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ucm.engine.sampling import SamplingParams
+from ucm.testing.daemon import running_daemon, short_folder, small_config
 from ucm.testing.models import write_tiny_model
 from ucm.testing.reference import DOCS
 
@@ -23,6 +24,21 @@ def test_select_on_an_embedded_cache(capsys: pytest.CaptureFixture[str]) -> None
     assert len(lines) == 2
     for line in lines:
         assert re.fullmatch(r"layer [01]: 12 of 40 blocks, mass 0\.[3-9]\d", line)
+
+
+def test_blocks_are_stored_and_loaded_in_this_process_and_by_a_daemon(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(EXAMPLES / "store_load.py")
+    monkeypatch.setattr("sys.argv", ["store_load.py"])
+    runpy.run_path(path)
+    with short_folder() as folder, running_daemon(small_config(folder)) as daemon:
+        monkeypatch.setattr("sys.argv", ["store_load.py", str(daemon.config.service.socket_path)])
+        runpy.run_path(path)
+        runpy.run_path(path)
+    first = "12 stored, 12 found, 12 loaded, 12 right"
+    again = "0 stored, 12 found, 12 loaded, 12 right"
+    assert capsys.readouterr().out.splitlines() == [first, first, again]
 
 
 def test_a_context_larger_than_the_pool(
