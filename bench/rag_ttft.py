@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from ucm.config import Config
+from ucm.connectors.cached_engine import cost_model_for
 from ucm.connectors.reference import ReferenceConnector, kv_dtype, namespace_spec
 from ucm.connectors.session import CacheSession, SessionOptions
 from ucm.embedded import open_embedded
@@ -81,7 +82,10 @@ class TtftRig:
         memory = dataclasses.replace(config.memory, capacity_bytes=num_bytes, prefault_bytes=0)
         config = dataclasses.replace(config, memory=memory)
         self._session = CacheSession(
-            lambda: open_embedded(None, config), spec, SessionOptions(deadline_s=DEADLINE_S)
+            lambda: open_embedded(None, config),
+            spec,
+            SessionOptions(deadline_s=DEADLINE_S),
+            model=cost_model_for(self._options),
         )
         try:
             self._session.connect(CONNECT_TIMEOUT_S)

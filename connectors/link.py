@@ -213,9 +213,8 @@ class Link:
                     f"the cache opened the namespace with {namespace.layout}, "
                     f"asked for {self._options.spec.layout}"
                 )
-            cache.prefetch(
-                namespace.id, ()
-            )  # as `check`: up to here a door alone may have answered
+            # As `check`: up to here a door alone may have answered.
+            cache.prefetch(namespace.id, ())
             connected = True
             return Connection(cache, namespace)
         finally:

@@ -6,7 +6,7 @@ machine does not run costs nothing. How one block is copied and checked is `kern
 choice: in one pass by machine code, or in pieces of a core's cache.
 
 Invariants
-    * What is judged is the copy, after it was made: no later writer can make a bad one look good.
+    * What is judged are the bytes that were written, whoever writes to the source meanwhile.
     * When a call has returned or raised, nobody writes to its targets any more.
     * Threads are started by the first batch worth it, are at most `MAX_THREADS`, and end with
       `close`. Without them (closed, forked in the middle, no more threads) the caller copies alone.
