@@ -1,21 +1,25 @@
-"""Copying one block with a checksum for each slab of the copy.
+"""Copying blocks with a checksum for each slab of the copies.
 
     implementation   how                                                          admits
     pieces           copy what fits a core's cache, checksum it there, go on      everything
     fused            each byte read once, copied and checksummed (`fused_copy`)   slabs of whole
                                                                                   64 bytes, 256 on
 
-Host memory only. Both write all of the target, padding too, and both answer for the copy: the
-checksums are of what was written, whatever happens to the source meanwhile.
+Host memory only. Both write all of the targets, padding too, and both answer for the copies: the
+checksums are of what was written, whatever happens to a source meanwhile.
+
+A call takes several blocks because what comes before machine code runs, some 5 us a block and more
+where nothing of it is cached, is Python's: threads that copy block by block take turns in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ucm.checksum import check_block_length, copy_block
 from ucm.layout import KvDtype, KvLayout
@@ -26,11 +30,13 @@ from .dispatch import Implementation, Operation, Problem, Thunk, always, coarse
 BENCH_BYTES: Final = 64 << 20
 
 SlabSums: TypeAlias = tuple[int, ...]
-CopyBlockFn: TypeAlias = Callable[[KvLayout, memoryview, memoryview, bool], SlabSums]
-"""(layout, source, target, around the cache) -> checksums of the copy's slabs, layer 0 first.
+Blocks: TypeAlias = Sequence[memoryview]
+CopyBlocksFn: TypeAlias = Callable[[KvLayout, Blocks, Blocks, bool], list[SlabSums]]
+"""(layout, sources, targets, around the cache) -> each copy's slab checksums, layer 0 first.
 
 The buffers are contiguous, `layout.block_bytes` long and do not overlap; LayoutMismatchError if
-they have another length. Blocks until done, without the interpreter lock for the most part.
+one has another length, ValueError for a target that is read-only or not as many of them as sources.
+Blocks until done, without the interpreter lock for the most part.
 """
 
 
@@ -46,7 +52,7 @@ class BlockCopyProblem(Problem):
         return f"N{coarse(layout.num_layers, 4)} bytes{coarse(layout.slab_bytes, 4)}"
 
 
-def block_copy(layout: KvLayout, *, override: str | None = None) -> CopyBlockFn:
+def block_copy(layout: KvLayout, *, override: str | None = None) -> CopyBlocksFn:
     """What copies blocks of a layout here; the first call in a process may take 0.2 s.
 
     Raises:
@@ -55,26 +61,36 @@ def block_copy(layout: KvLayout, *, override: str | None = None) -> CopyBlockFn:
     return BLOCK_COPY.select(_problem(layout), override).run
 
 
-def _in_pieces(layout: KvLayout, source: memoryview, into: memoryview, _around: bool) -> SlabSums:
-    return copy_block(layout, source, into)
+def _in_pieces(layout: KvLayout, sources: Blocks, targets: Blocks, _around: bool) -> list[SlabSums]:
+    pairs = zip(sources, targets, strict=True)
+    return [copy_block(layout, source, into) for source, into in pairs]
 
 
-def _fused(layout: KvLayout, source: memoryview, into: memoryview, around: bool) -> SlabSums:
-    check_block_length(layout, source)
-    check_block_length(layout, into)
-    origin, target = np.frombuffer(source, np.uint8), np.frombuffer(into, np.uint8)
-    if not target.flags.writeable:
+def _fused(layout: KvLayout, sources: Blocks, targets: Blocks, around: bool) -> list[SlabSums]:
+    origins, intos = _addresses(layout, sources), _addresses(layout, targets)
+    if any(target.readonly for target in targets):
         raise ValueError("the target of a copy is read-only")
+    if len(origins) != len(intos):
+        raise ValueError(f"{len(origins)} blocks do not go into {len(intos)} targets")
     size, stride = layout.slab_bytes, layout.slab_stride_bytes
     starts = np.arange(layout.num_layers, dtype=np.uint64) * np.uint64(stride)
     sums = fused_copy.fused_copy().copy_slabs(
-        starts + np.uint64(target.ctypes.data),
-        starts + np.uint64(origin.ctypes.data),
+        np.add.outer(intos, starts).ravel(),
+        np.add.outer(origins, starts).ravel(),
         size,
         stride - size,
         around=around,
     )
-    return tuple(sums.tolist())
+    by_block: list[list[int]] = sums.reshape(len(intos), layout.num_layers).tolist()
+    return [tuple(each) for each in by_block]
+
+
+def _addresses(layout: KvLayout, blocks: Blocks) -> fused_copy.Addresses:
+    """Where blocks lie."""
+    for block in blocks:
+        check_block_length(layout, block)
+    starts = [np.frombuffer(block, np.uint8).ctypes.data for block in blocks]
+    return np.array(starts, np.uint64)
 
 
 def _fused_refuses(problem: BlockCopyProblem) -> str | None:
@@ -118,24 +134,25 @@ def _examples() -> list[BlockCopyProblem]:
     ]
 
 
-def _bench(problem: BlockCopyProblem) -> Callable[[CopyBlockFn], Thunk]:
+def _bench(problem: BlockCopyProblem) -> Callable[[CopyBlocksFn], Thunk]:
     """A batch that no cache holds: what a load copies was long not touched."""
     layout, size = problem.layout, problem.layout.block_bytes
     count = max(2, BENCH_BYTES // size)
     sources, targets = (np.ones(count * size, np.uint8) for _ in range(2))
 
-    def prepare(run: CopyBlockFn) -> Thunk:
+    def cut(whole: NDArray[np.uint8]) -> Blocks:
+        return [whole[start : start + size].data for start in range(0, count * size, size)]
+
+    def prepare(run: CopyBlocksFn) -> Thunk:
         def once() -> None:
-            for start in range(0, count * size, size):
-                part = slice(start, start + size)
-                run(layout, sources[part].data, targets[part].data, True)
+            run(layout, cut(sources), cut(targets), True)
 
         return once
 
     return prepare
 
 
-BLOCK_COPY = Operation[BlockCopyProblem, CopyBlockFn](
+BLOCK_COPY = Operation[BlockCopyProblem, CopyBlocksFn](
     "block_copy",
     [
         Implementation(

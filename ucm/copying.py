@@ -1,9 +1,9 @@
 """Copying the blocks of a lease, several at a time, and checking every copy.
 
 One core does not copy as fast as the memory delivers, so a batch is shared out between the caller
-and a few helper threads: each takes the next block when it is done with one, and a helper that the
-machine does not run costs nothing. How one block is copied and checked is `kernels.block_copy`'s
-choice: in one pass by machine code, or in pieces of a core's cache.
+and a few helper threads: each takes the next few blocks when it is done with some, and a helper
+that the machine does not run costs nothing. How they are copied and checked is
+`kernels.block_copy`'s choice: in one pass by machine code, or in pieces of a core's cache.
 
 Invariants
     * What is judged are the bytes that were written, whoever writes to the source meanwhile.
@@ -46,6 +46,9 @@ MAX_THREADS: Final = 4
 
 BYTES_PER_THREAD: Final = 2 << 20
 """A helper that would copy less is not woken."""
+
+SHARE_BYTES: Final = 4 << 20
+"""What a thread takes at a time, at most: the others wait no longer than that for the last one."""
 
 AROUND_BYTES: Final = 32 << 20
 """A batch of this size is not in a cache when it is done: it need not push out what is."""
@@ -103,9 +106,17 @@ class BlockCopier:
             LayoutMismatchError: a buffer is not one block long.
             ValueError: not as many targets as blocks.
         """
-        pairs = list(zip(blocks, targets, strict=True))
-        around = self._goes_around(len(pairs))
-        return self.each(lambda index: self._copy_one(*pairs[index], around), len(pairs))
+        right = [False] * len(blocks)
+        pairs = enumerate(zip(blocks, targets, strict=True))
+        ready = [
+            (index, block.data, into)
+            for index, (block, into) in pairs
+            if block.status is LoadStatus.READY and block.data is not None
+        ]
+        found = self.copy_blocks([data for _, data, _ in ready], [into for *_, into in ready])
+        for (index, _, _), sums in zip(ready, found, strict=True):
+            right[index] = sums == tuple(blocks[index].checksums)
+        return right
 
     def verify_in_place(self, blocks: Sequence[LoadedBlock]) -> list[bool]:
         """Check the blocks of a load lease where they are, for a client that computes there.
@@ -131,9 +142,18 @@ class BlockCopier:
             LayoutMismatchError: a buffer is not one block long.
             ValueError: not as many targets as sources.
         """
-        pairs = list(zip(sources, targets, strict=True))
-        around = self._goes_around(len(pairs))
-        return self.each(lambda index: self._copy(self.layout, *pairs[index], around), len(pairs))
+        count = len(sources)
+        if count != len(targets):
+            raise ValueError(f"{count} blocks do not go into {len(targets)} targets")
+        around = count * self.layout.block_bytes >= AROUND_BYTES
+        share = self._share(count)
+
+        def copy(number: int) -> list[SlabChecksums]:
+            part = slice(number * share, (number + 1) * share)
+            return [*self._copy(self.layout, sources[part], targets[part], around)]
+
+        copied = self._run(copy, -(-count // share), count)
+        return [sums for part in copied for sums in part]
 
     def each(self, work: Callable[[int], T], num_blocks: int) -> list[T]:
         """`work(0)`, ..., `work(num_blocks - 1)`, each about one block of copying, on all threads.
@@ -148,23 +168,22 @@ class BlockCopier:
         Raises:
             Exception: what a call raised; the caller's own thread's, if several did.
         """
-        batch = _Batch(work, num_blocks)
-        worth = num_blocks * self.layout.block_bytes // BYTES_PER_THREAD
-        self._helpers.run(batch.work_off, batch.stop, min(worth, num_blocks) - 1)
-        return batch.results()
+        return self._run(work, num_blocks, num_blocks)
 
     def close(self) -> None:
         """End the helper threads, without waiting for them. Idempotent; copying still works."""
         self._helpers.close()
 
-    def _goes_around(self, num_blocks: int) -> bool:
-        return num_blocks * self.layout.block_bytes >= AROUND_BYTES
+    def _run(self, work: Callable[[int], T], count: int, num_blocks: int) -> list[T]:
+        """`work` for each of `count` shares of so many blocks."""
+        batch = _Batch(work, count)
+        worth = num_blocks * self.layout.block_bytes // BYTES_PER_THREAD
+        self._helpers.run(batch.work_off, batch.stop, min(worth, count) - 1)
+        return batch.results()
 
-    def _copy_one(self, block: LoadedBlock, target: memoryview, around: bool) -> bool:
-        if block.status is not LoadStatus.READY or block.data is None:
-            return False
-        found = self._copy(self.layout, block.data, target, around)
-        return found == tuple(block.checksums)
+    def _share(self, num_blocks: int) -> int:
+        """Blocks that a thread takes at a time."""
+        return max(1, min(SHARE_BYTES // self.layout.block_bytes, num_blocks // self.num_threads))
 
     def _check_one(self, block: LoadedBlock) -> bool:
         if block.status is not LoadStatus.READY or block.data is None:

@@ -60,10 +60,22 @@ def test_the_copy_is_whole_and_nothing_else_is_written(
     start = -memory.ctypes.data % EDGE + EDGE + shift
     into = memory[start : start + layout.block_bytes]
     copy = block_copy(layout, override=implementation)
-    assert copy(layout, source, into.data, around) == block_checksums(layout, source)
+    assert copy(layout, [source], [into.data], around) == [block_checksums(layout, source)]
     assert into.data == source
     assert not memory[:start].any()
     assert not memory[start + layout.block_bytes :].any()
+
+
+def test_several_blocks_are_copied_each_to_its_target(implementation: str) -> None:
+    layout = LAYOUTS[1]
+    sources = [make_block(number, layout) for number in range(5)]
+    targets = [memoryview(bytearray(layout.block_bytes)) for _ in sources]
+    copy = block_copy(layout, override=implementation)
+    assert copy(layout, sources, targets, False) == [block_checksums(layout, s) for s in sources]
+    assert targets == sources
+    assert copy(layout, [], [], False) == []
+    with pytest.raises(ValueError, match=r"shorter|do not go"):
+        copy(layout, sources, targets[1:], False)
 
 
 @given(
@@ -92,8 +104,8 @@ def test_a_source_that_is_written_meanwhile_cannot_pass_off_other_bytes(
     copy = block_copy(layout, override=implementation)
     with _scribbling(words):
         for _ in range(RACE_ROUNDS):
-            found = copy(layout, words.view(np.uint8).data, into, around)
-            assert found == block_checksums(layout, into)
+            found = copy(layout, [words.view(np.uint8).data], [into], around)
+            assert found == [block_checksums(layout, into)]
 
 
 @contextlib.contextmanager
@@ -120,21 +132,24 @@ def test_buffers_of_other_lengths_are_refused(implementation: str) -> None:
     right, short = (memoryview(bytearray(layout.block_bytes - cut)) for cut in (0, 1))
     for source, into in ((right, short), (short, right)):
         with pytest.raises(LayoutMismatchError):
-            copy(layout, source, into, False)
+            copy(layout, [source], [into], False)
 
 
 def test_a_read_only_target_is_refused(implementation: str) -> None:
     layout = LAYOUTS[1]
     target = memoryview(bytes(layout.block_bytes))
+    copy = block_copy(layout, override=implementation)
     with pytest.raises(ValueError, match="read-only"):
-        block_copy(layout, override=implementation)(layout, make_block(1, layout), target, False)
+        copy(layout, [make_block(1, layout)], [target], False)
 
 
 def test_what_the_code_does_not_take_is_copied_in_pieces() -> None:
     with pytest.raises(ConfigError, match="multiples of 64"):
         block_copy(TOO_SHORT, override="fused")
     source, into = make_block(1, TOO_SHORT), memoryview(bytearray(TOO_SHORT.block_bytes))
-    assert block_copy(TOO_SHORT)(TOO_SHORT, source, into, True) == block_checksums(TOO_SHORT, into)
+    assert block_copy(TOO_SHORT)(TOO_SHORT, [source], [into], True) == [
+        block_checksums(TOO_SHORT, into)
+    ]
     assert into == source
 
 
@@ -155,7 +170,7 @@ def test_where_no_code_can_be_made_blocks_are_copied_in_pieces() -> None:
     with pytest.raises(FusedCopyUnavailableError, match="no executable memory"):
         fused_copy.fused_copy()
     source, into = make_block(1, layout), memoryview(bytearray(layout.block_bytes))
-    assert block_copy(layout)(layout, source, into, True) == block_checksums(layout, source)
+    assert block_copy(layout)(layout, [source], [into], True) == [block_checksums(layout, source)]
     with pytest.raises(ConfigError, match="no executable memory"):
         block_copy(layout, override="fused")
 
@@ -170,7 +185,8 @@ def test_a_process_that_may_have_no_executable_memory_copies_in_pieces() -> None
         from ucm.kernels.block_copy import BLOCK_COPY, block_copy
         from ucm.testing.tier_conformance import LAYOUT, make_block
         source, into = make_block(1), memoryview(bytearray(LAYOUT.block_bytes))
-        assert block_copy(LAYOUT)(LAYOUT, source, into, True) == block_checksums(LAYOUT, source)
+        found = block_copy(LAYOUT)(LAYOUT, [source], [into], True)
+        assert found == [block_checksums(LAYOUT, source)]
         try:
             block_copy(LAYOUT, override="fused")
         except Exception as error:

@@ -10,7 +10,7 @@ import pytest
 
 from ucm.api import LoadedBlock
 from ucm.checksum import block_checksums
-from ucm.copying import BYTES_PER_THREAD, BlockCopier
+from ucm.copying import BYTES_PER_THREAD, SHARE_BYTES, BlockCopier
 from ucm.errors import InvalidArgumentError, LayoutMismatchError
 from ucm.kernels.block_copy import BLOCK_COPY
 from ucm.layout import KvDtype, KvLayout
@@ -90,7 +90,7 @@ def test_what_is_wrong_or_missing_is_told_apart_from_the_rest(
 
 
 def test_lengths_are_checked(copier: BlockCopier, sources: list[memoryview]) -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="5 blocks do not go into 4"):
         copier.copy_blocks(sources, buffers(NUM_BLOCKS - 1))
     targets = buffers()
     targets[2] = targets[2][:-1]
@@ -100,6 +100,34 @@ def test_lengths_are_checked(copier: BlockCopier, sources: list[memoryview]) -> 
 
 def test_nothing_to_copy(copier: BlockCopier) -> None:
     assert copier.copy_verified([], []) == []
+
+
+def test_blocks_are_shared_out_in_runs_and_all_arrive() -> None:
+    """Many more blocks than a thread takes at a time, and not a multiple of it."""
+    small = KvLayout(
+        num_layers=2, num_kv_heads=2, head_dim=64, block_tokens=128, dtype=KvDtype.FLOAT32
+    )
+    count = 3 * SHARE_BYTES // small.block_bytes + 1
+    sources = [make_block(number, small) for number in range(count)]
+    targets = [memoryview(bytearray(small.block_bytes)) for _ in sources]
+    blocks = [
+        LoadedBlock(
+            BlockKey(number.to_bytes(32)),
+            LoadStatus.READY,
+            TierKind.MEMORY,
+            data,
+            block_checksums(small, data),
+        )
+        for number, data in enumerate(sources)
+    ]
+    missing = SHARE_BYTES // small.block_bytes + 1
+    blocks[missing] = LoadedBlock(blocks[missing].key, LoadStatus.MISS)
+    with BlockCopier(small, 2) as copier:
+        right = copier.copy_verified(blocks, targets)
+    assert [index for index, is_right in enumerate(right) if not is_right] == [missing]
+    assert not any(targets.pop(missing))
+    del sources[missing]
+    assert targets == sources
 
 
 def test_two_threads_copy_at_once(pair: BlockCopier) -> None:
