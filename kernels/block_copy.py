@@ -8,20 +8,22 @@
 Host memory only. Both write all of the targets, padding too, and both answer for the copies: the
 checksums are of what was written, whatever happens to a source meanwhile.
 
-A call takes several blocks because what comes before machine code runs, some 5 us a block and more
-where nothing of it is cached, is Python's: threads that copy block by block take turns in it.
+Several threads copy one batch together. They do not go through Python for each block: that takes
+some 10 us, more where nothing of it is cached, and only one of them can at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ucm.block_rows import BlockRows
 from ucm.checksum import check_block_length, copy_block
+from ucm.joint_work import JointCalls, JointWork
 from ucm.layout import KvDtype, KvLayout
 
 from . import fused_copy
@@ -29,14 +31,25 @@ from .dispatch import Implementation, Operation, Problem, Thunk, always, coarse
 
 BENCH_BYTES: Final = 64 << 20
 
-SlabSums: TypeAlias = tuple[int, ...]
+SlabSums: TypeAlias = NDArray[np.uint64]
+"""[blocks, layers] checksums."""
 Blocks: TypeAlias = Sequence[memoryview]
-CopyBlocksFn: TypeAlias = Callable[[KvLayout, Blocks, Blocks, bool], list[SlabSums]]
-"""(layout, sources, targets, around the cache) -> each copy's slab checksums, layer 0 first.
 
-The buffers are contiguous, `layout.block_bytes` long and do not overlap; LayoutMismatchError if
-one has another length, ValueError for a target that is read-only or not as many of them as sources.
-Blocks until done, without the interpreter lock for the most part.
+
+class BlockCopies(JointWork, Protocol):
+    """Copies of blocks, each a piece of work."""
+
+    def sums(self) -> SlabSums:
+        """Of the copies; every `work_off` must have returned."""
+        ...
+
+
+CopyBlocksFn: TypeAlias = Callable[[KvLayout, Blocks, Blocks, bool], BlockCopies]
+"""(layout, sources, as many targets, around the cache) -> the copies to be made.
+
+The buffers are contiguous, `layout.block_bytes` long and do not overlap. What does not fit raises
+at once or when the work is done: LayoutMismatchError for another length, ValueError for a target
+that is read-only. `work_off` blocks, without the interpreter lock for the most part.
 """
 
 
@@ -61,32 +74,51 @@ def block_copy(layout: KvLayout, *, override: str | None = None) -> CopyBlocksFn
     return BLOCK_COPY.select(_problem(layout), override).run
 
 
-def _in_pieces(layout: KvLayout, sources: Blocks, targets: Blocks, _around: bool) -> list[SlabSums]:
-    pairs = zip(sources, targets, strict=True)
-    return [copy_block(layout, source, into) for source, into in pairs]
+class _CopiesInPieces:
+    """See `BlockCopies`."""
+
+    def __init__(self, layout: KvLayout, sources: Blocks, targets: Blocks, _around: bool) -> None:
+        def copy(number: int) -> tuple[int, ...]:
+            return copy_block(layout, sources[number], targets[number])
+
+        self._calls = JointCalls(copy, len(sources))
+        self._shape = (len(sources), layout.num_layers)
+        self.work_off, self.stop = self._calls.work_off, self._calls.stop
+
+    def sums(self) -> SlabSums:
+        """See `BlockCopies.sums`."""
+        return np.array(self._calls.results(), np.uint64).reshape(self._shape)
 
 
-def _fused(layout: KvLayout, sources: Blocks, targets: Blocks, around: bool) -> list[SlabSums]:
-    origins, intos = _addresses(layout, sources), _addresses(layout, targets)
-    if any(target.readonly for target in targets):
-        raise ValueError("the target of a copy is read-only")
-    if len(origins) != len(intos):
-        raise ValueError(f"{len(origins)} blocks do not go into {len(intos)} targets")
-    size, stride = layout.slab_bytes, layout.slab_stride_bytes
-    starts = np.arange(layout.num_layers, dtype=np.uint64) * np.uint64(stride)
-    sums = fused_copy.fused_copy().copy_slabs(
-        np.add.outer(intos, starts).ravel(),
-        np.add.outer(origins, starts).ravel(),
-        size,
-        stride - size,
-        around=around,
-    )
-    by_block: list[list[int]] = sums.reshape(len(intos), layout.num_layers).tolist()
-    return [tuple(each) for each in by_block]
+class _FusedCopies:
+    """See `BlockCopies`."""
+
+    def __init__(self, layout: KvLayout, sources: Blocks, targets: Blocks, around: bool) -> None:
+        if any(target.readonly for target in targets):
+            raise ValueError("the target of a copy is read-only")
+        size, stride = layout.slab_bytes, layout.slab_stride_bytes
+        starts = np.arange(layout.num_layers, dtype=np.uint64) * np.uint64(stride)
+        slabs = fused_copy.SlabPairs(
+            np.add.outer(_addresses(layout, targets), starts).ravel(),
+            np.add.outer(_addresses(layout, sources), starts).ravel(),
+            size,
+            stride - size,
+        )
+        self._buffers = (sources, targets)
+        """Kept alive."""
+        self._shape = (len(sources), layout.num_layers)
+        self._copy = fused_copy.fused_copy().share(slabs, group=layout.num_layers, around=around)
+        self.work_off, self.stop = self._copy.work_off, self._copy.stop
+
+    def sums(self) -> SlabSums:
+        """See `BlockCopies.sums`."""
+        return self._copy.sums.reshape(self._shape)
 
 
 def _addresses(layout: KvLayout, blocks: Blocks) -> fused_copy.Addresses:
     """Where blocks lie."""
+    if isinstance(blocks, BlockRows) and blocks.block_bytes == layout.block_bytes:
+        return blocks.addresses()
     for block in blocks:
         check_block_length(layout, block)
     starts = [np.frombuffer(block, np.uint8).ctypes.data for block in blocks]
@@ -145,7 +177,7 @@ def _bench(problem: BlockCopyProblem) -> Callable[[CopyBlocksFn], Thunk]:
 
     def prepare(run: CopyBlocksFn) -> Thunk:
         def once() -> None:
-            run(layout, cut(sources), cut(targets), True)
+            run(layout, cut(sources), cut(targets), True).work_off()
 
         return once
 
@@ -156,10 +188,13 @@ BLOCK_COPY = Operation[BlockCopyProblem, CopyBlocksFn](
     "block_copy",
     [
         Implementation(
-            name="pieces", run=_in_pieces, refuses=always, cost_us=_cost_us(5.0, 1.0, 17_700)
+            name="pieces", run=_CopiesInPieces, refuses=always, cost_us=_cost_us(5.0, 1.0, 17_700)
         ),
         Implementation(
-            name="fused", run=_fused, refuses=_fused_refuses, cost_us=_cost_us(8.0, 0.1, 20_900)
+            name="fused",
+            run=_FusedCopies,
+            refuses=_fused_refuses,
+            cost_us=_cost_us(8.0, 0.1, 20_900),
         ),
     ],
     examples=_examples,

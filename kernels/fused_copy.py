@@ -5,6 +5,9 @@
                        the last 64 bytes     with a key of their own; then xxh3_64 of the slab
                        padding               copied only
 
+Threads share the slabs out among themselves: each call takes the next few, by an atomic addition,
+until none is left. So a batch costs each thread one call, however many slabs it has.
+
 What is mixed are the registers that were stored: each byte of the source is read once, so the
 checksum is that of what was written, whoever writes to the source meanwhile. Copying first and
 checksumming behind it reads everything twice, the second time at best from a cache, and so cannot
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -68,44 +71,65 @@ def why_not(slab_bytes: int, padding_bytes: int) -> str | None:
     return None
 
 
+class SharedCopy:
+    """Slabs that are being copied, by every thread that takes part. Thread-safe."""
+
+    def __init__(self, code: Any, slabs: SlabPairs, group: int) -> None:
+        self._code = code
+        self._slabs = slabs
+        self._group = group
+        self._next = np.zeros(1, np.uint64)
+        """The first slab that nobody has begun; machine code adds to it, atomically."""
+        self.sums = np.empty(len(slabs.targets), np.uint64)
+        """xxh3_64 with seed 0 of each slab that was written, padding excluded; when all is done."""
+
+    def work_off(self) -> None:
+        """Copy what nobody has begun; without the interpreter lock."""
+        slabs = self._slabs
+        arrays = (slabs.targets, slabs.sources, self.sums, self._next)
+        counts = (len(slabs.targets), self._group, slabs.slab_bytes, slabs.padding_bytes)
+        self._code(*(array.ctypes.data for array in arrays), *counts)
+
+    def stop(self) -> None:
+        """Have nobody begin another group; those that run are finished."""
+        self._next[0] = len(self._slabs.targets)
+
+
+@dataclass(frozen=True, slots=True)
+class SlabPairs:
+    """Slabs to copy from address to address. Nothing of it is checked."""
+
+    targets: Addresses
+    """[n] of memory that may be written, `slab_bytes + padding_bytes` each."""
+    sources: Addresses
+    """[n] of memory as long; none overlaps a target."""
+    slab_bytes: int
+    """See `why_not`."""
+    padding_bytes: int
+    """Copied behind each slab, and no part of its checksum."""
+
+
 @dataclass(frozen=True, slots=True)
 class FusedCopy:
-    """The machine code. Thread-safe; runs without the interpreter lock."""
+    """The machine code. Thread-safe."""
 
     _through: Any
     _around: Any
     _engine: Any
     """Owns the code."""
 
-    def copy_slabs(
-        self,
-        targets: Addresses,
-        sources: Addresses,
-        slab_bytes: int,
-        padding_bytes: int,
-        *,
-        around: bool,
-    ) -> NDArray[np.uint64]:
-        """Copy slabs from address to address; blocks until done.
+    def share(self, slabs: SlabPairs, *, group: int, around: bool) -> SharedCopy:
+        """What threads can copy together; it has copied nothing yet.
 
-        The caller keeps the memory alive, and answers for it: nothing is checked here.
+        The caller keeps the memory alive until all have returned, and answers for it.
 
         Args:
-            targets: [n] of memory that may be written, `slab_bytes + padding_bytes` each.
-            sources: [n] of memory as long; none overlaps a target.
-            slab_bytes: see `why_not`.
-            padding_bytes: copied behind each slab, and no part of its checksum.
+            slabs: which.
+            group: slabs that a thread takes at a time.
             around: store round the cache where the targets are aligned for it.
-
-        Returns:
-            [n] xxh3_64 with seed 0 of what was written, padding excluded.
         """
-        sums = np.empty(len(targets), np.uint64)
-        is_aligned = not np.bitwise_or.reduce(targets) % ALIGNMENT_BYTES
-        code = self._around if around and is_aligned else self._through
-        arrays = (targets.ctypes.data, sources.ctypes.data, sums.ctypes.data)
-        code(*arrays, len(targets), slab_bytes, padding_bytes)
-        return sums
+        is_aligned = not np.bitwise_or.reduce(slabs.targets) % ALIGNMENT_BYTES
+        return SharedCopy(self._around if around and is_aligned else self._through, slabs, group)
 
 
 @functools.cache
@@ -121,7 +145,7 @@ def fused_copy() -> FusedCopy:
         engine = _compiled(llvm, str(_build_module()))
         addresses = [engine.get_function_address(name) for name in _NAMES]
         _check_executable(addresses)
-        kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3)
+        kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 4)
         through, around = map(kind, addresses)
         made = FusedCopy(through, around, engine)
         _prove(made)
@@ -161,8 +185,9 @@ def _prove(made: FusedCopy) -> None:
         memory[:] = 0
         target = memory[start : start + size + padding]
         into, origin = (np.array([each.ctypes.data], np.uint64) for each in (target, source))
-        sums = made.copy_slabs(into, origin, size, padding, around=around)
-        if not np.array_equal(target, source) or sums[0] != checksum(source[:size].data):
+        copy = made.share(SlabPairs(into, origin, size, padding), group=1, around=around)
+        copy.work_off()
+        if not np.array_equal(target, source) or copy.sums[0] != checksum(source[:size].data):
             raise RuntimeError("what it made copies wrongly")
 
 
@@ -189,7 +214,10 @@ def _build_module() -> Any:
 
 
 class _Builder:
-    """Writes one function: (targets, sources, sums, count, slab_bytes, padding_bytes)."""
+    """Writes one function.
+
+    (targets, sources, sums, next, count, group, slab_bytes, padding_bytes)
+    """
 
     def __init__(self, ir: Any, module: Any) -> None:
         self._ir = ir
@@ -200,24 +228,43 @@ class _Builder:
 
     def build(self, name: str, *, around: bool) -> None:
         ir, i64, pointer = self._ir, self._i64, self._pointer
-        kind = ir.FunctionType(ir.VoidType(), [pointer] * 3 + [i64] * 3)
+        kind = ir.FunctionType(ir.VoidType(), [pointer] * 4 + [i64] * 4)
         function = ir.Function(self._module, kind, name)
-        targets, sources, sums, count, slab_bytes, padding = function.args
+        targets, sources, sums, following, count, group, slab_bytes, padding = function.args
         self._around = around
         self._b = ir.IRBuilder(function.append_basic_block())
         self._secret = self._global_secret(name)
 
-        def slab(index: Any, _nothing: Any) -> Any:
+        def slab(index: Any) -> None:
             self._source = self._load_pointer(sources, index)
             self._target = self._load_pointer(targets, index)
             self._b.store(self._slab(slab_bytes), self._at(sums, index, i64))
             self._copy_padding(slab_bytes, padding)
-            return _nothing
 
-        self._loop(count, i64(0), slab)
+        self._share(following, count, group, slab)
         if around:
             self._b.fence("seq_cst")  # these stores are ordered by nothing else
         self._b.ret_void()
+
+    def _share(self, following: Any, count: Any, group: Any, body: Callable[[Any], None]) -> None:
+        """`body(i)` for those i below count that no other thread took, a group at a time."""
+        b, i64 = self._b, self._i64
+        claim, work, done = (b.append_basic_block() for _ in range(3))
+        b.branch(claim)
+        b.position_at_end(claim)
+        first = b.atomic_rmw("add", following, group, "monotonic")
+        b.cbranch(b.icmp_unsigned("<", first, count), work, done)
+        b.position_at_end(work)
+        left = b.sub(count, first)
+        size = b.select(b.icmp_unsigned("<", left, group), left, group)
+
+        def each(number: Any, nothing: Any) -> Any:
+            body(b.add(first, number))
+            return nothing
+
+        self._loop(size, i64(0), each)
+        b.branch(claim)
+        b.position_at_end(done)
 
     def _slab(self, size: Any) -> Any:
         """Copy one; its checksum."""

@@ -124,6 +124,17 @@ class Arena:
         except ValueError as error:  # released
             raise TierUnavailableError("the arena is closed") from error
 
+    def memory(self) -> memoryview:
+        """All of it, read-only; no copy.
+
+        Raises:
+            TierUnavailableError: it is closed.
+        """
+        try:
+            return self._view.toreadonly()
+        except ValueError as error:  # released
+            raise TierUnavailableError("the arena is closed") from error
+
     def prefault(self, num_slots: int) -> None:
         """Make the first `num_slots` slots real memory, in the background; see `prefault.py`.
 

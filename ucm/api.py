@@ -80,7 +80,7 @@ class LoadLease:
     """Blocks pinned for reading, one entry for every key asked for, in order."""
 
     id: LeaseId
-    blocks: tuple[LoadedBlock, ...]
+    blocks: Sequence[LoadedBlock]
     timeout_s: float
     """The cache may take the bytes back this long after `prepare_load` was answered."""
 

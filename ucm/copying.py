@@ -1,9 +1,9 @@
 """Copying the blocks of a lease, several at a time, and checking every copy.
 
 One core does not copy as fast as the memory delivers, so a batch is shared out between the caller
-and a few helper threads: each takes the next few blocks when it is done with some, and a helper
-that the machine does not run costs nothing. How they are copied and checked is
-`kernels.block_copy`'s choice: in one pass by machine code, or in pieces of a core's cache.
+and a few helper threads: each takes the next block when it is done with one, and a helper that the
+machine does not run costs nothing. How they are copied and checked is `kernels.block_copy`'s
+choice: in one pass by machine code, or in pieces of a core's cache.
 
 Invariants
     * What is judged are the bytes that were written, whoever writes to the source meanwhile.
@@ -26,17 +26,21 @@ first touch of an arena of 2 MiB pages adds 0.6 ms in a process (5 of 4 KiB page
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import Final, Generic, Self, TypeVar, cast
+from typing import Final, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .api import LoadedBlock, SlabChecksums
 from .checksum import verify
 from .errors import InvalidArgumentError
+from .joint_work import JointCalls, JointWork
 from .kernels.block_copy import block_copy
 from .layout import KvLayout
+from .leased_blocks import LeasedBlocks
 from .types import LoadStatus
 
 T = TypeVar("T")
@@ -46,9 +50,6 @@ MAX_THREADS: Final = 4
 
 BYTES_PER_THREAD: Final = 2 << 20
 """A helper that would copy less is not woken."""
-
-SHARE_BYTES: Final = 4 << 20
-"""What a thread takes at a time, at most: the others wait no longer than that for the last one."""
 
 AROUND_BYTES: Final = 32 << 20
 """A batch of this size is not in a cache when it is done: it need not push out what is."""
@@ -106,16 +107,24 @@ class BlockCopier:
             LayoutMismatchError: a buffer is not one block long.
             ValueError: not as many targets as blocks.
         """
+        if len(blocks) != len(targets):
+            raise ValueError(f"{len(blocks)} blocks do not go into {len(targets)} targets")
         right = [False] * len(blocks)
-        pairs = enumerate(zip(blocks, targets, strict=True))
+        if isinstance(blocks, LeasedBlocks):
+            count = len(blocks.ready)
+            found = self._copied(blocks.ready, targets[:count])
+            if found.shape == blocks.checksums.shape:
+                right[:count] = (found == blocks.checksums).all(1).tolist()
+            return right
         ready = [
-            (index, block.data, into)
-            for index, (block, into) in pairs
+            (number, block.data)
+            for number, block in enumerate(blocks)
             if block.status is LoadStatus.READY and block.data is not None
         ]
-        found = self.copy_blocks([data for _, data, _ in ready], [into for *_, into in ready])
-        for (index, _, _), sums in zip(ready, found, strict=True):
-            right[index] = sums == tuple(blocks[index].checksums)
+        sources, into = [data for _, data in ready], [targets[number] for number, _ in ready]
+        copied = self._copied(sources, into).tolist()
+        for (number, _), sums in zip(ready, copied, strict=True):
+            right[number] = tuple(sums) == tuple(blocks[number].checksums)
         return right
 
     def verify_in_place(self, blocks: Sequence[LoadedBlock]) -> list[bool]:
@@ -142,18 +151,9 @@ class BlockCopier:
             LayoutMismatchError: a buffer is not one block long.
             ValueError: not as many targets as sources.
         """
-        count = len(sources)
-        if count != len(targets):
-            raise ValueError(f"{count} blocks do not go into {len(targets)} targets")
-        around = count * self.layout.block_bytes >= AROUND_BYTES
-        share = self._share(count)
-
-        def copy(number: int) -> list[SlabChecksums]:
-            part = slice(number * share, (number + 1) * share)
-            return [*self._copy(self.layout, sources[part], targets[part], around)]
-
-        copied = self._run(copy, -(-count // share), count)
-        return [sums for part in copied for sums in part]
+        if len(sources) != len(targets):
+            raise ValueError(f"{len(sources)} blocks do not go into {len(targets)} targets")
+        return [tuple(sums) for sums in self._copied(sources, targets).tolist()]
 
     def each(self, work: Callable[[int], T], num_blocks: int) -> list[T]:
         """`work(0)`, ..., `work(num_blocks - 1)`, each about one block of copying, on all threads.
@@ -168,59 +168,32 @@ class BlockCopier:
         Raises:
             Exception: what a call raised; the caller's own thread's, if several did.
         """
-        return self._run(work, num_blocks, num_blocks)
+        calls = JointCalls(work, num_blocks)
+        self._do(calls, num_blocks)
+        return calls.results()
 
     def close(self) -> None:
         """End the helper threads, without waiting for them. Idempotent; copying still works."""
         self._helpers.close()
 
-    def _run(self, work: Callable[[int], T], count: int, num_blocks: int) -> list[T]:
-        """`work` for each of `count` shares of so many blocks."""
-        batch = _Batch(work, count)
-        worth = num_blocks * self.layout.block_bytes // BYTES_PER_THREAD
-        self._helpers.run(batch.work_off, batch.stop, min(worth, count) - 1)
-        return batch.results()
+    def _copied(
+        self, sources: Sequence[memoryview], targets: Sequence[memoryview]
+    ) -> NDArray[np.uint64]:
+        """Copy blocks; [blocks, layers] checksums of the copies."""
+        count = len(sources)
+        around = count * self.layout.block_bytes >= AROUND_BYTES
+        copies = self._copy(self.layout, sources, targets, around)
+        self._do(copies, count)
+        return copies.sums()
 
-    def _share(self, num_blocks: int) -> int:
-        """Blocks that a thread takes at a time."""
-        return max(1, min(SHARE_BYTES // self.layout.block_bytes, num_blocks // self.num_threads))
+    def _do(self, work: JointWork, num_blocks: int) -> None:
+        worth = num_blocks * self.layout.block_bytes // BYTES_PER_THREAD
+        self._helpers.run(work, min(worth, num_blocks) - 1)
 
     def _check_one(self, block: LoadedBlock) -> bool:
         if block.status is not LoadStatus.READY or block.data is None:
             return False
         return verify(self.layout, block.data, block.checksums)
-
-
-class _Batch(Generic[T]):
-    """Work that any number of threads take one by one."""
-
-    def __init__(self, work: Callable[[int], T], count: int) -> None:
-        self._work = work
-        self._todo = deque(range(count))
-        self._found: list[T | None] = [None] * count
-
-    def work_off(self) -> None:
-        """Do what nobody else has begun."""
-        try:
-            while self._todo:
-                self._do_next()
-        finally:
-            self.stop()
-
-    def _do_next(self) -> None:
-        try:
-            index = self._todo.popleft()
-        except IndexError:  # another thread took the last one
-            return
-        self._found[index] = self._work(index)
-
-    def stop(self) -> None:
-        """Have nobody begin anything more."""
-        self._todo.clear()
-
-    def results(self) -> list[T]:
-        """What the work returned; everything must be done."""
-        return cast("list[T]", self._found)
 
 
 class _Helpers:
@@ -235,13 +208,13 @@ class _Helpers:
         # The pool starts a thread only when there is work and none is idle.
         return ThreadPoolExecutor(self._size, "ucm-copy") if self._size > 0 else None
 
-    def run(self, work: Callable[[], None], stop: Callable[[], None], num_helpers: int) -> None:
-        """Run `work` here and, as far as they are free, on helpers; all have returned then."""
-        futures = self._submit(work, min(num_helpers, self._size))
+    def run(self, work: JointWork, num_helpers: int) -> None:
+        """Do it here and, as far as they are free, on helpers; all have returned then."""
+        futures = self._submit(work.work_off, min(num_helpers, self._size))
         try:
-            work()
+            work.work_off()
         finally:
-            stop()
+            work.stop()
             # One that has not begun, because its thread is busy or gone, is not waited for.
             begun = [future for future in futures if not future.cancel()]
             wait(begun)

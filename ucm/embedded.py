@@ -26,12 +26,14 @@ from .api import (
     SlabChecksums,
     StoreLease,
 )
+from .block_rows import BlockRows
 from .clock import SystemClock
 from .collection_api import CollectionApi
 from .config import Config
 from .errors import TierUnavailableError, UcmError
 from .grants import StoreGrant, store_slot, summary_lease
 from .hashing import NamespaceSpec
+from .leased_blocks import LeasedBlocks
 from .load_plan import LoadPlan
 from .manager import Manager
 from .mapping import map_shared
@@ -48,7 +50,7 @@ from .types import (
     StoreStatus,
     SummaryKind,
 )
-from .wire import checksums_from_wire
+from .wire import checksum_rows_from_wire, checksums_from_wire
 
 
 class EmbeddedCache:
@@ -115,9 +117,9 @@ class EmbeddedCache:
         """See `CacheApi.prepare_load`."""
         grants = self.manager.prepare_load(self._session, namespace, keys, timeout_s=timeout_s)
         arena = self._arenas[namespace]
-        views = [_ready_view(arena, offset) for offset in grants.offsets]
-        checksums = checksums_from_wire(grants.checksums, num_blocks=len(views))
-        blocks = grants.loaded_blocks(keys, views, checksums)
+        ready = BlockRows(arena.memory(), grants.offsets, arena.slot_bytes)
+        sums = checksum_rows_from_wire(grants.checksums, num_blocks=len(ready))
+        blocks = LeasedBlocks(keys, grants.statuses, grants.tiers, ready, sums)
         return LoadLease(grants.lease_id, blocks, grants.timeout_s)
 
     def begin_load(

@@ -6,10 +6,9 @@ door passed; embedded mode turns them into views at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .api import LoadedBlock, SlabChecksums, StoreSlot
+from .api import StoreSlot
 from .select_api import SummaryLease
 from .types import (
     BlockKey,
@@ -40,21 +39,6 @@ class LoadGrants:
     checksums: bytes
     """Of the READY blocks, packed as they travel: see `ucm.wire.checksums_from_wire`."""
     timeout_s: float
-
-    def loaded_blocks(
-        self, keys: Sequence[BlockKey], views: Sequence[memoryview], sums: Sequence[SlabChecksums]
-    ) -> tuple[LoadedBlock, ...]:
-        """The lease's blocks for a client.
-
-        Args:
-            keys: those asked for.
-            views: bytes of the READY blocks, read-only.
-            sums: their checksums.
-        """
-        num_ready = len(views)
-        ready = map(LoadedBlock, keys, self.statuses, self.tiers, views, sums)
-        others = map(LoadedBlock, keys[num_ready:], self.statuses[num_ready:])
-        return (*ready, *others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .api import LoadLease, NamespaceHandle, StoreLease
+from .block_rows import BlockRows
 from .errors import InvalidArgumentError, TierUnavailableError
-from .grants import LoadGrants, store_slot
+from .grants import store_slot
 from .layout import KvLayout
+from .leased_blocks import LeasedBlocks
 from .protos import cache_pb2 as pb
-from .types import BlockKey, LeaseId, LoadStatus, StoreStatus
+from .types import BlockKey, LeaseId, StoreStatus
 from .wire import (
     LOAD_STATUS_FROM_WIRE,
     STORE_STATUS_FROM_WIRE,
     TIER_FROM_WIRE,
     Word,
-    checksums_from_wire,
+    checksum_rows_from_wire,
     words_from_wire,
 )
 
@@ -55,26 +57,19 @@ def load_lease(
     Raises:
         TierUnavailableError: its answer is garbled.
     """
-    grants = LoadGrants(
-        lease_id=LeaseId(reply.lease_id),
-        statuses=known_words(reply.statuses, LOAD_STATUS_FROM_WIRE),
-        tiers=known_words(reply.tiers, TIER_FROM_WIRE),
-        offsets=tuple(reply.offsets),
-        checksums=reply.checksums,
-        timeout_s=reply.timeout_s,
-    )
-    statuses, num_ready = grants.statuses, grants.statuses.count(LoadStatus.READY)
-    leading = LoadStatus.READY not in statuses[num_ready:]
-    matching = len(grants.tiers) == len(grants.offsets) == num_ready
-    if len(statuses) != len(keys) or not leading or not matching:
-        raise TierUnavailableError("the daemon's lists do not match the keys asked for")
-    views = _views(namespace.arena, grants.offsets, namespace.handle.layout.block_bytes)
+    size = namespace.handle.layout.block_bytes
     try:
-        checksums = checksums_from_wire(reply.checksums, num_blocks=num_ready)
-        blocks = grants.loaded_blocks(keys, views, checksums)
+        ready = BlockRows(namespace.arena, reply.offsets, size)
+        blocks = LeasedBlocks(
+            keys,
+            known_words(reply.statuses, LOAD_STATUS_FROM_WIRE),
+            known_words(reply.tiers, TIER_FROM_WIRE),
+            ready,
+            checksum_rows_from_wire(reply.checksums, num_blocks=len(ready)),
+        )
     except (InvalidArgumentError, ValueError) as error:
         raise TierUnavailableError(f"the daemon's lists do not match: {error}") from error
-    return LoadLease(grants.lease_id, blocks, grants.timeout_s)
+    return LoadLease(LeaseId(reply.lease_id), blocks, reply.timeout_s)
 
 
 def store_lease(

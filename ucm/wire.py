@@ -14,6 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Final, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .api import SlabChecksums
 from .errors import LEAVES, CapacityError, InvalidArgumentError, UcmError
 from .hashing import CheckedKeys, NamespaceSpec, check_keys
@@ -213,17 +216,33 @@ def checksums_from_wire(packed: bytes, *, num_blocks: int) -> list[SlabChecksums
     Raises:
         InvalidArgumentError: the bytes do not divide into as many.
     """
+    num_slabs = _slabs_in(packed, num_blocks)
+    return list(struct.iter_unpack(f"<{num_slabs}Q", packed)) if num_slabs else []
+
+
+def checksum_rows_from_wire(packed: bytes, *, num_blocks: int) -> NDArray[np.uint64]:
+    """As `checksums_from_wire`, without an object for each: [blocks, slabs], read-only.
+
+    Raises:
+        InvalidArgumentError: see there.
+    """
+    shape = (num_blocks, _slabs_in(packed, num_blocks))
+    return np.frombuffer(packed, "<u8").reshape(shape)
+
+
+def _slabs_in(packed: bytes, num_blocks: int) -> int:
+    """Slabs of each block, by their packed checksums; 0 for no block."""
     if num_blocks == 0:
         if packed:
             raise InvalidArgumentError(f"{len(packed)} bytes of checksums for no block")
-        return []
+        return 0
     block_bytes, rest = divmod(len(packed), num_blocks)
     if rest or block_bytes % CHECKSUM_BYTES or not block_bytes:
         raise InvalidArgumentError(
             f"{len(packed)} bytes of checksums are not a whole number of {CHECKSUM_BYTES}-byte "
             f"checksums for each of {num_blocks} blocks"
         )
-    return list(struct.iter_unpack(f"<{block_bytes // CHECKSUM_BYTES}Q", packed))
+    return block_bytes // CHECKSUM_BYTES
 
 
 def layout_to_wire(layout: KvLayout) -> pb.Layout:

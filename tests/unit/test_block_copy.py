@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from ucm.checksum import block_checksums, checksum
 from ucm.errors import ConfigError, LayoutMismatchError
 from ucm.kernels import fused_copy
-from ucm.kernels.block_copy import BLOCK_COPY, block_copy
-from ucm.kernels.fused_copy import FusedCopyUnavailableError
+from ucm.kernels.block_copy import BLOCK_COPY, BlockCopies, block_copy
+from ucm.kernels.fused_copy import FusedCopyUnavailableError, SlabPairs
 from ucm.layout import KvDtype, KvLayout
 from ucm.testing.tier_conformance import make_block
 
@@ -43,6 +43,12 @@ LAYOUTS = [layout_of(1, 4), layout_of(3, 24), layout_of(2, 17), layout_of(4, 64)
 TOO_SHORT = layout_of(2, 3)
 
 
+def sums_of(copies: BlockCopies) -> list[tuple[int, ...]]:
+    """Make them, on this thread."""
+    copies.work_off()
+    return [tuple(sums) for sums in copies.sums().tolist()]
+
+
 @pytest.fixture(params=BLOCK_COPY.names)
 def implementation(request: pytest.FixtureRequest) -> str:
     name: str = request.param
@@ -60,7 +66,7 @@ def test_the_copy_is_whole_and_nothing_else_is_written(
     start = -memory.ctypes.data % EDGE + EDGE + shift
     into = memory[start : start + layout.block_bytes]
     copy = block_copy(layout, override=implementation)
-    assert copy(layout, [source], [into.data], around) == [block_checksums(layout, source)]
+    assert sums_of(copy(layout, [source], [into.data], around)) == [block_checksums(layout, source)]
     assert into.data == source
     assert not memory[:start].any()
     assert not memory[start + layout.block_bytes :].any()
@@ -71,11 +77,33 @@ def test_several_blocks_are_copied_each_to_its_target(implementation: str) -> No
     sources = [make_block(number, layout) for number in range(5)]
     targets = [memoryview(bytearray(layout.block_bytes)) for _ in sources]
     copy = block_copy(layout, override=implementation)
-    assert copy(layout, sources, targets, False) == [block_checksums(layout, s) for s in sources]
+    copies = copy(layout, sources, targets, False)
+    assert sums_of(copies) == [block_checksums(layout, source) for source in sources]
     assert targets == sources
-    assert copy(layout, [], [], False) == []
-    with pytest.raises(ValueError, match=r"shorter|do not go"):
-        copy(layout, sources, targets[1:], False)
+    assert sums_of(copy(layout, [], [], False)) == []
+
+
+def test_threads_share_the_slabs_out_and_stop_when_they_are_told_to() -> None:
+    num_slabs, size = 4000, 4096
+    source = np.random.default_rng(0).integers(0, 256, num_slabs * size, np.uint8)
+    target = np.zeros_like(source)
+    starts = np.arange(num_slabs, dtype=np.uint64) * np.uint64(size)
+    slabs = SlabPairs(
+        starts + np.uint64(target.ctypes.data), starts + np.uint64(source.ctypes.data), size, 0
+    )
+    copy = fused_copy.fused_copy().share(slabs, group=3, around=False)
+    threads = [threading.Thread(target=copy.work_off) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert np.array_equal(target, source)
+    assert copy.sums.tolist() == [checksum(slab.data) for slab in source.reshape(num_slabs, size)]
+    target[:] = 0
+    stopped = fused_copy.fused_copy().share(slabs, group=3, around=False)
+    stopped.stop()
+    stopped.work_off()
+    assert not target.any()
 
 
 @given(
@@ -83,14 +111,15 @@ def test_several_blocks_are_copied_each_to_its_target(implementation: str) -> No
 )
 def test_the_fused_checksum_is_the_librarys(data: bytes) -> None:
     source, target = np.frombuffer(data, np.uint8), np.empty(len(data), np.uint8)
-    sums = fused_copy.fused_copy().copy_slabs(
+    slabs = SlabPairs(
         np.array([target.ctypes.data], np.uint64),
         np.array([source.ctypes.data], np.uint64),
         len(data),
         0,
-        around=False,
     )
-    assert sums.tolist() == [checksum(data)]
+    copy = fused_copy.fused_copy().share(slabs, group=1, around=False)
+    copy.work_off()
+    assert copy.sums.tolist() == [checksum(data)]
     assert target.tobytes() == data
 
 
@@ -105,7 +134,7 @@ def test_a_source_that_is_written_meanwhile_cannot_pass_off_other_bytes(
     with _scribbling(words):
         for _ in range(RACE_ROUNDS):
             found = copy(layout, [words.view(np.uint8).data], [into], around)
-            assert found == [block_checksums(layout, into)]
+            assert sums_of(found) == [block_checksums(layout, into)]
 
 
 @contextlib.contextmanager
@@ -132,7 +161,7 @@ def test_buffers_of_other_lengths_are_refused(implementation: str) -> None:
     right, short = (memoryview(bytearray(layout.block_bytes - cut)) for cut in (0, 1))
     for source, into in ((right, short), (short, right)):
         with pytest.raises(LayoutMismatchError):
-            copy(layout, [source], [into], False)
+            copy(layout, [source], [into], False).work_off()
 
 
 def test_a_read_only_target_is_refused(implementation: str) -> None:
@@ -140,16 +169,15 @@ def test_a_read_only_target_is_refused(implementation: str) -> None:
     target = memoryview(bytes(layout.block_bytes))
     copy = block_copy(layout, override=implementation)
     with pytest.raises(ValueError, match="read-only"):
-        copy(layout, [make_block(1, layout)], [target], False)
+        copy(layout, [make_block(1, layout)], [target], False).work_off()
 
 
 def test_what_the_code_does_not_take_is_copied_in_pieces() -> None:
     with pytest.raises(ConfigError, match="multiples of 64"):
         block_copy(TOO_SHORT, override="fused")
     source, into = make_block(1, TOO_SHORT), memoryview(bytearray(TOO_SHORT.block_bytes))
-    assert block_copy(TOO_SHORT)(TOO_SHORT, [source], [into], True) == [
-        block_checksums(TOO_SHORT, into)
-    ]
+    copies = block_copy(TOO_SHORT)(TOO_SHORT, [source], [into], True)
+    assert sums_of(copies) == [block_checksums(TOO_SHORT, into)]
     assert into == source
 
 
@@ -170,7 +198,8 @@ def test_where_no_code_can_be_made_blocks_are_copied_in_pieces() -> None:
     with pytest.raises(FusedCopyUnavailableError, match="no executable memory"):
         fused_copy.fused_copy()
     source, into = make_block(1, layout), memoryview(bytearray(layout.block_bytes))
-    assert block_copy(layout)(layout, [source], [into], True) == [block_checksums(layout, source)]
+    copies = block_copy(layout)(layout, [source], [into], True)
+    assert sums_of(copies) == [block_checksums(layout, source)]
     with pytest.raises(ConfigError, match="no executable memory"):
         block_copy(layout, override="fused")
 
@@ -185,8 +214,9 @@ def test_a_process_that_may_have_no_executable_memory_copies_in_pieces() -> None
         from ucm.kernels.block_copy import BLOCK_COPY, block_copy
         from ucm.testing.tier_conformance import LAYOUT, make_block
         source, into = make_block(1), memoryview(bytearray(LAYOUT.block_bytes))
-        found = block_copy(LAYOUT)(LAYOUT, [source], [into], True)
-        assert found == [block_checksums(LAYOUT, source)]
+        copies = block_copy(LAYOUT)(LAYOUT, [source], [into], True)
+        copies.work_off()
+        assert tuple(copies.sums()[0].tolist()) == block_checksums(LAYOUT, source)
         try:
             block_copy(LAYOUT, override="fused")
         except Exception as error:

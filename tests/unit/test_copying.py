@@ -10,7 +10,7 @@ import pytest
 
 from ucm.api import LoadedBlock
 from ucm.checksum import block_checksums
-from ucm.copying import BYTES_PER_THREAD, SHARE_BYTES, BlockCopier
+from ucm.copying import BYTES_PER_THREAD, BlockCopier
 from ucm.errors import InvalidArgumentError, LayoutMismatchError
 from ucm.kernels.block_copy import BLOCK_COPY
 from ucm.layout import KvDtype, KvLayout
@@ -102,12 +102,11 @@ def test_nothing_to_copy(copier: BlockCopier) -> None:
     assert copier.copy_verified([], []) == []
 
 
-def test_blocks_are_shared_out_in_runs_and_all_arrive() -> None:
-    """Many more blocks than a thread takes at a time, and not a multiple of it."""
+def test_many_small_blocks_are_shared_out_and_all_arrive(implementation: None) -> None:
     small = KvLayout(
         num_layers=2, num_kv_heads=2, head_dim=64, block_tokens=128, dtype=KvDtype.FLOAT32
     )
-    count = 3 * SHARE_BYTES // small.block_bytes + 1
+    count = 3 * BYTES_PER_THREAD // small.block_bytes + 1
     sources = [make_block(number, small) for number in range(count)]
     targets = [memoryview(bytearray(small.block_bytes)) for _ in sources]
     blocks = [
@@ -120,9 +119,9 @@ def test_blocks_are_shared_out_in_runs_and_all_arrive() -> None:
         )
         for number, data in enumerate(sources)
     ]
-    missing = SHARE_BYTES // small.block_bytes + 1
+    missing = 7
     blocks[missing] = LoadedBlock(blocks[missing].key, LoadStatus.MISS)
-    with BlockCopier(small, 2) as copier:
+    with BlockCopier(small, 3) as copier:
         right = copier.copy_verified(blocks, targets)
     assert [index for index, is_right in enumerate(right) if not is_right] == [missing]
     assert not any(targets.pop(missing))
