@@ -31,6 +31,10 @@ MOST_ROUNDS: Final = 3
 """Of a way in a cell, where `repeats` does not ask for more: a median wants three, for one and the
 same pass takes a fifth more or less from run to run on a shared machine."""
 
+MOST_SHORT_ROUNDS: Final = 9
+"""Of a way whose runs are short: 10 ms more or less of waiting are a twentieth of a load of 0.2 s,
+of which from run to run 0.88 to 0.95 is hidden."""
+
 A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
@@ -53,6 +57,8 @@ class OverlapBenchOptions:
     steady_s: float = 10.0
     """A way whose runs in a cell took less so far gets another, up to `MOST_ROUNDS`; so does one
     that a ratio of the cell depends on, however long it takes. 0: none."""
+    short_s: float = 2.5
+    """A way whose runs in a cell took less altogether gets another, up to `MOST_SHORT_ROUNDS`."""
     limit_s: float = 30 * 60.0
     """Runs beyond `repeats` are begun only where the whole benchmark should end before."""
     answer_tokens: int = 8
@@ -84,7 +90,8 @@ class OverlapBenchOptions:
         if len(took_s) < self.repeats:
             return True
         is_unsteady = self.steady_s > 0 and (is_judged or sum(took_s) < self.steady_s)
-        return len(took_s) < MOST_ROUNDS and is_unsteady
+        most = MOST_SHORT_ROUNDS if sum(took_s) < self.short_s else MOST_ROUNDS
+        return len(took_s) < most and is_unsteady
 
     def quick(self) -> OverlapBenchOptions:
         """The same on two cells of a short context: below 50 s."""
@@ -95,6 +102,7 @@ class OverlapBenchOptions:
             context_tokens=(512,),
             answer_tokens=4,
             steady_s=1.5,
+            short_s=0.0,
             limit_s=30.0,
             decode_rounds=4,
             decode_tokens=34,

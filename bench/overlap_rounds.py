@@ -3,6 +3,7 @@
     round 1     every way of every cell, `repeats` times
     rounds 2, 3 ways that are quick, and those that say something about a ratio of the cell, while
                 `OverlapBenchOptions.limit_s` lasts
+    rounds 4 .. ways of which all runs together are short, up to `MOST_SHORT_ROUNDS` of them
 
 A round goes over all cells before the next begins: a slow minute of a shared machine is then one
 run of a way and not all of them. What computing everything takes depends on the context's length

@@ -239,6 +239,15 @@ def test_a_way_that_is_done_quickly_is_measured_three_times() -> None:
     assert replace(options, repeats=5).wants_run([1000.0] * 4)
 
 
+def test_a_way_whose_runs_are_short_is_measured_more_often() -> None:
+    options = OverlapBenchOptions(short_s=2.0)
+    assert options.wants_run([0.3] * 6)
+    assert not options.wants_run([0.3] * 7)
+    assert options.wants_run([0.1] * 8)
+    assert not options.wants_run([0.1] * 9)
+    assert not options.quick().wants_run([0.1] * 3)
+
+
 def test_a_way_that_a_ratio_depends_on_is_measured_three_times_however_long_it_takes() -> None:
     options = OverlapBenchOptions()
     assert options.wants_run([1000.0] * 2, is_judged=True)

@@ -118,7 +118,7 @@ def test_cells_of_one_context_share_what_computing_takes_where_they_have_few_run
 
 
 def test_a_round_goes_over_all_cells_before_the_next_begins() -> None:
-    rig, cells = FakeRig(), [cell_runs(), cell_runs(3072)]
+    rig, cells = FakeRig(seconds=1.0), [cell_runs(), cell_runs(3072)]
     measure(rig, cells)
     names = [each.name for each in VARIANTS]
     rounds = [[(name, 1024) for name in names], [(name, 3072) for name in names]] * 3
