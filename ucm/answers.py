@@ -53,6 +53,9 @@ blocks. Two processors, one client that stores without a pause, added to the p50
 clients that load: a tenth of the time 16, 64 to 130 and 17 % (stores 0.11 to 0.39 GB/s), this 1, 9
 to 16 and 5 % (0.03 to 0.09 GB/s)."""
 
+LONGEST_STORE_REST_S: Final = 0.5
+"""Less than a call waits: a large copy, or one of several that wait, is late and not lost."""
+
 LOADS_QUIET_S: Final = 0.1
 """No load for so long: stores may take all the time there is."""
 
@@ -71,7 +74,7 @@ class Answers:
         self.manager = manager
         self.board = LoadBoard()
         """Every client can read it; see there."""
-        self.pacer = Pacer(STORE_SHARE, LOADS_QUIET_S)
+        self.pacer = Pacer(STORE_SHARE, LOADS_QUIET_S, LONGEST_STORE_REST_S)
         """What stores must pass while loads go on."""
         self.gate = LoadGate(GateLimits.of(config, len(os.sched_getaffinity(0))), self.board)
         self._max_keys = config.max_keys_per_call

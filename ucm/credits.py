@@ -109,15 +109,17 @@ class Pacer:
     Decides by the times it is given, in seconds of one clock. Thread-safe.
     """
 
-    def __init__(self, share: float, quiet_s: float) -> None:
+    def __init__(self, share: float, quiet_s: float, longest_rest_s: float) -> None:
         """Nothing urgent goes on yet.
 
         Args:
             share: of the time, above 0, that the work may take while it is not quiet.
             quiet_s: nothing urgent for so long means that the work may take all of it.
+            longest_rest_s: work of any size begins again by then: who brings it has a deadline.
         """
         self._rest = 1.0 / share - 1.0
         self._quiet_s = quiet_s
+        self._longest_rest_s = longest_rest_s
         self._lock = threading.Lock()
         self._urgent_at_s = float("-inf")
         self._next_at_s = float("-inf")
@@ -143,4 +145,5 @@ class Pacer:
     def note_done(self, started_s: float, now_s: float) -> None:
         """A piece of the work has ended: it rests in proportion."""
         with self._lock:
-            self._next_at_s = max(self._next_at_s, now_s) + (now_s - started_s) * self._rest
+            rested_s = max(self._next_at_s, now_s) + (now_s - started_s) * self._rest
+            self._next_at_s = min(rested_s, now_s + self._longest_rest_s)

@@ -36,8 +36,19 @@ def test_quick_calls_keep_a_thread_from_four_on(num_threads: int) -> None:
     assert num_threads < 4 or shares.waiting + shares.copying < num_threads
 
 
+def test_no_rest_is_longer_than_a_bound_however_large_the_work() -> None:
+    pacer = Pacer(share=0.1, quiet_s=1.0, longest_rest_s=0.5)
+    for _ in range(3):  # copies that ran side by side
+        pacer.note_done(0.0, 1.0)
+    pacer.note_urgent(1.4)
+    with pytest.raises(CapacityError) as caught:
+        pacer.check(1.4)
+    assert caught.value.retry_after_s == pytest.approx(0.1)
+    pacer.check(1.5)
+
+
 def test_stores_rest_in_proportion_only_while_loads_go_on() -> None:
-    pacer = Pacer(share=0.1, quiet_s=1.0)
+    pacer = Pacer(share=0.1, quiet_s=1.0, longest_rest_s=60.0)
     pacer.check(0.0)
     pacer.note_done(0.0, 0.5)
     pacer.check(0.6)  # no load: nothing to wait for
