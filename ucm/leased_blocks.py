@@ -48,7 +48,7 @@ class LeasedBlocks(Sequence[LoadedBlock]):
             raise ValueError("the READY blocks are not the first ones")
         if len(statuses) != len(keys) or not len(tiers) == len(checksums) == count:
             raise ValueError("the lists do not match the keys asked for")
-        self.keys = keys
+        self.keys = tuple(keys)
         self.statuses = statuses
         self.tiers = tiers
         self.ready = ready
