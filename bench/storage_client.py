@@ -97,10 +97,12 @@ class Client:
         self._buffer.wipe()
         begin = time.perf_counter()
         lease = self._cache.prepare_load(self._handle.id, keys, timeout_s=CALL_TIMEOUT_S)
-        if lease.num_ready < len(keys) and lease.blocks[lease.num_ready].status in NO_ROOM:
+        blocks = tuple(lease.blocks)  # each is made when it is asked for: once is enough
+        lacking = (block.status for block in blocks if block.status is not LoadStatus.READY)
+        if next(lacking, None) in NO_ROOM:
             self._cache.complete_load(lease.id)
             return None
-        for target, block in zip(self._buffer.blocks, lease.blocks, strict=True):
+        for target, block in zip(self._buffer.blocks, blocks, strict=True):
             copy_verified(MIB_LAYOUT, block, target)
         self._cache.complete_load(lease.id)
         took_ms = (time.perf_counter() - begin) * 1e3

@@ -107,8 +107,7 @@ class BlockCopier:
             LayoutMismatchError: a buffer is not one block long.
             ValueError: not as many targets as blocks.
         """
-        if len(blocks) != len(targets):
-            raise ValueError(f"{len(blocks)} blocks do not go into {len(targets)} targets")
+        _check_counts(blocks, targets)
         right = [False] * len(blocks)
         if isinstance(blocks, LeasedBlocks):
             count = len(blocks.ready)
@@ -151,8 +150,7 @@ class BlockCopier:
             LayoutMismatchError: a buffer is not one block long.
             ValueError: not as many targets as sources.
         """
-        if len(sources) != len(targets):
-            raise ValueError(f"{len(sources)} blocks do not go into {len(targets)} targets")
+        _check_counts(sources, targets)
         return [tuple(sums) for sums in self._copied(sources, targets).tolist()]
 
     def each(self, work: Callable[[int], T], num_blocks: int) -> list[T]:
@@ -194,6 +192,11 @@ class BlockCopier:
         if block.status is not LoadStatus.READY or block.data is None:
             return False
         return verify(self.layout, block.data, block.checksums)
+
+
+def _check_counts(blocks: Sequence[object], targets: Sequence[object]) -> None:
+    if len(blocks) != len(targets):
+        raise ValueError(f"{len(blocks)} blocks do not go into {len(targets)} targets")
 
 
 class _Helpers:

@@ -43,8 +43,7 @@ class LeasedBlocks(Sequence[LoadedBlock]):
             ValueError: the columns do not fit together.
         """
         count = len(ready)
-        is_leading = statuses.count(LoadStatus.READY) == statuses[:count].count(LoadStatus.READY)
-        if not is_leading or statuses.count(LoadStatus.READY) != count:
+        if statuses.count(LoadStatus.READY) != count or LoadStatus.READY in statuses[count:]:
             raise ValueError("the READY blocks are not the first ones")
         if len(statuses) != len(keys) or not len(tiers) == len(checksums) == count:
             raise ValueError("the lists do not match the keys asked for")

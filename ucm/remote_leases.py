@@ -43,12 +43,6 @@ def known_words(packed: bytes, words: Mapping[int, Word]) -> tuple[Word, ...]:
         raise TierUnavailableError(f"the daemon says what is unknown here: {error}") from error
 
 
-def _views(memory: memoryview, offsets: Sequence[int], size: int) -> list[memoryview]:
-    if offsets and max(offsets) + size > len(memory):
-        raise TierUnavailableError("the daemon granted a block behind the end of its memory")
-    return [memory[offset : offset + size] for offset in offsets]
-
-
 def load_lease(
     keys: Sequence[BlockKey], reply: pb.PrepareLoadReply, namespace: OpenNamespace
 ) -> LoadLease:
@@ -81,7 +75,10 @@ def store_lease(
         TierUnavailableError: its answer is garbled.
     """
     statuses = known_words(reply.statuses, STORE_STATUS_FROM_WIRE)
-    views = _views(staging, reply.offsets, layout.block_bytes + reply.summary_bytes)
+    try:
+        views = BlockRows(staging, reply.offsets, layout.block_bytes + reply.summary_bytes)
+    except ValueError as error:
+        raise TierUnavailableError(f"the daemon's lists do not match: {error}") from error
     if len(statuses) != len(keys) or statuses.count(StoreStatus.WANTED) != len(views):
         raise TierUnavailableError("the daemon's lists do not match the keys offered")
     wanted, size = iter(views), layout.block_bytes
