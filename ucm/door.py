@@ -40,7 +40,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -49,7 +49,7 @@ from google.protobuf.message import DecodeError
 from . import __version__
 from .answers import Answers
 from .config import ServiceConfig
-from .door_wire import CALLS, MAX_PACKET_BYTES
+from .door_wire import CALLS, MAX_PACKET_BYTES, new_packet_buffer
 from .errors import (
     CapacityError,
     ConfigError,
@@ -90,6 +90,8 @@ class _Visitor:
 
     connection: socket.socket
     session: SessionId
+    packets: bytearray = field(default_factory=new_packet_buffer)
+    """What comes, one packet at a time."""
     lease: LeaseId | None = None
     """What the last answer leased, and its client may give up."""
 
@@ -303,7 +305,7 @@ class Door:
     def _answer_one(self, visitor: _Visitor) -> bool:
         """Answer the next request; False when the client hung up."""
         try:
-            request = _receive(visitor.connection)
+            request = _receive(visitor.connection, visitor.packets)
         except InvalidArgumentError as error:
             _try_send(visitor.connection, _error_reply(error))
             raise
@@ -401,7 +403,7 @@ def _receive_hello(connection: socket.socket) -> pb.Hello | None:
     """The client's greeting, or None if it hung up; a bad one is answered before it raises."""
     connection.settimeout(HELLO_TIMEOUT_S)
     try:
-        request = _receive(connection)
+        request = _receive(connection, new_packet_buffer())
         if request is not None:
             _check_hello(request)
     except InvalidArgumentError as error:
@@ -421,25 +423,25 @@ def _check_hello(request: pb.DoorRequest) -> None:
         )
 
 
-def _receive(connection: socket.socket) -> pb.DoorRequest | None:
-    """One request, or None at the end of the connection.
+def _receive(connection: socket.socket, packets: bytearray) -> pb.DoorRequest | None:
+    """One request, by way of `packets`, or None at the end of the connection.
 
     Raises:
         InvalidArgumentError: not a message of ours, too long, with descriptors, or too late.
     """
     # recvmsg without room for ancillary data: the kernel closes descriptors nobody asked for.
     try:
-        packet, _, flags, _ = connection.recvmsg(MAX_PACKET_BYTES)
+        size, _, flags, _ = connection.recvmsg_into([packets])
     except TimeoutError as error:
         raise InvalidArgumentError("no Hello in time") from error
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         raise InvalidArgumentError(
             f"a door message is above {MAX_PACKET_BYTES} bytes or carries descriptors"
         )
-    if not packet:
+    if not size:
         return None
     try:
-        return pb.DoorRequest.FromString(packet)
+        return pb.DoorRequest.FromString(bytes(memoryview(packets)[:size]))
     except DecodeError as error:
         raise InvalidArgumentError("this is not a door message") from error
 

@@ -9,6 +9,7 @@ and until then no other call is taken. What it leases goes back at once: a `Give
 
 from __future__ import annotations
 
+import array
 import contextlib
 import logging
 import os
@@ -17,6 +18,7 @@ import socket
 import stat
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +28,7 @@ from google.protobuf.message import DecodeError
 from ucm.storage.extents import SegmentFd
 
 from . import __version__
-from .door_wire import ANSWERS, CALLS, LEASING, MAX_PACKET_BYTES
+from .door_wire import ANSWERS, CALLS, LEASING, MAX_PACKET_BYTES, new_packet_buffer
 from .errors import InvalidArgumentError, PermissionDeniedError, TierUnavailableError
 from .hashing import NamespaceSpec
 from .load_board import BoardReader
@@ -38,6 +40,8 @@ from .wire import PROTOCOL_VERSION, TOKEN_BYTES, error_from_wire, spec_to_wire
 
 _log = logging.getLogger(__name__)
 
+_ANCILLARY_BYTES: Final = socket.CMSG_LEN(3 * struct.calcsize("i"))
+"""Room for as many descriptors as an answer has at most."""
 _GIVE_UP: Final = pb.DoorRequest(give_up=pb.GiveUp()).SerializeToString()
 
 
@@ -78,6 +82,7 @@ class DoorClient:
         """
         self._path = path
         self._owes_answer = False
+        self._packets = new_packet_buffer()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self._socket.settimeout(timeout_s)
         try:
@@ -297,8 +302,8 @@ class DoorClient:
         while True:
             self._socket.settimeout(max(deadline_s - time.monotonic(), 0.001))
             try:
-                data, fds, flags, _ = socket.recv_fds(
-                    self._socket, MAX_PACKET_BYTES, 3, socket.MSG_CMSG_CLOEXEC
+                size, passed, flags, _ = self._socket.recvmsg_into(
+                    [self._packets], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
                 )
             except ConnectionResetError:
                 # Reported once, ahead of what the other side sent before it hung up.
@@ -306,9 +311,16 @@ class DoorClient:
                 if not attempts:
                     raise
             else:
-                for fd in fds:  # `recv_fds` drops the flag
-                    os.set_inheritable(fd, False)
-                return data, list(fds), flags
+                return bytes(memoryview(self._packets)[:size]), _descriptors(passed), flags
+
+
+def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors among what came beside a packet."""
+    fds = array.array("i")
+    for level, kind, packed in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(packed[: len(packed) // fds.itemsize * fds.itemsize])
+    return fds.tolist()
 
 
 def _has(fd: int, event: int) -> bool:

@@ -12,6 +12,12 @@ from typing import Final
 MAX_PACKET_BYTES: Final = 64 << 10
 """Largest door message, both ways; a longer one is refused, not cut."""
 
+
+def new_packet_buffer() -> bytearray:
+    """Memory for one message at a time: asked for once, a receiver need not ask with each."""
+    return bytearray(MAX_PACKET_BYTES)
+
+
 ANSWERS: Final = {
     "hello": ("welcome", 3),
     "open_namespace": ("opened", 1),

@@ -147,6 +147,15 @@ def test_the_arenas_descriptor_cannot_be_written_through(house: House) -> None:
     os.close(fd)
 
 
+def test_descriptors_that_come_are_not_for_programs_that_the_client_starts(house: House) -> None:
+    client = house.connect()
+    client.hello(timeout_s=5)
+    _, signal_fd = client.open_progress(timeout_s=5)
+    assert not os.get_inheritable(signal_fd)
+    os.close(signal_fd)
+    client.close()
+
+
 def test_a_session_ends_with_its_connection(house: House) -> None:
     client = house.connect()
     token = client.hello(timeout_s=5).token
