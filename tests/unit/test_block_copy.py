@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -235,3 +237,15 @@ def test_code_that_copies_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     fused_copy.fused_copy.cache_clear()
     with pytest.raises(FusedCopyUnavailableError, match="wrongly"):
         fused_copy.fused_copy()
+
+
+def test_a_thread_that_nobody_waits_for_keeps_what_it_copies(implementation: str) -> None:
+    layout = layout_of(3, 24)
+    source, target = (np.ones(layout.block_bytes, np.uint8) for _ in range(2))
+    kept = [weakref.ref(source), weakref.ref(target)]
+    run = block_copy(layout, override=implementation)
+    work_off = run(layout, [source.data], [target.data], True).work_off
+    del source, target
+    gc.collect()
+    assert all(each() is not None for each in kept)
+    work_off()
