@@ -7,7 +7,8 @@ choice: in one pass by machine code, or in pieces of a core's cache.
 
 Invariants
     * What is judged are the bytes that were written, whoever writes to the source meanwhile.
-    * When a call has returned or raised, nobody writes to its targets any more.
+    * When a call has returned or raised, nobody writes to its targets any more. An interrupt from
+      the keyboard is the exception: a helper may still finish the block that it is at.
     * Threads are started by the first batch worth it, are at most `MAX_THREADS`, and end with
       `close`. Without them (closed, forked in the middle, no more threads) the caller copies alone.
 
