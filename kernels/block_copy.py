@@ -103,19 +103,11 @@ class _FusedCopies:
             np.add.outer(_addresses(layout, sources), starts).ravel(),
             size,
             stride - size,
+            owners=(sources, targets),
         )
-        self._buffers = (sources, targets)
-        """Kept alive, also for a thread that still copies when nobody waits for it any more."""
         self._shape = (len(sources), layout.num_layers)
         self._copy = fused_copy.fused_copy().share(slabs, group=layout.num_layers, around=around)
-
-    def work_off(self) -> None:
-        """See `JointWork.work_off`."""
-        self._copy.work_off()
-
-    def stop(self) -> None:
-        """See `JointWork.stop`."""
-        self._copy.stop()
+        self.work_off, self.stop = self._copy.work_off, self._copy.stop
 
     def sums(self) -> SlabSums:
         """See `BlockCopies.sums`."""

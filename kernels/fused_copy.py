@@ -72,9 +72,14 @@ def why_not(slab_bytes: int, padding_bytes: int) -> str | None:
 
 
 class SharedCopy:
-    """Slabs that are being copied, by every thread that takes part. Thread-safe."""
+    """Slabs that are being copied, by every thread that takes part. Thread-safe.
 
-    def __init__(self, code: Any, slabs: SlabPairs, group: int) -> None:
+    Machine code holds addresses only, so this keeps what they lead to: the code, and the slabs'
+    `owners`. Whoever still copies keeps this.
+    """
+
+    def __init__(self, made: FusedCopy, code: Any, slabs: SlabPairs, group: int) -> None:
+        self._made = made
         self._code = code
         self._slabs = slabs
         self._group = group
@@ -107,6 +112,8 @@ class SlabPairs:
     """See `why_not`."""
     padding_bytes: int
     """Copied behind each slab, and no part of its checksum."""
+    owners: object = None
+    """What keeps the memory alive, unless the caller does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +128,7 @@ class FusedCopy:
     def share(self, slabs: SlabPairs, *, group: int, around: bool) -> SharedCopy:
         """What threads can copy together; it has copied nothing yet.
 
-        The caller keeps the memory alive until all have returned, and answers for it.
+        The caller answers for the addresses.
 
         Args:
             slabs: which.
@@ -129,7 +136,8 @@ class FusedCopy:
             around: store round the cache where the targets are aligned for it.
         """
         is_aligned = not np.bitwise_or.reduce(slabs.targets) % ALIGNMENT_BYTES
-        return SharedCopy(self._around if around and is_aligned else self._through, slabs, group)
+        code = self._around if around and is_aligned else self._through
+        return SharedCopy(self, code, slabs, group)
 
 
 @functools.cache

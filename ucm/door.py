@@ -40,7 +40,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -90,7 +90,7 @@ class _Visitor:
 
     connection: socket.socket
     session: SessionId
-    packets: bytearray = field(default_factory=new_packet_buffer)
+    packets: bytearray
     """What comes, one packet at a time."""
     lease: LeaseId | None = None
     """What the last answer leased, and its client may give up."""
@@ -263,7 +263,8 @@ class Door:
             connection.close()
 
     def _serve_session(self, connection: socket.socket, peer: str) -> None:
-        hello = _receive_hello(connection)
+        packets = new_packet_buffer()
+        hello = _receive_hello(connection, packets)
         if hello is None:
             return
         client = hello.client[:64]
@@ -278,7 +279,7 @@ class Door:
             staging = self._manager.staging_arena(session)
             welcome = self._welcome(staging.size_bytes, token)
             _send(connection, welcome, staging.fd, *self._answers.board.fds)
-            visitor = _Visitor(connection, session)
+            visitor = _Visitor(connection, session, packets)
             while self._answer_one(visitor):
                 pass
         finally:
@@ -399,11 +400,11 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def _receive_hello(connection: socket.socket) -> pb.Hello | None:
+def _receive_hello(connection: socket.socket, packets: bytearray) -> pb.Hello | None:
     """The client's greeting, or None if it hung up; a bad one is answered before it raises."""
     connection.settimeout(HELLO_TIMEOUT_S)
     try:
-        request = _receive(connection, new_packet_buffer())
+        request = _receive(connection, packets)
         if request is not None:
             _check_hello(request)
     except InvalidArgumentError as error:

@@ -40,8 +40,8 @@ from .wire import PROTOCOL_VERSION, TOKEN_BYTES, error_from_wire, spec_to_wire
 
 _log = logging.getLogger(__name__)
 
-_ANCILLARY_BYTES: Final = socket.CMSG_LEN(3 * struct.calcsize("i"))
-"""Room for as many descriptors as an answer has at most."""
+_MAX_FDS: Final = max(num_fds for _, num_fds in ANSWERS.values())
+_ANCILLARY_BYTES: Final = socket.CMSG_LEN(_MAX_FDS * array.array("i").itemsize)
 _GIVE_UP: Final = pb.DoorRequest(give_up=pb.GiveUp()).SerializeToString()
 
 

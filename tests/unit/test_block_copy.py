@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -249,3 +250,20 @@ def test_a_thread_that_nobody_waits_for_keeps_what_it_copies(implementation: str
     gc.collect()
     assert all(each() is not None for each in kept)
     work_off()
+
+
+def test_a_copy_keeps_its_code_when_other_code_takes_its_place() -> None:
+    class Engine:
+        pass
+
+    owner = Engine()
+    kept = weakref.ref(owner)
+    made = dataclasses.replace(fused_copy.fused_copy(), _engine=owner)
+    source, target = np.ones(4096, np.uint8), np.zeros(4096, np.uint8)
+    into, origin = (np.array([each.ctypes.data], np.uint64) for each in (target, source))
+    work_off = made.share(SlabPairs(into, origin, 4096, 0), group=1, around=False).work_off
+    del made, owner
+    gc.collect()
+    assert kept() is not None
+    work_off()
+    assert np.array_equal(target, source)
