@@ -49,7 +49,7 @@ CopyBlocksFn: TypeAlias = Callable[[KvLayout, Blocks, Blocks, bool], BlockCopies
 
 The buffers are contiguous, `layout.block_bytes` long and do not overlap. What does not fit raises
 at once or when the work is done: LayoutMismatchError for another length, ValueError for a target
-that is read-only. `work_off` blocks, without the interpreter lock for the most part.
+that is read-only, or missing. `work_off` blocks, without the interpreter lock for the most part.
 """
 
 
@@ -74,10 +74,22 @@ def block_copy(layout: KvLayout, *, override: str | None = None) -> CopyBlocksFn
     return BLOCK_COPY.select(_problem(layout), override).run
 
 
+def check_counts(blocks: Sequence[object], targets: Sequence[object]) -> None:
+    """Refuse targets that are not as many as the blocks.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if len(blocks) != len(targets):
+        raise ValueError(f"{len(blocks)} blocks do not go into {len(targets)} targets")
+
+
 class _CopiesInPieces:
     """See `BlockCopies`."""
 
     def __init__(self, layout: KvLayout, sources: Blocks, targets: Blocks, _around: bool) -> None:
+        check_counts(sources, targets)
+
         def copy(number: int) -> tuple[int, ...]:
             return copy_block(layout, sources[number], targets[number])
 
@@ -94,16 +106,19 @@ class _FusedCopies:
     """See `BlockCopies`."""
 
     def __init__(self, layout: KvLayout, sources: Blocks, targets: Blocks, around: bool) -> None:
+        check_counts(sources, targets)
         if any(target.readonly for target in targets):
             raise ValueError("the target of a copy is read-only")
         size, stride = layout.slab_bytes, layout.slab_stride_bytes
         starts = np.arange(layout.num_layers, dtype=np.uint64) * np.uint64(stride)
+        into, into_owner = _located(layout, targets)
+        origin, origin_owner = _located(layout, sources)
         slabs = fused_copy.SlabPairs(
-            np.add.outer(_addresses(layout, targets), starts).ravel(),
-            np.add.outer(_addresses(layout, sources), starts).ravel(),
+            np.add.outer(into, starts).ravel(),
+            np.add.outer(origin, starts).ravel(),
             size,
             stride - size,
-            owners=(sources, targets),
+            owners=(into_owner, origin_owner),
         )
         self._shape = (len(sources), layout.num_layers)
         self._copy = fused_copy.fused_copy().share(slabs, group=layout.num_layers, around=around)
@@ -114,14 +129,14 @@ class _FusedCopies:
         return self._copy.sums.reshape(self._shape)
 
 
-def _addresses(layout: KvLayout, blocks: Blocks) -> fused_copy.Addresses:
-    """Where blocks lie."""
+def _located(layout: KvLayout, blocks: Blocks) -> tuple[fused_copy.Addresses, object]:
+    """Where blocks lie, and what keeps them there: views that nobody can release."""
     if isinstance(blocks, BlockRows) and blocks.block_bytes == layout.block_bytes:
-        return blocks.addresses()
+        return blocks.addresses(), blocks
     for block in blocks:
         check_block_length(layout, block)
-    starts = [np.frombuffer(block, np.uint8).ctypes.data for block in blocks]
-    return np.array(starts, np.uint64)
+    arrays = [np.frombuffer(block, np.uint8) for block in blocks]
+    return np.array([array.ctypes.data for array in arrays], np.uint64), arrays
 
 
 def _fused_refuses(problem: BlockCopyProblem) -> str | None:

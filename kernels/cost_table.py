@@ -81,13 +81,10 @@ class MachineIdentity:
 
 def table_path(machine: MachineIdentity) -> Path | None:
     """Where a machine's table is; None when `UCM_KERNEL_TABLE` says `none`."""
-    import platformdirs
-
     named = os.environ.get(VARIABLE)
     if named == NO_TABLE:
         return None
-    folder = platformdirs.user_cache_path("ucm") / "kernels"
-    return Path(named) if named else folder / f"{machine.digest()}.json"
+    return Path(named) if named else _folder() / f"{machine.digest()}.json"
 
 
 def load(path: Path, machine: MachineIdentity) -> CostTable:
@@ -129,10 +126,33 @@ def save(path: Path, machine: MachineIdentity, table: CostTable) -> None:
 
 @functools.cache
 def current() -> CostTable:
-    """This machine's table, as it was when the process first asked."""
-    machine = MachineIdentity.here()
+    """This machine's table, as it was when the process first asked; imports torch if there is any.
+
+    An engine's process has torch anyway; a client that only copies should not wait for it.
+    """
+    if not _is_any_saved():
+        return {}
+    try:
+        machine = MachineIdentity.here()
+    except (ImportError, OSError, MemoryError) as error:
+        log.warning("kernel costs are estimated: torch cannot be imported: %r", error)
+        return {}
     path = table_path(machine)
     return load(path, machine) if path is not None else {}
+
+
+def _is_any_saved() -> bool:
+    """Whether there may be a table, of whatever machine."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return named != NO_TABLE
+    return any(_folder().glob("*.json"))
+
+
+def _folder() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("ucm") / "kernels"
 
 
 def _key_of(row: Mapping[str, str]) -> CostKey:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 class BlockRows(Sequence[memoryview]):
     """Views of equally long blocks; one is made when it is asked for."""
 
-    __slots__ = ("_memory", "block_bytes", "offsets")
+    __slots__ = ("_bytes", "_memory", "block_bytes", "offsets")
 
     def __init__(self, memory: memoryview, offsets: Sequence[int], block_bytes: int) -> None:
         """Blocks of `block_bytes` at `offsets`, in bytes, of `memory`.
@@ -20,10 +20,15 @@ class BlockRows(Sequence[memoryview]):
         Raises:
             ValueError: a block does not lie in the memory.
         """
-        self._memory = memory
+        self._memory = memory.cast("B")
+        self._bytes = np.asarray(self._memory)
+        """Whoever has these rows, has the memory: an exported view cannot be released."""
         self.block_bytes = block_bytes
-        self.offsets = np.fromiter(offsets, np.uint64, len(offsets))
-        if offsets and int(self.offsets.max()) + block_bytes > memory.nbytes:
+        try:
+            self.offsets = np.fromiter(offsets, np.uint64, len(offsets))
+        except OverflowError as error:
+            raise ValueError("a block lies before the beginning of its memory") from error
+        if len(offsets) and int(self.offsets.max()) + block_bytes > memory.nbytes:
             raise ValueError("a block lies behind the end of its memory")
 
     def __len__(self) -> int:
@@ -43,5 +48,4 @@ class BlockRows(Sequence[memoryview]):
 
     def addresses(self) -> NDArray[np.uint64]:
         """Where the blocks lie in this process, while it keeps the memory."""
-        origin = np.frombuffer(self._memory, np.uint8).ctypes.data
-        return self.offsets + np.uint64(origin)
+        return self.offsets + np.uint64(self._bytes.ctypes.data)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
@@ -38,8 +37,8 @@ from numpy.typing import NDArray
 from .api import LoadedBlock, SlabChecksums
 from .checksum import verify
 from .errors import InvalidArgumentError
-from .joint_work import JointCalls, JointWork
-from .kernels.block_copy import block_copy
+from .joint_work import Helpers, JointCalls, JointWork
+from .kernels.block_copy import block_copy, check_counts
 from .layout import KvLayout
 from .leased_blocks import LeasedBlocks
 from .types import LoadStatus
@@ -76,7 +75,7 @@ class BlockCopier:
         self.layout = layout
         self.num_threads = num_threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
         self._copy = block_copy(layout)
-        self._helpers = _Helpers(self.num_threads - 1)
+        self._helpers = Helpers(self.num_threads - 1, "ucm-copy")
 
     def __enter__(self) -> Self:
         return self
@@ -98,7 +97,8 @@ class BlockCopier:
 
         Args:
             blocks: of one lease; it must stay open for the time of the call.
-            targets: for each block a writable, contiguous buffer of `layout.block_bytes`.
+            targets: for each block a writable, contiguous buffer of `layout.block_bytes`, none in
+                another.
 
         Returns:
             For each block whether it is READY and every slab of the copy has its checksum. What
@@ -108,7 +108,7 @@ class BlockCopier:
             LayoutMismatchError: a buffer is not one block long.
             ValueError: not as many targets as blocks.
         """
-        _check_counts(blocks, targets)
+        check_counts(blocks, targets)
         right = [False] * len(blocks)
         if isinstance(blocks, LeasedBlocks):
             count = len(blocks.ready)
@@ -151,7 +151,6 @@ class BlockCopier:
             LayoutMismatchError: a buffer is not one block long.
             ValueError: not as many targets as sources.
         """
-        _check_counts(sources, targets)
         return [tuple(sums) for sums in self._copied(sources, targets).tolist()]
 
     def each(self, work: Callable[[int], T], num_blocks: int) -> list[T]:
@@ -193,51 +192,3 @@ class BlockCopier:
         if block.status is not LoadStatus.READY or block.data is None:
             return False
         return verify(self.layout, block.data, block.checksums)
-
-
-def _check_counts(blocks: Sequence[object], targets: Sequence[object]) -> None:
-    if len(blocks) != len(targets):
-        raise ValueError(f"{len(blocks)} blocks do not go into {len(targets)} targets")
-
-
-class _Helpers:
-    """At most `size` threads, none before they are needed."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._pid = os.getpid()
-        self._pool = self._make_pool()
-
-    def _make_pool(self) -> ThreadPoolExecutor | None:
-        # The pool starts a thread only when there is work and none is idle.
-        return ThreadPoolExecutor(self._size, "ucm-copy") if self._size > 0 else None
-
-    def run(self, work: JointWork, num_helpers: int) -> None:
-        """Do it here and, as far as they are free, on helpers; all have returned then."""
-        futures = self._submit(work.work_off, min(num_helpers, self._size))
-        try:
-            work.work_off()
-        finally:
-            work.stop()
-            # One that has not begun, because its thread is busy or gone, is not waited for.
-            begun = [future for future in futures if not future.cancel()]
-            wait(begun)
-        for future in begun:
-            future.result()
-
-    def _submit(self, work: Callable[[], None], count: int) -> list[Future[None]]:
-        if self._pid != os.getpid():  # the threads stayed behind in the parent process
-            self._pid, self._pool = os.getpid(), self._make_pool()
-        futures: list[Future[None]] = []
-        pool = self._pool
-        try:
-            while pool is not None and len(futures) < count:
-                futures.append(pool.submit(work))
-        except RuntimeError:  # closed meanwhile, or no more threads: fewer do it
-            return futures
-        return futures
-
-    def close(self) -> None:
-        pool, self._pool, self._size = self._pool, None, 0
-        if pool is not None and self._pid == os.getpid():
-            pool.shutdown(wait=False, cancel_futures=True)

@@ -116,10 +116,11 @@ class EmbeddedCache:
     ) -> LoadLease:
         """See `CacheApi.prepare_load`."""
         grants = self.manager.prepare_load(self._session, namespace, keys, timeout_s=timeout_s)
-        arena = self._arenas[namespace]
-        ready = BlockRows(arena.memory(), grants.offsets, arena.slot_bytes)
-        sums = checksum_rows_from_wire(grants.checksums, num_blocks=len(ready))
-        blocks = LeasedBlocks(keys, grants.statuses, grants.tiers, ready, sums)
+        with self._kept(grants.lease_id):
+            arena = self._arenas[namespace]
+            ready = BlockRows(arena.memory(), grants.offsets, arena.slot_bytes)
+            sums = checksum_rows_from_wire(grants.checksums, num_blocks=len(ready))
+            blocks = LeasedBlocks(keys, grants.statuses, grants.tiers, ready, sums)
         return LoadLease(grants.lease_id, blocks, grants.timeout_s)
 
     def begin_load(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import mmap
 import subprocess
 import sys
 import threading
@@ -167,6 +168,19 @@ def test_buffers_of_other_lengths_are_refused(implementation: str) -> None:
             copy(layout, [source], [into], False).work_off()
 
 
+@pytest.mark.parametrize(("num_sources", "num_targets"), [(1, 2), (2, 1), (0, 1)])
+def test_as_many_targets_as_sources(
+    implementation: str, num_sources: int, num_targets: int
+) -> None:
+    layout = LAYOUTS[1]
+    sources, targets = (
+        [memoryview(bytearray(layout.block_bytes)) for _ in range(count)]
+        for count in (num_sources, num_targets)
+    )
+    with pytest.raises(ValueError, match="do not go into"):
+        block_copy(layout, override=implementation)(layout, sources, targets, False)
+
+
 def test_a_read_only_target_is_refused(implementation: str) -> None:
     layout = LAYOUTS[1]
     target = memoryview(bytes(layout.block_bytes))
@@ -205,6 +219,57 @@ def test_where_no_code_can_be_made_blocks_are_copied_in_pieces() -> None:
     assert sums_of(copies) == [block_checksums(layout, source)]
     with pytest.raises(ConfigError, match="no executable memory"):
         block_copy(layout, override="fused")
+
+
+def test_another_version_of_the_library_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("llvmlite.binding.create_mcjit_compiler")
+    fused_copy.fused_copy.cache_clear()
+    with pytest.raises(FusedCopyUnavailableError, match="create_mcjit_compiler"):
+        fused_copy.fused_copy()
+
+
+def run_script(script: str) -> str:
+    """What a process of its own prints; it must end well within half a minute."""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_without_address_space_nothing_is_built() -> None:
+    """LLVM would end the process."""
+    assert "Cannot allocate memory" in run_script("""if True:
+        import resource
+        from pathlib import Path
+        import llvmlite.binding
+        from ucm.kernels import fused_copy
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 20), resource.RLIM_INFINITY))
+        try:
+            fused_copy.fused_copy()
+        except fused_copy.FusedCopyUnavailableError as error:
+            print(error)
+    """)
+
+
+def test_who_forks_while_code_is_built_leaves_no_lock_to_the_child() -> None:
+    """LLVM's binding has one, which its builder holds nearly all the time."""
+    run_script("""if True:
+        import os, signal, threading, time
+        from ucm.kernels import fused_copy
+        for step in range(6):
+            fused_copy.fused_copy.cache_clear()
+            builder = threading.Thread(target=fused_copy.fused_copy)
+            builder.start()
+            time.sleep(0.01 + 0.015 * step)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(5)
+                fused_copy.fused_copy()
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            builder.join()
+    """)
 
 
 def test_a_process_that_may_have_no_executable_memory_copies_in_pieces() -> None:
@@ -250,6 +315,21 @@ def test_a_thread_that_nobody_waits_for_keeps_what_it_copies(implementation: str
     gc.collect()
     assert all(each() is not None for each in kept)
     work_off()
+
+
+def test_what_a_fused_copy_works_on_cannot_be_taken_away() -> None:
+    """Neither by emptying the caller's lists nor by releasing its views: machine code sees none."""
+    layout = layout_of(3, 24)
+    memory = mmap.mmap(-1, layout.block_bytes)
+    sources, targets = [memoryview(bytes(layout.block_bytes))], [memoryview(memory)]
+    copies = block_copy(layout, override="fused")(layout, sources, targets, True)
+    targets[0].release()
+    sources.clear()
+    targets.clear()
+    with pytest.raises(BufferError):
+        memory.close()
+    copies.work_off()
+    assert sums_of(copies) == [block_checksums(layout, memoryview(bytes(layout.block_bytes)))]
 
 
 def test_a_copy_keeps_its_code_when_other_code_takes_its_place() -> None:

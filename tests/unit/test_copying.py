@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -199,6 +203,121 @@ def test_a_batch_does_not_wait_for_helpers_of_another(pair: BlockCopier) -> None
     release.set()
     other.join(WAIT_S)
     assert not other.is_alive()
+
+
+def test_work_that_was_queued_for_no_thread_is_waited_for_or_not_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pool queues a piece of work before it finds that it cannot start a thread for it."""
+    start = threading.Thread.start
+    began, release, returned = threading.Barrier(3), threading.Event(), threading.Event()
+    late: list[int] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("ucm-copy"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def hold(_index: int) -> None:
+        began.wait(WAIT_S)
+        assert release.wait(WAIT_S)
+
+    def work(index: int) -> int:
+        if threading.current_thread() is threading.main_thread():
+            release.set()  # the helper comes to what is queued
+            time.sleep(0.1)
+        else:
+            time.sleep(0.3)
+            late.extend([index] * returned.is_set())
+        return index
+
+    with BlockCopier(LAYOUT, 3) as copier:
+        both = threading.Barrier(2, timeout=WAIT_S)
+        copier.each(lambda _: both.wait(), 2)  # one helper, of two that there may be
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        other = threading.Thread(target=copier.each, args=(hold, 2))
+        other.start()
+        began.wait(WAIT_S)
+        assert copier.each(work, 6) == list(range(6))
+        returned.set()
+        time.sleep(0.4)
+        other.join(WAIT_S)
+    assert late == []
+
+
+def test_an_interrupt_while_helpers_are_called_leaves_them_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = threading.Thread.start
+    began: list[int] = []
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.startswith("ucm-copy"):
+            time.sleep(0.1)
+            raise KeyboardInterrupt
+
+    def work(index: int) -> None:
+        began.append(index)
+        time.sleep(0.05)
+
+    with BlockCopier(LAYOUT, 3) as copier:
+        monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            copier.each(work, 50)
+        count = len(began)
+        time.sleep(0.3)
+        assert len(began) == count <= 2
+
+
+def test_helpers_end_with_the_last_reference() -> None:
+    before = set(threading.enumerate())
+    copier = BlockCopier(LAYOUT, 2)
+    both = threading.Barrier(2, timeout=WAIT_S)
+    copier.each(lambda _: both.wait(), 2)
+    (helper,) = set(threading.enumerate()) - before
+    del copier
+    gc.collect()
+    helper.join(WAIT_S)
+    assert not helper.is_alive()
+
+
+def test_interrupts_leave_nothing_locked() -> None:
+    """Whenever they come: later batches are copied, and the threads end."""
+    script = """if True:
+        import random, signal, threading, time
+        from ucm.copying import BYTES_PER_THREAD, BlockCopier
+        from ucm.layout import KvDtype, KvLayout
+        layout = KvLayout(
+            num_layers=16, num_kv_heads=1, head_dim=64, block_tokens=125, dtype=KvDtype.FLOAT32
+        )
+        def interrupt(*_):
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, interrupt)
+        count = 16
+        assert count * layout.block_bytes > 2 * BYTES_PER_THREAD
+        source = memoryview(bytes(layout.block_bytes))
+        targets = [memoryview(bytearray(layout.block_bytes)) for _ in range(count)]
+        copier, num_interrupts = BlockCopier(layout, 2), 0
+        rng = random.Random(2)
+        for _ in range(2000):
+            time.sleep(1e-3)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(2e-4, 3e-3))
+                try:
+                    copier.copy_blocks([source] * count, targets)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                num_interrupts += 1
+        copier.copy_blocks([source] * count, targets)
+        helpers = [each for each in threading.enumerate() if each.name.startswith("ucm-copy")]
+        copier.close()
+        for helper in helpers:
+            helper.join(5)
+        assert num_interrupts > 100 and not any(helper.is_alive() for helper in helpers)
+    """
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_closed_it_copies_alone_and_leaves_no_thread(sources: list[memoryview]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,3 +127,24 @@ def test_a_process_reads_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert cost_table.current() == TABLE, "choices do not change while a process runs"
     finally:
         cost_table.current.cache_clear()
+
+
+def test_without_a_table_nobody_waits_for_torch(tmp_path: Path) -> None:
+    """It takes seconds, and a client that only copies blocks has no other use for it."""
+    script = """if True:
+        import sys
+        from ucm.copying import BlockCopier
+        from ucm.testing.tier_conformance import LAYOUT
+        BlockCopier(LAYOUT)
+        assert "torch" not in sys.modules
+    """
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop(cost_table.VARIABLE, None)
+    for changed in (environment, {**environment, cost_table.VARIABLE: cost_table.NO_TABLE}):
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=changed)
+
+
+def test_without_torch_there_is_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cost_table.VARIABLE, str(tmp_path / "table.json"))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert cost_table.current.__wrapped__() == {}

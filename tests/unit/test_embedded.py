@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ import ucm
 from ucm.config import MIB, Config, MemoryConfig, NvmeConfig, ServiceConfig
 from ucm.embedded import EmbeddedCache, open_embedded
 from ucm.errors import ConfigError, UcmError
+from ucm.grants import LoadGrants
 from ucm.testing.blocks import chain, content, get, put, tiny_spec
 from ucm.testing.stores import small_store_config
 from ucm.types import ROOT_KEY, StoreStatus, TierKind
@@ -56,6 +58,25 @@ def test_without_a_folder_there_is_memory_only(tmp_path: Path) -> None:
 def test_the_default_configuration_opens(tmp_path: Path) -> None:
     with ucm.open(tmp_path / "store") as cache:
         cache.open_namespace(tiny_spec())
+
+
+def test_a_load_whose_columns_do_not_fit_leaves_no_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ucm.open(tmp_path / "store", CONFIG) as cache:
+        handle = cache.open_namespace(tiny_spec())
+        keys = chain(handle.id, 2)
+        put(cache, handle, keys)
+        prepare = cache.manager.prepare_load
+
+        def lose_a_tier(*args: Any, **options: Any) -> LoadGrants:
+            grants = prepare(*args, **options)
+            return dataclasses.replace(grants, tiers=grants.tiers[1:])
+
+        monkeypatch.setattr(cache.manager, "prepare_load", lose_a_tier)
+        with pytest.raises(ValueError, match="match the keys"):
+            cache.prepare_load(handle.id, keys, timeout_s=1)
+        assert cache.manager.status().num_leases == 0
 
 
 def test_views_outlive_the_store(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -81,9 +83,22 @@ def test_columns_that_do_not_fit_together_are_refused(
         LeasedBlocks(**bad)
 
 
-def test_a_block_behind_the_end_of_the_memory_is_refused() -> None:
-    with pytest.raises(ValueError, match="behind the end"):
-        BlockRows(MEMORY, [0, 2 * SIZE + 1], SIZE)
+@pytest.mark.parametrize("outside", [2 * SIZE + 1, 2**64 - 1, 2**64, -1])
+def test_a_block_outside_the_memory_is_refused(outside: int) -> None:
+    with pytest.raises(ValueError, match="of its memory"):
+        BlockRows(MEMORY, [0, outside], SIZE)
+
+
+def test_who_has_the_rows_has_the_memory() -> None:
+    floats = np.arange(64, dtype=np.float32)
+    view = floats.data
+    rows = BlockRows(view, [0, 64], 64)
+    assert [bytes(row) for row in rows] == [floats[:16].tobytes(), floats[16:32].tobytes()]
+    assert rows.addresses().tolist() == [floats.ctypes.data, floats.ctypes.data + 64]
+    kept = weakref.ref(floats)
+    del floats, view
+    gc.collect()
+    assert kept() is not None
 
 
 @pytest.mark.parametrize("implementation", BLOCK_COPY.names)
