@@ -298,6 +298,18 @@ def test_a_process_that_may_have_no_executable_memory_copies_in_pieces() -> None
     assert "no executable memory" in done.stdout
 
 
+@pytest.mark.parametrize(("around", "shift", "goes_round"), [(1, 0, 1), (0, 0, 0), (1, 1, 0)])
+def test_only_aligned_targets_are_written_round_the_cache(
+    around: bool, shift: int, goes_round: bool
+) -> None:
+    made = dataclasses.replace(fused_copy.fused_copy(), _through="through", _around="around")
+    slabs = SlabPairs(np.array([4096, 8192 + shift], np.uint64), np.zeros(2, np.uint64), 4096, 0)
+    chosen = made.share(slabs, group=1, around=bool(around))._code
+    assert chosen == ("around" if goes_round else "through")
+    through, round_it = str(fused_copy._build_module()).split("define")[1:]
+    assert ("!nontemporal" in through, "!nontemporal" in round_it) == (False, True)
+
+
 def test_code_that_copies_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_copy, "PRIME64_1", 1)
     fused_copy.fused_copy.cache_clear()

@@ -9,14 +9,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from ucm import copying
 from ucm.api import LoadedBlock
 from ucm.checksum import block_checksums
 from ucm.copying import BYTES_PER_THREAD, BlockCopier
 from ucm.errors import InvalidArgumentError, LayoutMismatchError
-from ucm.kernels.block_copy import BLOCK_COPY
+from ucm.kernels.block_copy import BLOCK_COPY, BlockCopies, block_copy
 from ucm.layout import KvDtype, KvLayout
 from ucm.testing.tier_conformance import make_block
 from ucm.types import BlockKey, LoadStatus, TierKind
@@ -85,7 +87,7 @@ def test_what_is_wrong_or_missing_is_told_apart_from_the_rest(
     blocks[1] = LoadedBlock(
         blocks[1].key, LoadStatus.READY, TierKind.MEMORY, rotten, blocks[1].checksums
     )
-    blocks[3] = LoadedBlock(blocks[3].key, LoadStatus.MISS)
+    blocks[3] = blocks[3]._replace(status=LoadStatus.MISS)
     targets = buffers()
     expected = [True, False, True, False, True]
     assert copier.copy_verified(blocks, targets) == expected
@@ -352,6 +354,22 @@ def test_a_forked_child_copies_with_threads_of_its_own(
         finally:
             os._exit(0 if targets == sources else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_batch_that_no_cache_holds_goes_round_it(
+    is_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "AROUND_BYTES", NUM_BLOCKS * LAYOUT.block_bytes + (not is_large))
+    seen: list[bool] = []
+
+    def copies(*args: Any) -> BlockCopies:
+        seen.append(args[-1])
+        return block_copy(LAYOUT)(*args)
+
+    monkeypatch.setattr(copying, "block_copy", lambda _: copies)
+    BlockCopier(LAYOUT).copy_blocks(buffers(), buffers())
+    assert seen == [is_large]
 
 
 def test_the_default_is_bounded() -> None:

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from ucm.errors import ConfigError, InvalidArgumentError
+from ucm.errors import ConfigError, InvalidArgumentError, TierUnavailableError
 from ucm.storage.arena import Arena, ArenaKind
 from ucm.storage.file_io import is_aligned
 from ucm.storage.slots import SlotState, SlotTable
@@ -80,6 +80,10 @@ def test_closing_twice_and_with_a_view_held() -> None:
     arena.close()
     view[:1] = b"x"  # the pages live as long as the view
     assert bytes(view[:1]) == b"x"
+    with pytest.raises(TierUnavailableError, match="closed"):
+        arena.view(SlotId(0))
+    with pytest.raises(TierUnavailableError, match="closed"):
+        arena.memory()
 
 
 def test_slot_table_grows_and_counts() -> None:
