@@ -187,8 +187,11 @@ class _NamespaceCheck:
         except UcmError as error:
             self._find(FindingKind.SUPERBLOCK, str(error))
             return None
-        if self._repair:
-            finding.fixed = self._move_aside()
+        if self._repair and self._move_aside():
+            finding.fixed = True
+            finding.what += "; all of it was moved to quarantine/, and it starts empty"
+        else:
+            finding.what += "; nobody can say what its blocks are: a repair moves them aside"
         return None
 
     def _move_aside(self) -> bool:

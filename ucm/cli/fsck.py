@@ -87,7 +87,10 @@ def _advice(report: FsckReport, *, repair: bool) -> str:
         return "no damage was found; what another version wrote was neither checked nor changed"
     if repair:
         return "damage is left that could not be mended: each line without [fixed] says what"
-    return "damage is left; run `ucm fsck --repair` to drop the damaged blocks"
+    return (
+        "damage is left; `ucm fsck --repair` rebuilds an index from whole blocks, drops damaged "
+        "blocks, and moves what nobody can read to quarantine/"
+    )
 
 
 def _line(finding: FsckFinding) -> str:
