@@ -2,7 +2,8 @@
 
 Invariants: at most `max_queued_blocks` blocks wait; a store that does not fit is dropped, never
 waited for. Every store taken is released exactly once, however it ends. While the cache is away
-stores are dropped at once, so that the engine gets its blocks back.
+stores are dropped at once, so that the engine gets its blocks back. A block that a load has found
+bad is stored behind the report of it: before, the cache would say that it has it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from ucm.api import SlabChecksums, StoreLease, StoreSlot
 from ucm.errors import CapacityError
-from ucm.types import StoreStatus
+from ucm.types import BlockKey, StoreStatus
 
 from .deadline import DeadlineCaller
 from .link import CallKind, Connection, Link
@@ -23,6 +24,12 @@ from .session_stats import StatsCounter
 from .store_queue import QueueLimits, StoreJob, StoreQueue, StoreRun
 
 log = logging.getLogger(__name__)
+
+MAX_REPORT_S = 10.0
+"""How long a store waits for the report of a bad block that it replaces: a pass, at most."""
+
+AwaitReports = Callable[[Sequence[BlockKey], float], None]
+"""`await_reports(keys, timeout_s)` waits until the cache knows which of them it has are bad."""
 
 Summarise = Callable[[Sequence[tuple[StoreSlot, SlabChecksums]]], int]
 """`summarise(blocks)` writes summaries of filled slots; says how many. Never raises."""
@@ -39,6 +46,7 @@ class BackgroundLimits:
     """Slab bytes of one block, for counting."""
     summarise: Summarise | None = None
     """Puts summaries beside staged blocks; None when none are wanted."""
+    await_reports: AwaitReports = lambda _keys, _timeout_s: None
 
 
 class Background:
@@ -173,6 +181,7 @@ class Background:
             return 0, None
         keys = run.keys[indexes.start : indexes.stop]
         parent = run.keys[indexes.start - 1] if indexes.start else run.parent
+        self._limits.await_reports(keys, MAX_REPORT_S)
         prepared = self._link.attempt(
             self._caller,
             lambda connection: connection.cache.prepare_store(

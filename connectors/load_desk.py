@@ -19,7 +19,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -94,6 +94,8 @@ class LoadDesk:
         """The same of all jobs, before the pass that comes next or is under way."""
         self._is_in_pass = False
         self._can_direct = True
+        self._unreported: Counter[BlockKey] = Counter()
+        """Bad blocks of loads that have ended, until the cache has been told."""
         self._errands: deque[Callable[[], None]] = deque()
         self._stragglers: list[Straggler] = []
         self._work = threading.Condition()
@@ -170,11 +172,14 @@ class LoadDesk:
 
     def end(self, request_id: str) -> int:
         """End a load; returns its good blocks, none when `close` has ended it."""
-        job = self._jobs.pop(request_id, None)
+        job = self._jobs.get(request_id)
         if job is None:
             return 0
         outcome = job.end()
         plan, straggler = outcome.plan, outcome.straggler
+        with self._work:
+            self._unreported.update(outcome.corrupt)
+            del self._jobs[request_id]
         if plan is not None:
             self._submit(lambda: self._complete(plan, outcome.corrupt))
         if straggler is not None:
@@ -264,6 +269,23 @@ class LoadDesk:
             is_computing=outcome.was_beside,
         )
 
+    # Any thread
+
+    def wait_reported(self, keys: Sequence[BlockKey], timeout_s: float) -> None:
+        """Wait until none of these blocks is one that a load has found bad and the cache has not.
+
+        Where one is, that is the end of its load: of the pass that goes on with it.
+        """
+        wanted = set(keys)
+        with self._work:
+            self._work.wait_for(
+                lambda: self._is_closing or not wanted & self._unreported_now(), timeout_s
+            )
+
+    def _unreported_now(self) -> set[BlockKey]:
+        jobs = list(self._jobs.values())
+        return set(self._unreported).union(*(job.corrupt_keys() for job in jobs))
+
     # The desk's thread
 
     def _submit(self, errand: Callable[[], None]) -> None:
@@ -328,3 +350,8 @@ class LoadDesk:
             self._options.deadline_s,
             kind=CallKind.LOAD,
         )
+        if corrupt:
+            with self._work:
+                self._unreported.subtract(corrupt)
+                self._unreported = +self._unreported
+                self._work.notify_all()

@@ -394,6 +394,11 @@ class LoadJob:
             straggler=straggler,
         )
 
+    def corrupt_keys(self) -> tuple[BlockKey, ...]:
+        """Blocks that were found bad so far."""
+        reader = self._reader
+        return reader.corrupt_keys() if reader is not None else ()
+
     def _unsettled(self, num_good: int) -> range:
         """Blocks that a read may yet write to: neither good nor the engine's own."""
         places = range(len(self.task.keys))

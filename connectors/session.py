@@ -171,17 +171,6 @@ class CacheSession:
             clock or SystemClock(),
             self._counter,
         )
-        self._background = Background(
-            self._link,
-            self._counter,
-            BackgroundLimits(
-                deadline_s=self.options.deadline_s,
-                queue=_queue_limits(self.options, spec.layout.block_bytes),
-                batch_blocks=_batch_blocks(self.options, spec.layout.block_bytes),
-                block_bytes=spec.layout.num_layers * spec.layout.slab_bytes,
-                summarise=_summarise(spec.layout, self.options.summary),
-            ),
-        )
         self.loads = LoadDesk(
             self._link,
             self._counter,
@@ -192,6 +181,18 @@ class CacheSession:
                 decide=self.options.decide,
             ),
             model or CostModel(),
+        )
+        self._background = Background(
+            self._link,
+            self._counter,
+            BackgroundLimits(
+                deadline_s=self.options.deadline_s,
+                queue=_queue_limits(self.options, spec.layout.block_bytes),
+                batch_blocks=_batch_blocks(self.options, spec.layout.block_bytes),
+                block_bytes=spec.layout.num_layers * spec.layout.slab_bytes,
+                summarise=_summarise(spec.layout, self.options.summary),
+                await_reports=self.loads.wait_reported,
+            ),
         )
         self._background.start()
 

@@ -13,6 +13,7 @@ import pytest
 from ucm.api import CacheApi, SlabChecksums
 from ucm.checksum import block_checksums
 from ucm.clock import SimClock
+from ucm.connectors import background
 from ucm.connectors.circuit_breaker import BreakerOptions, BreakerState
 from ucm.connectors.session import CacheSession, LoadOffer, SessionOptions, StoreOffer
 from ucm.connectors.store_queue import BlockFill
@@ -97,9 +98,13 @@ def load_all(session: CacheSession, pool: Pool, first: int = 0) -> int:
     return load(session, pool, range(first, num_matched))
 
 
-def load(session: CacheSession, pool: Pool, blocks: range) -> int:
+def begin_load(session: CacheSession, pool: Pool, blocks: range) -> bool:
     offer = LoadOffer(request_id="load", token_ids=TOKENS, blocks=blocks, target=pool, hold=no_hold)
-    if session.start_load(offer) is None:
+    return session.start_load(offer) is not None
+
+
+def load(session: CacheSession, pool: Pool, blocks: range) -> int:
+    if not begin_load(session, pool, blocks):
         return 0
     for layer in range(LAYOUT.num_layers):
         num_good = session.loads.wait_layer(layer, "load")
@@ -157,6 +162,37 @@ def test_a_flipped_bit_is_found_after_the_copy_counted_and_reported(cache: FakeC
     assert (stats.corrupt_blocks, stats.wrong_slabs) == (1, 1)
     assert stats.wrong_bytes == LAYOUT.slab_bytes
     assert stats.missed_blocks == 3
+
+
+def test_a_bad_block_is_reported_before_it_is_stored_again(cache: FakeCache) -> None:
+    """A pass that computes it while its load goes on offers it before the load has ended."""
+    pool = Pool()
+    with open_session(lambda: cache) as session:
+        store_all(session, pool)
+        cache.damage(KEYS[3], layer=1)
+        assert begin_load(session, Pool(5), range(session.match(TOKENS, 0)))
+        assert session.loads.wait_layer(LAYOUT.num_layers - 1, "load") == 3
+        again = range(3, NUM_BLOCKS)
+        session.store(offer("load", TOKENS, again, pool.fill, pool.release))
+        session.finish("load")
+        time.sleep(0.1)
+        assert session.loads.end("load") == 3
+        assert session.flush(5.0)
+        assert cache.corrupt_reports == [KEYS[3]]
+        assert load_all(session, Pool(6)) == NUM_BLOCKS
+
+
+def test_a_report_that_does_not_come_holds_stores_up_for_a_while_only(
+    cache: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "MAX_REPORT_S", 0.1)
+    with open_session(lambda: cache) as session:
+        store_all(session, Pool())
+        cache.damage(KEYS[3], layer=1)
+        assert begin_load(session, Pool(5), range(session.match(TOKENS, 0)))
+        assert session.loads.wait_layer(LAYOUT.num_layers - 1, "load") == 3
+        store_all(session, Pool())
+        assert session.stats().present_blocks == NUM_BLOCKS
 
 
 def test_a_missing_block_ends_the_prefix(cache: FakeCache) -> None:

@@ -150,6 +150,8 @@ class FakeCache:
         """See `CacheApi.complete_load`."""
         self._enter("complete_load")
         self.corrupt_reports.extend(corrupt)
+        for key in corrupt:
+            self.blocks.pop(key, None)
         self.leases.pop(lease_id, None)
 
     def prepare_store(
