@@ -222,13 +222,12 @@ class Door:
             )
             with self._lock:
                 self._check_room()
+                _start(thread)
                 self._connections[connection] = thread
         except UcmError as error:
             _log.warning("the door refused a client: %s", error)
             _try_send(connection, _error_reply(error))
             connection.close()
-            return
-        thread.start()
 
     def _check_peer(self, connection: socket.socket) -> str:
         size = struct.calcsize("3i")
@@ -459,6 +458,18 @@ def _error_reply(error: UcmError) -> pb.DoorReply:
 
 def _send(connection: socket.socket, reply: pb.DoorReply, *descriptors: int) -> None:
     socket.send_fds(connection, [reply.SerializeToString()], list(descriptors))
+
+
+def _start(thread: threading.Thread) -> None:
+    """Start a session's thread.
+
+    Raises:
+        CapacityError: the system has no more threads.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise CapacityError(f"no thread for another session: {error}", retry_after_s=1.0) from error
 
 
 def _try_send(connection: socket.socket, reply: pb.DoorReply) -> None:

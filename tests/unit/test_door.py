@@ -211,6 +211,24 @@ def test_sessions_are_bounded(house: House) -> None:
     house.connect().hello(timeout_s=5)
 
 
+def test_without_a_thread_a_client_is_refused_and_the_next_one_served(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "ucm-session":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(CapacityError, match="no thread for another session"):
+            house.connect().hello(timeout_s=5)
+    assert house.door.num_connections == 0
+    house.connect().hello(timeout_s=5)
+
+
 def test_another_user_is_refused(house: House) -> None:
     """A real process of another user; as nobody but root can become one, else by a fake door."""
     if os.geteuid() != 0:
@@ -429,58 +447,6 @@ def test_as_many_keys_as_the_client_says_pass_the_door(house: House) -> None:
     lengths = [len(each.SerializeToString()) for each in lookups]
     assert lengths[0] <= MAX_PACKET_BYTES < lengths[-1]
     assert [client.takes(each) for each in lookups] == [n <= MAX_PACKET_BYTES for n in lengths]
-
-
-def slow_door(folder: Path, answers: threading.Event, order: list[str]) -> socket.socket:
-    """A door that keeps every answer back until it is told; each says which request it is to."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(folder / "door"))
-    listener.listen(1)
-
-    def serve() -> None:
-        sock, _ = listener.accept()
-        with sock:
-            while packet := sock.recv(MAX_PACKET_BYTES):
-                request = pb.DoorRequest.FromString(packet)
-                answers.wait(10)
-                order.append(request.WhichOneof("request") or "")
-                if order[-1] == "lookup":
-                    found = pb.LookupReply(tiers=request.lookup.keys[:1])
-                    sock.send(pb.DoorReply(found=found).SerializeToString())
-                else:
-                    error = pb.DoorError(error="CapacityError", message="full")
-                    sock.send(pb.DoorReply(error=error).SerializeToString())
-
-    threading.Thread(target=serve, daemon=True).start()
-    return listener
-
-
-def test_a_late_answer_is_never_taken_for_the_next_lookups(folder: Path) -> None:
-    answers, order = threading.Event(), list[str]()
-    first, second = (pb.DoorRequest(lookup=pb.LookupRequest(keys=bytes([n]) * 32)) for n in (1, 2))
-    with slow_door(folder, answers, order):
-        client = DoorClient(folder / "door", timeout_s=5)
-        with pytest.raises(TierUnavailableError, match="does not answer"):
-            client.call(first, timeout_s=0.05)
-        assert client.is_open()
-        assert not client.takes(second)
-        answers.set()
-        wait_until(lambda: client.takes(second))
-        assert client.call(second, timeout_s=5).tiers == b"\x02"
-        client.close()
-
-
-def test_a_late_answer_is_never_taken_for_what_is_opened_next(folder: Path) -> None:
-    answers, order = threading.Event(), list[str]()
-    with slow_door(folder, answers, order):
-        client = DoorClient(folder / "door", timeout_s=5)
-        with pytest.raises(TierUnavailableError, match="does not answer"):
-            look(client, pb.LookupRequest(keys=bytes(32)), timeout_s=0.05)
-        answers.set()
-        with pytest.raises(CapacityError, match="full"):
-            client.open_summaries(SPEC.fingerprint(), timeout_s=5)
-        assert order == ["lookup", "open_summaries"]
-        client.close()
 
 
 def test_a_silent_daemon_is_given_up_in_time(folder: Path) -> None:

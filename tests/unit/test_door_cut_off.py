@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ucm import door_client
 from ucm.client import connect
 from ucm.daemon import Daemon
 from ucm.door_client import DoorClient
@@ -255,3 +256,11 @@ def test_close_ends_another_threads_hanging_lookup(
     finally:
         go_on.set()
         thread.join()
+
+
+def test_an_answer_that_was_cut_is_not_believed() -> None:
+    """Even if what came of it can be read: its last lists may lack something."""
+    packet = FOUND.SerializeToString()
+    assert door_client._parse(packet, [], 0, LOOKUP) == FOUND
+    with pytest.raises(TierUnavailableError, match="garbled"):
+        door_client._parse(packet, [], socket.MSG_TRUNC, LOOKUP)

@@ -290,6 +290,7 @@ def test_selections_and_stores_at_the_same_time(store: Store) -> None:
     for keys in chains:
         result = store.cache.select(store.handle.id, keys, REQUEST, timeout_s=10)
         assert_same(result.layers, expected(keys, REQUEST))
+    assert store.cache.flush(timeout_s=10)  # integrity is of an idle store
 
 
 def test_selections_are_counted(store: Store) -> None:
