@@ -51,18 +51,24 @@ def load_lease(
     Raises:
         TierUnavailableError: its answer is garbled.
     """
-    size = namespace.handle.layout.block_bytes
+    layout = namespace.handle.layout
     try:
-        ready = BlockRows(namespace.arena, reply.offsets, size)
+        ready = BlockRows(namespace.arena, reply.offsets, layout.block_bytes)
+        sums = checksum_rows_from_wire(reply.checksums, num_blocks=len(ready))
         blocks = LeasedBlocks(
             keys,
             known_words(reply.statuses, LOAD_STATUS_FROM_WIRE),
             known_words(reply.tiers, TIER_FROM_WIRE),
             ready,
-            checksum_rows_from_wire(reply.checksums, num_blocks=len(ready)),
+            sums,
         )
     except (InvalidArgumentError, ValueError) as error:
         raise TierUnavailableError(f"the daemon's lists do not match: {error}") from error
+    if len(ready) and sums.shape[1] != layout.num_layers:
+        raise TierUnavailableError(
+            f"the daemon's lists do not match: {sums.shape[1]} checksums of a block of "
+            f"{layout.num_layers} layers"
+        )
     return LoadLease(LeaseId(reply.lease_id), blocks, reply.timeout_s)
 
 

@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ucm.api import LoadLease, NamespaceHandle
 from ucm.block_rows import BlockRows
 from ucm.checksum import block_checksums
 from ucm.copying import BlockCopier
-from ucm.errors import LayoutMismatchError
+from ucm.errors import LayoutMismatchError, TierUnavailableError
 from ucm.kernels.block_copy import BLOCK_COPY
 from ucm.leased_blocks import LeasedBlocks
+from ucm.protos import cache_pb2 as pb
+from ucm.remote_leases import OpenNamespace, load_lease
 from ucm.testing.tier_conformance import LAYOUT, make_block
-from ucm.types import BlockKey, LoadStatus, TierKind
+from ucm.types import BlockKey, LoadStatus, NamespaceId, TierKind
+from ucm.wire import LOAD_STATUS_TO_WIRE, TIER_TO_WIRE
 
 SIZE = LAYOUT.block_bytes
 KEYS = [BlockKey(bytes([number]) * 32) for number in range(3)]
@@ -118,3 +122,27 @@ def test_they_are_copied_by_column(
         other = LeasedBlocks(**{**columns(), "ready": BlockRows(MEMORY, OFFSETS, SIZE - 1)})
         with pytest.raises(LayoutMismatchError):
             copier.copy_verified(other, targets)
+
+
+def answer(offset: int, num_slabs: int) -> LoadLease:
+    """What a client makes of a daemon's answer to a load of one block."""
+    reply = pb.PrepareLoadReply(
+        lease_id=bytes(16),
+        statuses=bytes([LOAD_STATUS_TO_WIRE[LoadStatus.READY]]),
+        tiers=bytes([TIER_TO_WIRE[TierKind.MEMORY]]),
+        offsets=[offset],
+        checksums=bytes(8 * num_slabs),
+    )
+    handle = NamespaceHandle(NamespaceId(bytes(32)), LAYOUT)
+    return load_lease(KEYS[:1], reply, OpenNamespace(handle, MEMORY))
+
+
+def test_an_answer_that_does_not_fit_the_layout_is_not_believed() -> None:
+    assert answer(2 * SIZE, LAYOUT.num_layers).blocks[0].data == MEMORY[2 * SIZE :]
+    for offset, num_slabs in (
+        (0, LAYOUT.num_layers + 1),
+        (0, 1),
+        (2 * SIZE + 1, LAYOUT.num_layers),
+    ):
+        with pytest.raises(TierUnavailableError, match="do not match"):
+            answer(offset, num_slabs)
