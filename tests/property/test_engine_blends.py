@@ -57,7 +57,7 @@ scripts = st.builds(
     LoadScript,
     order=mostly(LoadOrder.LAYERS, st.just(LoadOrder.BLOCKS_FROM_BACK)),
     slab_us=st.lists(st.sampled_from([0, 100, 2_000]), min_size=1, max_size=3).map(tuple),
-    bad_slab=mostly(None, st.integers(0, 11)),
+    bad_slabs=mostly(frozenset(), st.frozensets(st.integers(0, 11), max_size=3)),
     hung_slab=mostly(None, st.integers(0, 11)),
     dropped_blocks=st.sampled_from([0, 0, 0, 1]),
     write_us=st.sampled_from([0, 500, 20_000]),

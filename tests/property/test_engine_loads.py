@@ -48,7 +48,7 @@ scripts = st.builds(
     LoadScript,
     order=st.sampled_from(LoadOrder),
     slab_us=st.lists(st.sampled_from([0, 100, 500, 2_000]), min_size=1, max_size=5).map(tuple),
-    bad_slab=mostly(None, st.integers(0, 17)),
+    bad_slabs=mostly(frozenset(), st.frozensets(st.integers(0, 17), max_size=3)),
     hung_slab=mostly(None, st.integers(0, 17)),
     skipped_blocks=st.sampled_from([0, 0, 1]),
     dropped_blocks=st.sampled_from([0, 0, 1]),

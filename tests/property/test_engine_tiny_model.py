@@ -110,7 +110,7 @@ loads = st.builds(
     LoadScript,
     order=st.sampled_from(LoadOrder),
     slab_us=st.lists(st.sampled_from([0, 100, 5_000]), min_size=1, max_size=5).map(tuple),
-    bad_slab=st.none() | st.integers(0, 20),
+    bad_slabs=st.frozensets(st.integers(0, 20), max_size=3),
     hung_slab=st.none() | st.integers(0, 20),
     dropped_blocks=st.integers(0, 2),
     write_us=st.sampled_from([0, 10_000]),

@@ -177,7 +177,7 @@ def test_repair_begins_while_chunks_are_loaded(model: LlamaModel) -> None:
 
 
 def test_a_layer_that_is_lost_makes_the_repair_begin_anew(model: LlamaModel) -> None:
-    scripts = (LoadScript(), LoadScript(slab_us=(500,), bad_slab=LATE_SLAB_OF_A))
+    scripts = (LoadScript(), LoadScript(slab_us=(500,), bad_slabs=frozenset({LATE_SLAB_OF_A})))
     served = Served(model, *scripts)
     prompt = served.prompt()
     result = ask(served.engine, prompt)
@@ -194,7 +194,7 @@ def test_the_second_loss_means_a_full_prefill(model: LlamaModel) -> None:
     """The first chunk is late and then hangs, the second is damaged before."""
     scripts = (
         LoadScript(slab_us=(500,), hung_slab=3 * 6),
-        LoadScript(slab_us=(500,), bad_slab=2 * 4 + 1),
+        LoadScript(slab_us=(500,), bad_slabs=frozenset({2 * 4 + 1})),
     )
     served, plain = Served(model, *scripts), new_engine(model, None)
     prompt = served.prompt()
@@ -217,7 +217,7 @@ def test_the_second_loss_means_a_full_prefill(model: LlamaModel) -> None:
         LoadScript(failing=frozenset({"start_load"})),
         LoadScript(dropped_blocks=1),
         LoadScript(order=LoadOrder.BLOCKS_FROM_BACK, slab_us=(300,)),
-        LoadScript(order=LoadOrder.BLOCKS_FROM_BACK, slab_us=(300,), bad_slab=5),
+        LoadScript(order=LoadOrder.BLOCKS_FROM_BACK, slab_us=(300,), bad_slabs=frozenset({5})),
     ],
     ids=lambda script: f"{script.order}-{script.hung_slab}-{script.write_us}-{set(script.failing)}",
 )
@@ -289,9 +289,9 @@ def test_the_prefix_is_loaded_beside_the_chunks(model: LlamaModel) -> None:
 
 
 @pytest.mark.parametrize("order", list(LoadOrder))
-@pytest.mark.parametrize("bad_slab", [None, 3])
+@pytest.mark.parametrize("bad_slabs", [frozenset(), frozenset({3})])
 def test_an_exact_prefix_may_reach_into_the_chunks(
-    model: LlamaModel, order: LoadOrder, bad_slab: int | None
+    model: LlamaModel, order: LoadOrder, bad_slabs: frozenset[int]
 ) -> None:
     clock = SimClock()
     first_hook = FakeLoadingHook(clock)
@@ -300,13 +300,13 @@ def test_an_exact_prefix_may_reach_into_the_chunks(
     expected = tokens_of(ask(plain, list(prompt.token_ids)[:34]))
     first_hook.tick()
     assert expected
-    script = LoadScript(order=order, slab_us=(700,), bad_slab=bad_slab)
+    script = LoadScript(order=order, slab_us=(700,), bad_slabs=bad_slabs)
     hook = FakeLoadingHook(clock, script_source([script]), deadline_us=50_000)
     hook.blocks = dict(first_hook.blocks)
     engine = new_engine(model, FULL, hook=hook, clock=clock)
     result = ask(engine, prompt)
     assert tokens_of(result) == tokens_of(ask(new_engine(model, None), list(prompt.token_ids)))
-    if bad_slab is None and order is LoadOrder.LAYERS:  # the other leaves a gap: it is blended
+    if not bad_slabs and order is LoadOrder.LAYERS:  # the other leaves a gap: it is blended
         assert result.reuse is not None
         assert result.reuse.num_chunk_tokens == len(PREFIX) + 40 - 32
     assert hook.faults == []
@@ -337,7 +337,7 @@ def test_an_engine_is_closed_in_the_middle(model: LlamaModel) -> None:
 @pytest.mark.parametrize(
     "script",
     [
-        LoadScript(order=LoadOrder.BLOCKS_FROM_BACK, slab_us=(3_000,), bad_slab=9),
+        LoadScript(order=LoadOrder.BLOCKS_FROM_BACK, slab_us=(3_000,), bad_slabs=frozenset({9})),
         LoadScript(order=LoadOrder.BLOCKS_FROM_BACK, slab_us=(3_000,), skipped_blocks=1),
         LoadScript(order=LoadOrder.BLOCKS_FROM_BACK, slab_us=(3_000,), dropped_blocks=1),
         LoadScript(dropped_blocks=7),
@@ -418,7 +418,7 @@ def test_a_pass_behind_a_load_that_comes_short_may_end_inside_the_chunks(
     ask(first, list(prompt.token_ids))
     first_hook.tick()
     num_blocks = (len(prompt.token_ids) - 1) // BLOCK_TOKENS
-    script = LoadScript(slab_us=(500,), bad_slab=2 * num_blocks + 3, optimism=0.0)
+    script = LoadScript(slab_us=(500,), bad_slabs=frozenset({2 * num_blocks + 3}), optimism=0.0)
     hook = FakeLoadingHook(clock, script_source([script]), deadline_us=50_000)
     hook.blocks = dict(first_hook.blocks)
     engine = new_engine(model, FULL, hook=hook, clock=clock)

@@ -28,10 +28,10 @@ SCRIPTS = {
     "slowly": (LoadScript(slab_us=(3_000,)), 32),
     "all at the end": (LoadScript(slab_us=(0,) * (NUM_SLABS - 1) + (50_000,)), 32),
     "in part": (LoadScript(dropped_blocks=3, slab_us=(100,)), 20),
-    "a bad slab in layer 0": (LoadScript(bad_slab=5, slab_us=(3_000,)), 20),
-    "a bad slab in layer 1": (LoadScript(bad_slab=8 + 3, slab_us=(3_000,)), 12),
-    "the first slab is bad": (LoadScript(bad_slab=0, slab_us=(3_000,)), 0),
-    "a bad slab that comes at once": (LoadScript(bad_slab=8 + 3), 12),
+    "a bad slab in layer 0": (LoadScript(bad_slabs=frozenset({5}), slab_us=(3_000,)), 20),
+    "a bad slab in layer 1": (LoadScript(bad_slabs=frozenset({8 + 3}), slab_us=(3_000,)), 12),
+    "the first slab is bad": (LoadScript(bad_slabs=frozenset({0}), slab_us=(3_000,)), 0),
+    "a bad slab that comes at once": (LoadScript(bad_slabs=frozenset({8 + 3})), 12),
     "it hangs from the start": (LoadScript(hung_slab=0), 0),
     "it hangs in layer 0": (LoadScript(hung_slab=5, slab_us=(3_000,)), 0),
     "it hangs in layer 1": (LoadScript(hung_slab=8 + 5, slab_us=(3_000,)), 20),
@@ -56,6 +56,20 @@ def test_however_a_load_goes_the_tokens_are_the_same(name: str) -> None:
     assert bench.hook.num_started == (name != "it cannot start")
     assert bench.engine.hook_stats.loaded_tokens == num_hook_tokens
     assert (bench.engine.hook_stats.errors > 0) == ("cannot" in name)
+
+
+@pytest.mark.parametrize(("bad_slabs", "num_good"), [({6, 8 + 4}, 4), ({6, 8 + 4, 16 + 2}, 2)])
+def test_of_a_load_that_goes_wrong_again_counts_what_is_good_in_the_end(
+    bad_slabs: set[int], num_good: int
+) -> None:
+    """Whatever of it has not come yet when the second bad slab is found."""
+    config = FakeConfig(num_layers=4)
+    script = LoadScript(bad_slabs=frozenset(bad_slabs), slab_us=(3_000,))
+    bench = VirtualEngine(script, config=config)
+    request = bench.add(PROMPT)
+    bench.run()
+    assert bench.tokens(request) == reference_tokens(FakeModel(config), PROMPT, greedy())
+    assert bench.results[request].timings.num_hook_tokens == 4 * num_good
 
 
 def test_a_load_alone_is_followed_layer_by_layer() -> None:
@@ -199,11 +213,11 @@ def test_a_load_that_never_ends_is_ended() -> None:
     assert bench.tokens(decode) == expect([1, 2, 3], 200)
 
 
-@pytest.mark.parametrize("bad_slab", [None, 4])
+@pytest.mark.parametrize("bad_slabs", [frozenset(), frozenset({4})])
 def test_a_second_request_waits_for_the_first_ones_load_and_shares_it(
-    bad_slab: int | None,
+    bad_slabs: frozenset[int],
 ) -> None:
-    bench = VirtualEngine(LoadScript(slab_us=(5_000,), bad_slab=bad_slab))
+    bench = VirtualEngine(LoadScript(slab_us=(5_000,), bad_slabs=bad_slabs))
     decode = bench.add([1, 2, 3], greedy(100))
     bench.step()
     first, second = bench.add(PROMPT), bench.add([*PROMPT, 7])
@@ -326,8 +340,8 @@ BACK_SCRIPTS = {
     "they meet": LoadScript(order=BACK, slab_us=(2_500,)),
     "slowly": LoadScript(order=BACK, slab_us=(40_000,)),
     "an inner part": LoadScript(order=BACK, skipped_blocks=2, dropped_blocks=1, slab_us=(900,)),
-    "a bad slab": LoadScript(order=BACK, slab_us=(900,), bad_slab=5),
-    "the last block is bad": LoadScript(order=BACK, slab_us=(900,), bad_slab=0),
+    "a bad slab": LoadScript(order=BACK, slab_us=(900,), bad_slabs=frozenset({5})),
+    "the last block is bad": LoadScript(order=BACK, slab_us=(900,), bad_slabs=frozenset({0})),
     "it hangs": LoadScript(order=BACK, slab_us=(900,), hung_slab=5),
     "it hangs and writes on": LoadScript(order=BACK, slab_us=(900,), hung_slab=5, write_us=10**8),
     "it cannot claim": LoadScript(order=BACK, slab_us=(900,), failing=frozenset({"claim"})),

@@ -6,8 +6,8 @@
 
 A layer that comes short (a wrong checksum, a read that hangs, a cache that died) ends the pass at
 that layer: the load counts only what is good, its sequence computes the rest, and the pass is run
-again at once. A load is trimmed once; the second time it is ended, and what is good in all layers
-counts. So a pass is repeated at most twice a load, and always ends.
+again at once. A load is trimmed once; the second time its other layers are waited for, it is ended,
+and what is good in all of them counts. So a pass is repeated at most twice a load, and always ends.
 
 Blocks that the pass fills are offered to the hook before it, and copied out behind it.
 

@@ -256,10 +256,14 @@ class LoadQueue:
     def trim(self, load: Load, num_good: int) -> bool:
         """A load lost blocks: count on the leading good ones only, and go on, but only once.
 
+        The second time the rest of it is waited for, as long as it may be, and it is ended.
+
         Returns:
             False when its sequence must give its blocks up: see `end`.
         """
         sequence, num_lost = load.sequence, load.num_blocks - num_good
+        if load.lost_ids and num_good:
+            self._hook.wait_layer(self._pool.layout.num_layers - 1, (sequence.id,))
         if load.lost_ids or num_good == 0 or self._pool.blocks.num_available < num_lost:
             return self.end(load)
         lost = range(load.first_block + num_good, load.end_block)

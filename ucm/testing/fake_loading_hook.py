@@ -39,8 +39,8 @@ class LoadScript:
     order: LoadOrder = LoadOrder.LAYERS
     slab_us: tuple[int, ...] = (0,)
     """Virtual time of each slab, in the order of loading, over and over."""
-    bad_slab: int | None = None
-    """The slab, in the order of loading, that arrives damaged."""
+    bad_slabs: frozenset[int] = frozenset()
+    """Slabs, in the order of loading, that arrive damaged."""
     hung_slab: int | None = None
     """The slab that never arrives, nor any behind it."""
     skipped_blocks: int = 0
@@ -318,7 +318,7 @@ class FakeLoadingHook:
                 return
             layer, index = load.slabs[number]
             load.num_written = number + 1
-            if number == load.script.bad_slab:
+            if number in load.script.bad_slabs:
                 load.bad.setdefault(index, layer)
                 continue
             load.arrived.add((layer, index))
