@@ -54,8 +54,9 @@ clients that load: a tenth of the time 16, 64 to 130 and 17 % (stores 0.11 to 0.
 to 16 and 5 % (0.03 to 0.09 GB/s)."""
 
 LONGEST_STORE_REST_S: Final = 0.5
-"""Less than a call waits: a large copy, or one of a few that wait, is late and not lost. Many take
-turns by chance: of 16 clients that store without a pause beside loads, one waits 1.5 s at the
+"""Less than a call waits: a large copy, or one of a few that wait, is late and not lost. From
+copies of 15 ms on it is shorter than the share asks for. Those that come at once share it, and many
+take turns by chance: of 16 clients that store without a pause beside loads, one waits 1.5 s at the
 median and 9 at the 99th percentile (simulated), and gives up when its call's time is over."""
 
 LOADS_QUIET_S: Final = 0.1

@@ -87,14 +87,13 @@ class DoorClient:
         self._socket.settimeout(timeout_s)
         try:
             self._socket.connect(str(path))
+            _check_listener(self._socket, path)
         except OSError as error:
-            self._socket.close()
+            self.close()
             raise TierUnavailableError(
                 f"no daemon answers at {path} ({error.strerror or error}); "
                 "start one with `ucm serve`"
             ) from error
-        try:
-            _check_listener(self._socket, path)
         except PermissionDeniedError:
             self.close()
             raise
@@ -365,7 +364,7 @@ def _parse(data: bytes, fds: list[int], flags: int, request: pb.DoorRequest) -> 
     except DecodeError:
         reply = pb.DoorReply()
     kind = reply.WhichOneof("reply")
-    is_whole = len(fds) == num_fds and not flags & socket.MSG_TRUNC
+    is_whole = len(fds) == num_fds and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
     if kind == wanted and is_whole and _is_of_the_namespace(reply, request):
         return reply
     for fd in fds:

@@ -262,5 +262,20 @@ def test_an_answer_that_was_cut_is_not_believed() -> None:
     """Even if what came of it can be read: its last lists may lack something."""
     packet = FOUND.SerializeToString()
     assert door_client._parse(packet, [], 0, LOOKUP) == FOUND
-    with pytest.raises(TierUnavailableError, match="garbled"):
-        door_client._parse(packet, [], socket.MSG_TRUNC, LOOKUP)
+    for flag in (socket.MSG_TRUNC, socket.MSG_CTRUNC):
+        with pytest.raises(TierUnavailableError, match="garbled"):
+            door_client._parse(packet, [], flag, LOOKUP)
+
+
+def test_a_door_whose_folder_vanishes_is_no_daemon(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanish(*_where: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(door_client, "_check_listener", vanish)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(folder / "door"))
+        listener.listen(1)
+        with pytest.raises(TierUnavailableError, match="no daemon answers"):
+            DoorClient(folder / "door", timeout_s=5)
