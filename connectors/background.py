@@ -28,8 +28,12 @@ log = logging.getLogger(__name__)
 MAX_REPORT_S = 10.0
 """How long a store waits for the report of a bad block that it replaces: a pass, at most."""
 
-AwaitReports = Callable[[Sequence[BlockKey], float], None]
-"""`await_reports(keys, timeout_s)` waits until the cache knows which of them it has are bad."""
+REPORT_POLL_S = 0.1
+"""How soon it is noticed then that nothing can be stored any more."""
+
+AwaitReports = Callable[[Sequence[BlockKey], float], bool]
+"""`await_reports(keys, timeout_s)` waits until the cache knows which of them it has are bad; False
+when time is up."""
 
 Summarise = Callable[[Sequence[tuple[StoreSlot, SlabChecksums]]], int]
 """`summarise(blocks)` writes summaries of filled slots; says how many. Never raises."""
@@ -44,9 +48,9 @@ class BackgroundLimits:
     batch_blocks: int
     block_bytes: int
     """Slab bytes of one block, for counting."""
+    await_reports: AwaitReports
     summarise: Summarise | None = None
     """Puts summaries beside staged blocks; None when none are wanted."""
-    await_reports: AwaitReports = lambda _keys, _timeout_s: None
 
 
 class Background:
@@ -177,11 +181,11 @@ class Background:
 
     def _store_batch(self, run: StoreRun, indexes: range) -> tuple[int, Exception | None]:
         """Returns how many of the blocks the cache has now, and why some were not copied."""
+        keys = run.keys[indexes.start : indexes.stop]
+        self._await_reports(keys)
         if not self._link.takes_calls():
             return 0, None
-        keys = run.keys[indexes.start : indexes.stop]
         parent = run.keys[indexes.start - 1] if indexes.start else run.parent
-        self._limits.await_reports(keys, MAX_REPORT_S)
         prepared = self._link.attempt(
             self._caller,
             lambda connection: connection.cache.prepare_store(
@@ -193,6 +197,14 @@ class Background:
         if prepared.value is None:
             return 0, None
         return self._fill_and_complete(run, indexes, prepared.value)
+
+    def _await_reports(self, keys: Sequence[BlockKey]) -> None:
+        """Until then the cache would say that it has blocks which a load has found bad."""
+        stop_s = time.monotonic() + MAX_REPORT_S
+        while not self._limits.await_reports(keys, REPORT_POLL_S):
+            is_in_vain = self._is_closing or not self._link.takes_calls()
+            if is_in_vain or time.monotonic() >= stop_s:
+                return
 
     def _fill_and_complete(
         self, run: StoreRun, indexes: range, lease: StoreLease

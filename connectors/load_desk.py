@@ -19,7 +19,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from ucm.cost_model import CostModel
 from ucm.layer_reader import LayerReader, ReaderOptions
 from ucm.load_decision import Decide, Decision, LoadKind, LoadShape, decide, forced
 from ucm.reader_io import open_reader_io
-from ucm.types import BlockKey, LoadMode, LoadOrder, LoadStatus, SourceKind, TierKind
+from ucm.types import BlockKey, LeaseId, LoadMode, LoadOrder, LoadStatus, SourceKind, TierKind
 
 from .deadline import DeadlineCaller
 from .link import CallKind
@@ -94,8 +94,8 @@ class LoadDesk:
         """The same of all jobs, before the pass that comes next or is under way."""
         self._is_in_pass = False
         self._can_direct = True
-        self._unreported: Counter[BlockKey] = Counter()
-        """Bad blocks of loads that have ended, until the cache has been told."""
+        self._unreported: dict[LeaseId, tuple[BlockKey, ...]] = {}
+        """Bad blocks of loads that have ended, by their plans, until the cache has been told."""
         self._errands: deque[Callable[[], None]] = deque()
         self._stragglers: list[Straggler] = []
         self._work = threading.Condition()
@@ -175,11 +175,13 @@ class LoadDesk:
         job = self._jobs.get(request_id)
         if job is None:
             return 0
-        outcome = job.end()
-        plan, straggler = outcome.plan, outcome.straggler
-        with self._work:
-            self._unreported.update(outcome.corrupt)
-            del self._jobs[request_id]
+        try:
+            outcome = job.end()
+            plan, straggler = outcome.plan, outcome.straggler
+            if plan is not None:
+                self._unreported[plan.id] = outcome.corrupt
+        finally:
+            self._jobs.pop(request_id, None)
         if plan is not None:
             self._submit(lambda: self._complete(plan, outcome.corrupt))
         if straggler is not None:
@@ -271,20 +273,25 @@ class LoadDesk:
 
     # Any thread
 
-    def wait_reported(self, keys: Sequence[BlockKey], timeout_s: float) -> None:
+    def wait_reported(self, keys: Sequence[BlockKey], timeout_s: float) -> bool:
         """Wait until none of these blocks is one that a load has found bad and the cache has not.
 
         Where one is, that is the end of its load: of the pass that goes on with it.
+
+        Returns:
+            False when time is up.
         """
         wanted = set(keys)
         with self._work:
-            self._work.wait_for(
-                lambda: self._is_closing or not wanted & self._unreported_now(), timeout_s
+            return self._work.wait_for(
+                lambda: self._is_closing or wanted.isdisjoint(self._unreported_now()), timeout_s
             )
 
-    def _unreported_now(self) -> set[BlockKey]:
-        jobs = list(self._jobs.values())
-        return set(self._unreported).union(*(job.corrupt_keys() for job in jobs))
+    def _unreported_now(self) -> Iterator[BlockKey]:
+        for job in list(self._jobs.values()):
+            yield from job.corrupt_keys()
+        for corrupt in list(self._unreported.values()):
+            yield from corrupt
 
     # The desk's thread
 
@@ -344,14 +351,14 @@ class LoadDesk:
         return LayerReader(plan, self._layout, job.task.target, self._io, options)
 
     def _complete(self, plan: LoadPlan, corrupt: tuple[BlockKey, ...]) -> None:
-        self._link.attempt(
-            self._caller,
-            lambda connection: connection.cache.complete_load(plan.id, corrupt),
-            self._options.deadline_s,
-            kind=CallKind.LOAD,
-        )
-        if corrupt:
+        try:
+            self._link.attempt(
+                self._caller,
+                lambda connection: connection.cache.complete_load(plan.id, corrupt),
+                self._options.deadline_s,
+                kind=CallKind.LOAD,
+            )
+        finally:
             with self._work:
-                self._unreported.subtract(corrupt)
-                self._unreported = +self._unreported
+                self._unreported.pop(plan.id, None)
                 self._work.notify_all()

@@ -199,7 +199,8 @@ class RemoteCache:
             namespace=namespace, keys=keys_to_wire(keys), timeout_s=daemon_timeout_s(timeout_s)
         )
         reply = self._load_at_once(self._stub.PrepareLoad, request, len(keys), timeout_s)
-        return load_lease(keys, reply, self._opened(namespace))
+        with self._kept(reply.lease_id):
+            return load_lease(keys, reply, self._opened(namespace))
 
     def begin_load(
         self,
@@ -267,7 +268,8 @@ class RemoteCache:
         staging = self._staging
         if open_namespace is None or staging is None:
             raise TierUnavailableError("the session was closed during the call")
-        return store_lease(keys, reply, open_namespace.handle.layout, staging)
+        with self._kept(reply.lease_id):
+            return store_lease(keys, reply, open_namespace.handle.layout, staging)
 
     def complete_store(
         self, lease_id: LeaseId, checksums: Mapping[BlockKey, SlabChecksums]

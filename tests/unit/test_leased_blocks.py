@@ -18,10 +18,10 @@ from ucm.errors import LayoutMismatchError, TierUnavailableError
 from ucm.kernels.block_copy import BLOCK_COPY
 from ucm.leased_blocks import LeasedBlocks
 from ucm.protos import cache_pb2 as pb
-from ucm.remote_leases import OpenNamespace, load_lease
+from ucm.remote_leases import OpenNamespace, load_lease, store_lease
 from ucm.testing.tier_conformance import LAYOUT, make_block
-from ucm.types import BlockKey, LoadStatus, NamespaceId, TierKind
-from ucm.wire import LOAD_STATUS_TO_WIRE, TIER_TO_WIRE
+from ucm.types import BlockKey, LoadStatus, NamespaceId, StoreStatus, TierKind
+from ucm.wire import LOAD_STATUS_TO_WIRE, STORE_STATUS_TO_WIRE, TIER_TO_WIRE
 
 SIZE = LAYOUT.block_bytes
 KEYS = [BlockKey(bytes([number]) * 32) for number in range(3)]
@@ -146,3 +146,13 @@ def test_an_answer_that_does_not_fit_the_layout_is_not_believed() -> None:
     ):
         with pytest.raises(TierUnavailableError, match="do not match"):
             answer(offset, num_slabs)
+
+
+def test_a_place_outside_the_staging_memory_is_not_believed() -> None:
+    reply = pb.PrepareStoreReply(
+        lease_id=bytes(16),
+        statuses=bytes([STORE_STATUS_TO_WIRE[StoreStatus.WANTED]]),
+        offsets=[2 * SIZE + 1],
+    )
+    with pytest.raises(TierUnavailableError, match="do not match"):
+        store_lease(KEYS[:1], reply, LAYOUT, MEMORY)

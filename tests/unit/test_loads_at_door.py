@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ucm import client
 from ucm.client import RemoteCache, connect
 from ucm.daemon import Daemon
 from ucm.door_wire import MAX_PACKET_BYTES, load_reply_bytes
@@ -304,6 +305,21 @@ def test_a_load_that_was_given_up_leaves_no_lease(
     by_grpc.clear()
     load_and_give_back(cache)
     assert by_grpc == []
+    assert num_leases(daemon) == 0
+
+
+def test_a_lease_that_cannot_be_read_is_given_back(
+    daemon: Daemon, cache: RemoteCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def garbled(*_arguments: object) -> None:
+        raise TierUnavailableError("garbled")
+
+    for name in ("load_lease", "store_lease"):
+        monkeypatch.setattr(client, name, garbled)
+    with pytest.raises(TierUnavailableError, match="garbled"):
+        cache.prepare_load(NAMESPACE, KEYS, timeout_s=5)
+    with pytest.raises(TierUnavailableError, match="garbled"):
+        cache.prepare_store(NAMESPACE, KEYS[-1], chain(NAMESPACE, NUM_BLOCKS + 1)[-1:])
     assert num_leases(daemon) == 0
 
 

@@ -12,38 +12,29 @@ import pytest
 
 from ucm.api import CacheApi, SlabChecksums
 from ucm.clock import SimClock
-from ucm.connectors import background
-from ucm.connectors.circuit_breaker import BreakerOptions, BreakerState
+from ucm.connectors.circuit_breaker import BreakerState
 from ucm.connectors.session import CacheSession, SessionOptions
 from ucm.errors import CapacityError, ConfigError, LayoutMismatchError, TierUnavailableError
 from ucm.hashing import NamespaceSpec
 from ucm.layout import KvDtype, KvLayout
-from ucm.load_decision import LoadKind, forced
 from ucm.testing.fake_cache import FakeCache
 from ucm.testing.session_blocks import (
+    ALL,
     KEYS,
     LAYOUT,
+    NEVER,
     NUM_BLOCKS,
+    OPTIONS,
     SPEC,
     TOKENS,
     Pool,
-    begin_load,
     load,
     load_all,
     offer,
+    open_session,
     store_all,
 )
 from ucm.types import TierKind
-
-ALL = forced(LoadKind.LOAD_ALL)
-OPTIONS = SessionOptions(
-    deadline_s=0.3,
-    max_queued_blocks=8,
-    store_batch_blocks=2,
-    decide=ALL,
-    breaker=BreakerOptions(failures_to_open=3, backoff_s=0.01, max_backoff_s=0.02),
-)
-NEVER = BreakerOptions(failures_to_open=3, backoff_s=3600.0)
 
 
 @pytest.fixture
@@ -51,14 +42,6 @@ def cache() -> Iterator[FakeCache]:
     fake = FakeCache()
     yield fake
     fake.hang.set()
-
-
-def open_session(
-    factory: Callable[[], CacheApi], options: SessionOptions = OPTIONS
-) -> CacheSession:
-    session = CacheSession(factory, SPEC, options)
-    session.connect(5.0)
-    return session
 
 
 def test_what_was_stored_comes_back(cache: FakeCache) -> None:
@@ -94,50 +77,6 @@ def test_a_local_prefix_is_not_asked_for(cache: FakeCache) -> None:
         target = Pool(3)
         assert load_all(session, target, first=2) == NUM_BLOCKS - 2
         assert np.array_equal(target.blocks[: NUM_BLOCKS - 2], Pool().blocks[2:])
-
-
-def test_a_flipped_bit_is_found_after_the_copy_counted_and_reported(cache: FakeCache) -> None:
-    with open_session(lambda: cache) as session:
-        store_all(session, Pool())
-        cache.damage(KEYS[3], layer=1)
-        assert load_all(session, Pool(5)) == 3, "only what precedes the bad block is used"
-        assert session.flush(5.0)
-        stats = session.stats()
-    assert cache.corrupt_reports == [KEYS[3]]
-    assert (stats.corrupt_blocks, stats.wrong_slabs) == (1, 1)
-    assert stats.wrong_bytes == LAYOUT.slab_bytes
-    assert stats.missed_blocks == 3
-
-
-def test_a_bad_block_is_reported_before_it_is_stored_again(cache: FakeCache) -> None:
-    """A pass that computes it while its load goes on offers it before the load has ended."""
-    pool = Pool()
-    with open_session(lambda: cache) as session:
-        store_all(session, pool)
-        cache.damage(KEYS[3], layer=1)
-        assert begin_load(session, Pool(5), range(session.match(TOKENS, 0)))
-        assert session.loads.wait_layer(LAYOUT.num_layers - 1, "load") == 3
-        again = range(3, NUM_BLOCKS)
-        session.store(offer("load", TOKENS, again, pool.fill, pool.release))
-        session.finish("load")
-        time.sleep(0.1)
-        assert session.loads.end("load") == 3
-        assert session.flush(5.0)
-        assert cache.corrupt_reports == [KEYS[3]]
-        assert load_all(session, Pool(6)) == NUM_BLOCKS
-
-
-def test_a_report_that_does_not_come_holds_stores_up_for_a_while_only(
-    cache: FakeCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(background, "MAX_REPORT_S", 0.1)
-    with open_session(lambda: cache) as session:
-        store_all(session, Pool())
-        cache.damage(KEYS[3], layer=1)
-        assert begin_load(session, Pool(5), range(session.match(TOKENS, 0)))
-        assert session.loads.wait_layer(LAYOUT.num_layers - 1, "load") == 3
-        store_all(session, Pool())
-        assert session.stats().present_blocks == NUM_BLOCKS
 
 
 def test_a_missing_block_ends_the_prefix(cache: FakeCache) -> None:

@@ -6,18 +6,29 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ucm.api import SlabChecksums
+from ucm.api import CacheApi, SlabChecksums
 from ucm.checksum import block_checksums
-from ucm.connectors.session import CacheSession, LoadOffer, StoreOffer
+from ucm.connectors.circuit_breaker import BreakerOptions
+from ucm.connectors.session import CacheSession, LoadOffer, SessionOptions, StoreOffer
 from ucm.connectors.store_queue import BlockFill
 from ucm.hashing import NamespaceSpec, chain_keys
 from ucm.layout import KvDtype, KvLayout
+from ucm.load_decision import LoadKind, forced
 
 LAYOUT = KvLayout(num_layers=3, num_kv_heads=1, head_dim=8, block_tokens=4, dtype=KvDtype.FLOAT32)
 SPEC = NamespaceSpec(layout=LAYOUT, model_id="m", weights_digest="d")
 TOKENS = list(range(100, 126))  # 6 full blocks and 2 tokens
 NUM_BLOCKS = 6
 KEYS = chain_keys(SPEC.fingerprint(), TOKENS, LAYOUT.block_tokens)
+ALL = forced(LoadKind.LOAD_ALL)
+OPTIONS = SessionOptions(
+    deadline_s=0.3,
+    max_queued_blocks=8,
+    store_batch_blocks=2,
+    decide=ALL,
+    breaker=BreakerOptions(failures_to_open=3, backoff_s=0.01, max_backoff_s=0.02),
+)
+NEVER = BreakerOptions(failures_to_open=3, backoff_s=3600.0)
 
 
 class Pool:
@@ -47,6 +58,15 @@ class Pool:
     def release(self) -> None:
         """See `StoreOffer.release`; counted."""
         self.released += 1
+
+
+def open_session(
+    factory: Callable[[], CacheApi], options: SessionOptions = OPTIONS
+) -> CacheSession:
+    """A session that is connected."""
+    session = CacheSession(factory, SPEC, options)
+    session.connect(5.0)
+    return session
 
 
 def offer(
