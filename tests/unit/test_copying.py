@@ -87,12 +87,19 @@ def test_what_is_wrong_or_missing_is_told_apart_from_the_rest(
     blocks[1] = LoadedBlock(
         blocks[1].key, LoadStatus.READY, TierKind.MEMORY, rotten, blocks[1].checksums
     )
-    blocks[3] = blocks[3]._replace(status=LoadStatus.MISS)
+    blocks[3] = LoadedBlock(blocks[3].key, LoadStatus.MISS)
     targets = buffers()
     expected = [True, False, True, False, True]
     assert copier.copy_verified(blocks, targets) == expected
     assert copier.verify_in_place(blocks) == expected
     assert all(targets[number] == sources[number] for number in (0, 2, 4))
+
+
+def test_a_block_that_is_not_ready_is_wrong_whatever_it_holds(
+    copier: BlockCopier, sources: list[memoryview]
+) -> None:
+    blocks = [ready(0, sources[0]), ready(1, sources[1])._replace(status=LoadStatus.MISS)]
+    assert copier.copy_verified(blocks, buffers(2)) == [True, False]
 
 
 def test_lengths_are_checked(copier: BlockCopier, sources: list[memoryview]) -> None:
@@ -210,13 +217,14 @@ def test_a_batch_does_not_wait_for_helpers_of_another(pair: BlockCopier) -> None
 def test_work_that_was_queued_for_no_thread_is_waited_for_or_not_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The pool queues a piece of work before it finds that it cannot start a thread for it."""
+    """A pool may queue a piece of work before it finds that it cannot start a thread for it."""
     start = threading.Thread.start
     began, release, returned = threading.Barrier(3), threading.Event(), threading.Event()
     late: list[int] = []
+    allowed = iter(["the first helper"])
 
     def refuse(thread: threading.Thread) -> None:
-        if thread.name.startswith("ucm-copy"):
+        if thread.name.startswith("ucm-copy") and next(allowed, None) is None:
             raise RuntimeError("can't start new thread")
         start(thread)
 
@@ -233,10 +241,10 @@ def test_work_that_was_queued_for_no_thread_is_waited_for_or_not_done(
             late.extend([index] * returned.is_set())
         return index
 
+    monkeypatch.setattr(threading.Thread, "start", refuse)
     with BlockCopier(LAYOUT, 3) as copier:
         both = threading.Barrier(2, timeout=WAIT_S)
         copier.each(lambda _: both.wait(), 2)  # one helper, of two that there may be
-        monkeypatch.setattr(threading.Thread, "start", refuse)
         other = threading.Thread(target=copier.each, args=(hold, 2))
         other.start()
         began.wait(WAIT_S)
