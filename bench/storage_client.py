@@ -97,14 +97,14 @@ class Client:
         self._buffer.wipe()
         begin = time.perf_counter()
         lease = self._cache.prepare_load(self._handle.id, keys, timeout_s=CALL_TIMEOUT_S)
-        blocks = tuple(lease.blocks)  # each is made when it is asked for: once is enough
-        lacking = (block.status for block in blocks if block.status is not LoadStatus.READY)
-        if next(lacking, None) in NO_ROOM:
+        try:
+            blocks = tuple(lease.blocks)  # each is made when it is asked for: once is enough
+            if any(block.status in NO_ROOM for block in blocks):
+                return None
+            for target, block in zip(self._buffer.blocks, blocks, strict=True):
+                copy_verified(MIB_LAYOUT, block, target)
+        finally:
             self._cache.complete_load(lease.id)
-            return None
-        for target, block in zip(self._buffer.blocks, blocks, strict=True):
-            copy_verified(MIB_LAYOUT, block, target)
-        self._cache.complete_load(lease.id)
         took_ms = (time.perf_counter() - begin) * 1e3
         audit.check(self._payload, keys, self._buffer.blocks)
         return took_ms

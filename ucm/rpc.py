@@ -45,17 +45,23 @@ Answer = TypeVar("Answer")
 def patiently(call: Callable[[float], Answer], timeout_s: float) -> Answer:
     """Make a call that is given the seconds left; refused, it is made again when told to.
 
+    None but the first begins with less than `MIN_RPC_S` left: it may take that long, and who waits
+    for it until the same deadline would take a refusal for a daemon that does not answer.
+
     Raises:
         CapacityError: refused, and the next time would be too late.
     """
     deadline_s = time.monotonic() + timeout_s
+    last_s = deadline_s - MIN_RPC_S
     while True:
         try:
             return call(max(deadline_s - time.monotonic(), 0.0))
         except CapacityError as error:
-            if time.monotonic() + error.retry_after_s >= deadline_s:
+            if time.monotonic() + error.retry_after_s > last_s:
                 raise
             time.sleep(error.retry_after_s)
+            if time.monotonic() > last_s:  # it slept too long
+                raise
 
 
 def open_channel(socket_path: Path, *, max_message_bytes: int) -> grpc.Channel:
