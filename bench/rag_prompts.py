@@ -9,19 +9,20 @@ rag      pieces of different texts (of different places of       goes on where o
          them, where there are too few texts)                    ends, not the last
 
 A chunk holds one fact (`rag_facts`), at the end of the line that is nearest to a place drawn by
-chance; text that made room for it comes in the next chunk. Chunks are encoded behind the *sink*.
-The prefix of every third prompt is the sink, so its first chunk is exact where it stands; those of
-the others are longer, or another text altogether, and nothing is exact.
+chance; text that made room for it comes in the next chunk. Chunks are encoded behind the *sink*: a
+system prompt, and the ends of four of the texts (`ucm.reuse.encoding_context`), of which prompts
+have nothing. Every third prompt begins with that system prompt, others with more, or another text.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from ucm.errors import ConfigError
+from ucm.reuse.encoding_context import CONTEXT_TOKENS, piece_lengths
 
 from .gsa_documents import Document, Encoder
 from .rag_facts import Fact, Question, ask, asked, make_facts
@@ -38,6 +39,8 @@ COPY_LEAD = 16
 """Of its tokens, those that only show which passage it is."""
 QUESTION_TOKENS = 128
 """More than a question and its answer have."""
+LONG_TEXT = 1536
+"""Tokens; of a shorter one prompts may have all, and the context nothing."""
 RAG_STRIDE = 3
 """Places that the next prompt of that kind begins further on."""
 CONT, RAG = "cont", "rag"
@@ -108,6 +111,8 @@ class PromptOptions:
     window_tokens: int = 96
     num_questions: int | None = None
     """For each prompt, at most; None: one for every chunk but the first."""
+    context_tokens: int = CONTEXT_TOKENS
+    """Of texts, which chunks are encoded behind and prompts then have nothing of."""
 
 
 class PromptMaker:
@@ -130,10 +135,17 @@ class PromptMaker:
         """
         start = encoder.encode("")
         self._encoder = PlainEncoder(encoder)
-        self._sink = (*start, *self._encoder.encode(SINK))
+        lengths = [len(text.token_ids) for text in texts]
+        spare = [length if length >= LONG_TEXT else 0 for length in lengths]
+        pieces = piece_lengths(spare, options.context_tokens)
+        context = [token for i, count in pieces.items() for token in texts[i].token_ids[-count:]]
+        self._sink = (*start, *self._encoder.encode(SINK), *context)
         self._prefixes = [(*start, *self._encoder.encode(prefix)) for prefix in PREFIXES]
         self._newlines = frozenset(self._encoder.encode(line)[-1] for line in ("a\n", "a\n\n"))
-        self._texts = texts
+        self._texts = [
+            replace(text, token_ids=text.token_ids[: len(text.token_ids) - pieces.get(i, 0)])
+            for i, text in enumerate(texts)
+        ]
         self._options = options
         self._warn = warn
 

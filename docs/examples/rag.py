@@ -16,6 +16,7 @@ as `ucm` does.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -30,7 +31,9 @@ from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.loading import load_model
 from ucm.engine.request import RequestResult
 from ucm.engine.sampling import SamplingParams
+from ucm.engine.tokenizer import Tokenizer
 from ucm.errors import UcmError
+from ucm.reuse.encoding_context import sample_context
 from ucm.reuse.options import BlendOptions, ReuseOptions
 from ucm.text_files import TextFile, find_files, read_text
 
@@ -60,6 +63,18 @@ def documents(folder: Path) -> list[TextFile]:
     return [each for each in read if isinstance(each, TextFile)]
 
 
+def context(file: Path, texts: list[TextFile], tokenizer: Tokenizer) -> list[int]:
+    """What chunks are encoded behind: a sample of the documents, that of the first time for ever.
+
+    With another one every chunk has another name, and is computed again.
+    """
+    if not file.exists():
+        tokens = sample_context([tokenizer.encode_plain(text.text) for text in texts])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(tokens))
+    return list(json.loads(file.read_text()))
+
+
 class Retriever:
     """The chunks of all documents, found by the words that they share with a question."""
 
@@ -81,16 +96,17 @@ class Retriever:
 def main(arguments: argparse.Namespace) -> None:
     """Index the folder, then answer."""
     loaded = load_model(model_hub.resolve(arguments.model))
-    # The same for all prompts: chunks are encoded behind its opening.
-    prompts = ChunkPrompts(loaded.tokenizer)
+    texts = documents(arguments.folder)
+    if not texts:
+        sys.exit(f"there is no text in {arguments.folder}")
+    # The same for all prompts: chunks are encoded behind its opening, and text of their kind.
+    sample = context(Path(f"{arguments.store}.context.json"), texts, loaded.tokenizer)
+    prompts = ChunkPrompts(loaded.tokenizer, context=sample)
     reuse = ReuseOptions(
         sink_tokens=prompts.sink_tokens, blend=BlendOptions(budget=arguments.recompute)
     )
     options = CachedEngineOptions(engine=EngineOptions(reuse=reuse))
     greedy = SamplingParams(max_tokens=arguments.max_tokens)
-    texts = documents(arguments.folder)
-    if not texts:
-        sys.exit(f"there is no text in {arguments.folder}")
     with open_engine(loaded, lambda: ucm.open(arguments.store), options) as cached:
         # Index: cut, prefill what is new, remember the words.
         chunks, sources = [], []

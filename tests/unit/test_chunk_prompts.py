@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ucm.engine.chunk_prompts import GAP, INSTRUCTION, MAX_SINK_TOKENS, ChunkPrompts
+from ucm.engine.chunk_prompts import GAP, INSTRUCTION, MAX_OPENING_TOKENS, ChunkPrompts
 from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.loading import load_model
 from ucm.engine.tokenizer import Tokenizer
@@ -16,6 +16,7 @@ from ucm.errors import ConfigError, InvalidArgumentError
 from ucm.reuse.options import ReuseOptions
 from ucm.reuse.segments import Chunk, ChunkSpace, Text
 from ucm.testing.models import CHAT_TEMPLATE, tiny_tokenizer, write_tiny_model
+from ucm.types import NamespaceId
 
 BLOCK = 32
 
@@ -91,9 +92,23 @@ def test_the_same_text_makes_the_same_chunks_in_every_prompt() -> None:
 
 def test_a_long_opening_is_not_repeated_in_front_of_every_chunk() -> None:
     prompts = ChunkPrompts(tokenizer(), instruction="obey the rules of the cache. " * 40)
-    assert len(prompts.sink_tokens) == MAX_SINK_TOKENS
+    assert len(prompts.sink_tokens) == MAX_OPENING_TOKENS
     (chunk,) = prompts.chunks_of("text", space_of(prompts))
-    assert prompts.prompt([chunk], "x").start > MAX_SINK_TOKENS
+    assert prompts.prompt([chunk], "x").start > MAX_OPENING_TOKENS
+
+
+def test_a_context_is_what_chunks_are_encoded_behind_and_in_no_prompt() -> None:
+    bare, prompts = ChunkPrompts(tokenizer()), ChunkPrompts(tokenizer(), context=[7, 8, 9])
+    assert prompts.sink_tokens == (*bare.sink_tokens, 7, 8, 9)
+    texts = ["the cache and the block " * 4, "another layer"]
+    made, without = (
+        each.prompt([c for text in texts for c in each.chunks_of(text, space_of(each))], "why?")
+        for each in (prompts, bare)
+    )
+    assert made.token_ids == without.token_ids
+    namespace = NamespaceId(bytes(32))
+    for ours, theirs in zip(made.spans, without.spans, strict=True):
+        assert set(ours.chunk.keys(namespace)).isdisjoint(theirs.chunk.keys(namespace))
 
 
 def test_a_prompt_without_documents_is_an_ordinary_one() -> None:

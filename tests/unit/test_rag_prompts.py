@@ -68,12 +68,31 @@ def test_our_own_texts_are_long_enough_for_every_shape() -> None:
 
 
 def test_at_most_every_second_prompt_begins_with_the_sink_alone() -> None:
-    prompts, _ = make([numbered("a", 2000)], PromptOptions())
+    prompts, _ = make([numbered("a", 2000)], PromptOptions(context_tokens=0))
     same = [prompt for prompt in prompts if prompt.prefix == prompt.sink]
     assert 0 < len(same) <= len(prompts) / 2
     assert all(prompt.prefix[0] == prompt.sink[0] == BOS for prompt in prompts)
     assert all(BOS not in chunk for prompt in prompts for chunk in prompt.chunks)
     assert any(prompt.prefix[: len(prompt.sink)] != prompt.sink for prompt in prompts)
+
+
+def test_chunks_are_encoded_behind_text_that_no_prompt_has() -> None:
+    texts = [numbered(name, 20 if name == "b" else 800) for name in "abcde"]
+    prompts, _ = make(texts, PromptOptions())
+    bare, _ = make(texts, PromptOptions(context_tokens=0))
+    context = prompts[0].sink[len(bare[0].sink) :]
+    assert prompts[0].sink[: len(bare[0].sink)] == bare[0].sink
+    assert context == sum((texts[i].token_ids[-256:] for i in (0, 2, 3, 4)), ())
+    kept = {line for line in words(context).splitlines() if line.endswith(".")}
+    for prompt in prompts:
+        assert prompt.sink == prompts[0].sink
+        assert kept.isdisjoint(words(prompt.context + prompt.window).splitlines())
+
+
+def test_of_short_texts_prompts_have_all() -> None:
+    (prompt, *_), _ = make([numbered("a", 90)], PromptOptions())
+    (bare, *_), _ = make([numbered("a", 90)], PromptOptions(context_tokens=0))
+    assert prompt == bare
 
 
 def test_a_text_goes_on_from_chunk_to_chunk_and_behind_them() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ucm.cli.generate import GenerateOptions
-from ucm.cli.reuse_flags import chunk_texts, reuse_options
+from ucm.cli.reuse_flags import chunk_texts, document_prompts, reuse_options
 from ucm.engine.chunk_prompts import ChunkPrompts
 from ucm.engine.tokenizer import Tokenizer
 from ucm.errors import ConfigError
@@ -54,3 +54,21 @@ def test_what_the_engine_is_told() -> None:
     assert (quality.target, quality.blend.guard_tokens > 0) == (ReuseTarget.QUALITY, True)
     assert reuse_options("latency", PROMPTS).target is ReuseTarget.LATENCY
     assert quality.sink_tokens == PROMPTS.sink_tokens
+
+
+def test_a_context_is_the_end_of_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "sample.txt"
+    file.write_text("the cache and the block " * 400)
+    own = Tokenizer(tiny_tokenizer(), eos_ids=[2])
+    bare = document_prompts(own, is_chat=False)
+    prompts = document_prompts(own, is_chat=False, context=file)
+    tokens = own.encode_plain(file.read_text())
+    assert prompts.sink_tokens == (*bare.sink_tokens, *tokens[-1024:])
+
+
+def test_a_context_that_is_none(tmp_path: Path) -> None:
+    own = Tokenizer(tiny_tokenizer(), eos_ids=[2])
+    with pytest.raises(ConfigError, match=r"--context .*not a regular file"):
+        document_prompts(own, is_chat=False, context=tmp_path)
+    with pytest.raises(ConfigError, match="--context does nothing without --chunk"):
+        chunk_texts(GenerateOptions(context=tmp_path / "absent"))

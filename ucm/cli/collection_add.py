@@ -48,7 +48,7 @@ from .options import (
     loaded_config,
 )
 from .progress import ByteProgress
-from .reuse_flags import document_prompts
+from .reuse_flags import CONTEXT_HELP, document_prompts
 from .termination import unwinding_on_sigterm
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class AddOptions:
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="How it will be asked; see `ucm generate`.")
     ] = True
+    context: Annotated[Path | None, typer.Option(metavar="FILE", help=CONTEXT_HELP)] = None
     root: Annotated[
         Path | None,
         typer.Option(
@@ -186,7 +187,7 @@ def _opened(model: Path, options: AddOptions) -> Iterator[CollectionIngest]:
     with _store(options) as (factory, collections):
         say_loading(model)
         loaded = load_model(model, options.dtype)
-        prompts = document_prompts(loaded.tokenizer, is_chat=options.chat)
+        prompts = document_prompts(loaded.tokenizer, is_chat=options.chat, context=options.context)
         settings = CachedEngineOptions(
             engine=EngineOptions(reuse=ReuseOptions(sink_tokens=prompts.sink_tokens)),
             session=SessionOptions(deadline_s=DEADLINE_S, store_delay_s=0.0),

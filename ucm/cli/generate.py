@@ -30,6 +30,7 @@ from .decision_report import decision_figures, explanation
 from .option_class import takes_options
 from .options import DEFAULT_MODEL, CacheOption, JsonOption, ModelOption
 from .reuse_flags import (
+    CONTEXT_HELP,
     RECOMPUTE_HELP,
     chunk_texts,
     document_prompts,
@@ -78,6 +79,7 @@ class GenerateOptions:
     recompute: Annotated[
         str | None, typer.Option(metavar="SHARE|quality|latency", help=RECOMPUTE_HELP)
     ] = None
+    context: Annotated[Path | None, typer.Option(metavar="FILE", help=CONTEXT_HELP)] = None
     cache: CacheOption = None
     accept_lossy: Annotated[
         bool,
@@ -211,7 +213,7 @@ def _generate(
     loaded = load_model(model, options.dtype)
     prompts = None
     if asked.documents:
-        prompts = document_prompts(loaded.tokenizer, is_chat=options.chat)
+        prompts = document_prompts(loaded.tokenizer, is_chat=options.chat, context=options.context)
     sizes = _sizes(options, loaded, asked, prompts)
     params = SamplingParams(
         max_tokens=options.max_tokens, temperature=options.temperature, seed=options.seed

@@ -1,4 +1,4 @@
-"""`--chunk` and `--recompute`: what they ask for."""
+"""`--chunk`, `--context` and `--recompute`: what they ask for."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ RECOMPUTE_HELP = (
 )
 
 
+CONTEXT_HELP = (
+    "A text file like the documents: chunks are encoded behind the end of it, at most 1,024 "
+    "tokens, which brings them closer to what is computed in full. The same one for "
+    "`ucm collection add` and `ucm generate`."
+)
+"""With another context chunks have other names: they are not found."""
+
+
 def chunk_texts(flags: GenerateOptions) -> list[str]:
     """The texts of `--chunk`, in its order.
 
@@ -35,32 +43,38 @@ def chunk_texts(flags: GenerateOptions) -> list[str]:
     if not flags.chunk:
         if flags.recompute is not None:
             raise ConfigError("--recompute does nothing without --chunk FILE")
+        if flags.context is not None:
+            raise ConfigError("--context does nothing without --chunk FILE")
         return []
     if flags.sparse_resident_blocks is not None:
         raise ConfigError(
             "--chunk needs a pool that holds the whole prompt; give up --sparse-resident-blocks"
         )
     _recompute(flags.recompute)  # what cannot be is refused before a file is read
-    return [_text(path) for path in flags.chunk]
+    return [_text(path, "--chunk") for path in flags.chunk]
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, flag: str) -> str:
     found = read_text(path)
     if isinstance(found, SkippedFile):
-        raise ConfigError(f"--chunk {found.name}: {found.detail}")
+        raise ConfigError(f"{flag} {found.name}: {found.detail}")
     return found.text
 
 
-def document_prompts(tokenizer: Tokenizer, *, is_chat: bool) -> ChunkPrompts:
+def document_prompts(
+    tokenizer: Tokenizer, *, is_chat: bool, context: Path | None = None
+) -> ChunkPrompts:
     """Prompts with documents, alike in all commands: what one stores, the other finds.
 
     Raises:
-        ConfigError: the model's chat template cannot be used.
+        ConfigError: the model's chat template cannot be used, or the context holds no text.
     """
     from ucm.engine.chunk_prompts import ChunkPrompts
+    from ucm.reuse.encoding_context import CONTEXT_TOKENS
 
+    tokens = [] if context is None else tokenizer.encode_plain(_text(context, "--context"))
     try:
-        return ChunkPrompts(tokenizer, is_chat=is_chat)
+        return ChunkPrompts(tokenizer, is_chat=is_chat, context=tokens[-CONTEXT_TOKENS:])
     except ConfigError as error:
         raise ConfigError(f"{error}; --raw does without a template") from error
 
@@ -80,7 +94,7 @@ def pool_blocks(texts: list[str], tokenizer: Tokenizer, max_tokens: int) -> int:
     """Blocks of a pool in which a request about documents finds room.
 
     A chunk takes its place in the prompt, its original as much again; the rest is for the question,
-    the answer, and a chunk that is being computed.
+    the answer, and a chunk that is being computed behind its context.
     """
     from ucm.engine.engine import EngineOptions
 

@@ -1,7 +1,11 @@
 """Prompts with documents: the same opening in front of all, so that their chunks can be shared.
 
     | opening: template, instruction | chunk | gap | chunk | ... | gap, question, end of template |
-    | the sink prefix is its start   | kept  |     | kept  |     | computed                       |
+    | the sink prefix is its start,  | kept  |     | kept  |     | computed                       |
+    | and a context                  |
+
+A chunk is encoded behind the opening and, where there is one, a context: a sample of texts like the
+documents, which is in no prompt (`ucm.reuse.encoding_context`).
 
 A chunk's blocks are named by what they were encoded behind, so who stores chunks and who uses them
 must build their prompts here with the same arguments. Texts are encoded each for itself and as
@@ -25,7 +29,7 @@ GAP = "\n\n"
 """Between documents, and before the question; computed with each prompt."""
 CHUNK_TOKENS = 512
 """Longest chunk; the shortest but for short documents and their ends is half of it."""
-MAX_SINK_TOKENS = 64
+MAX_OPENING_TOKENS = 64
 """A longer opening is not repeated in front of every chunk: its start serves as well."""
 
 _PLACE = "[[documents]]"
@@ -35,7 +39,12 @@ class ChunkPrompts:
     """Makes prompts of one form for one tokenizer; see the module."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, is_chat: bool = True, instruction: str = INSTRUCTION
+        self,
+        tokenizer: Tokenizer,
+        *,
+        is_chat: bool = True,
+        instruction: str = INSTRUCTION,
+        context: Sequence[int] = (),
     ) -> None:
         """Encode what all prompts have in common.
 
@@ -43,6 +52,8 @@ class ChunkPrompts:
             tokenizer: the model's.
             is_chat: whether to use its chat template.
             instruction: stands in front of the documents.
+            context: tokens that chunks are encoded behind, besides: a sample of texts like the
+                documents (`sample_context`), always the same one.
 
         Raises:
             ConfigError: there is no template, or one that does not show the user's text once.
@@ -52,11 +63,12 @@ class ChunkPrompts:
         self._opening = (*tokenizer.encode(head), *tokenizer.encode_plain(instruction))
         self._gap = tuple(tokenizer.encode_plain(GAP))
         self._tail = tuple(tokenizer.encode_template(tail))
+        self._context = tuple(context)
 
     @property
     def sink_tokens(self) -> tuple[int, ...]:
         """What chunks are to be encoded behind: `ReuseOptions.sink_tokens`."""
-        return self._opening[:MAX_SINK_TOKENS]
+        return (*self._opening[:MAX_OPENING_TOKENS], *self._context)
 
     def chunks_of(
         self, text: str, space: ChunkSpace, chunk_tokens: int = CHUNK_TOKENS

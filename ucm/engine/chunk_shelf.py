@@ -337,7 +337,13 @@ class ChunkShelf:
     # Computing
 
     def _begin_encoding(self, original: Original) -> None:
-        """Queue the private sequence that computes the chunk behind the sink."""
+        """Queue the private sequence that computes the chunk behind the sink.
+
+        The sink's full blocks are what any prompt's are that begins so: the first one leaves them
+        in the pool for those that follow. The hook is not offered them: who wants them can
+        compute them once, and a store of 25 MB is not worth that.
+        """
+        num_sink = len(self.parts.sink_tokens)
         tokens = [*self.parts.sink_tokens, *self._tokens(original)]
         original.state = OriginalState.ENCODING
         original.encoder = TokenSequence(
@@ -350,6 +356,8 @@ class ChunkShelf:
             max_length=len(tokens) + 1,
             block_tokens=self._block_tokens,
             is_private=True,
+            num_public_tokens=num_sink,
+            num_offered=num_sink // self._block_tokens,
         )
         self.parts.submit(original.encoder)
 

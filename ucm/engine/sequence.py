@@ -75,7 +75,9 @@ class TokenSequence:
     """[1, vocab_size] of the last token, whose KV is in the pool though it does not count as
     computed yet; None: a pass gives them."""
     is_private: bool = False
-    """Computes a chunk for others: draws no token, and shares and stores nothing itself."""
+    """Computes a chunk for others: draws no token, and shares and stores nothing of that itself."""
+    num_public_tokens: int = 0
+    """Of a private one, those in front of the chunk: other private ones begin with them, too."""
     seen: npt.NDArray[np.bool_] | None = None
     """[vocab] for the repetition penalty; None when there is none."""
 
@@ -140,7 +142,7 @@ class TokenSequence:
         they came about.
         """
         if self.is_private:
-            return 0
+            num_tokens = min(num_tokens, self.num_public_tokens)
         if self.approximate_from is not None:
             num_tokens = min(num_tokens, self.approximate_from)
         return num_tokens // self.block_tokens
