@@ -250,7 +250,7 @@ class LoadDesk:
             wrong_bytes=num_bad * layout.slab_bytes,
         )
         if num_bad:
-            log.error("%d blocks failed on their way into the pool; recomputed", num_bad)
+            log.error("blocks that failed on their way into the pool, recomputed: %d", num_bad)
 
     def _learn(self, outcome: JobOutcome) -> None:
         plan = outcome.plan

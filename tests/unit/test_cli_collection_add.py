@@ -66,6 +66,25 @@ def outcomes(reply: dict[str, Any]) -> dict[str, str]:
     return {document["name"]: document["outcome"] for document in reply["documents"]}
 
 
+def test_a_context_makes_other_chunks_of_the_same_documents(folder: Path, command: Command) -> None:
+    (folder / "sample.txt").write_text("many words of another document " * 40)
+    context = ["--context", "sample.txt"]
+    with short_folder() as short, running_daemon(small_config(short)) as daemon:
+        socket = str(daemon.config.service.socket_path)
+        first = command.add_json("docs/a.txt", "--socket", socket, *context)
+        again = command.add_json("docs/a.txt", "--socket", socket, *context)
+        asked = ["generate", "--model", "model", "--cache", socket, "--prompt", "why?", "--json"]
+        asked += ["--max-tokens", "1", "--chunk", "docs/a.txt"]
+        found, absent = (
+            json.loads(command.run(*asked, *flags)[1])["reuse"]["num_encoded_tokens"]
+            for flags in (context, [])
+        )
+        other = command.add_json("docs/a.txt", "--socket", socket)
+    assert (first["new"], again["known"], found) == (1, 1, 0)
+    assert absent > 0, "of another name"
+    assert outcomes(other) == {"docs/a.txt": "replaced"}
+
+
 def test_what_is_new_known_replaced_and_skipped(folder: Path, command: Command) -> None:
     with short_folder() as short, running_daemon(small_config(short)) as daemon:
         socket = str(daemon.config.service.socket_path)

@@ -28,7 +28,7 @@ RECOMPUTE_HELP = (
 CONTEXT_HELP = (
     "A text file like the documents: chunks are encoded behind the end of it, at most 1,024 "
     "tokens, which brings them closer to what is computed in full. The same one for "
-    "`ucm collection add` and `ucm generate`."
+    "`ucm collection add` and `ucm generate`. Default: none."
 )
 """With another context chunks have other names: they are not found."""
 

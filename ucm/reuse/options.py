@@ -80,7 +80,8 @@ class ReuseOptions:
     """How an engine reuses chunks."""
 
     sink_tokens: tuple[int, ...]
-    """What every chunk is encoded behind: the system prompt, or the first tokens of it; >= 4."""
+    """What every chunk is encoded behind: the system prompt, or the first tokens of it, and a
+    context (`ucm.reuse.encoding_context`); >= 4."""
     blend: BlendOptions = field(default_factory=BlendOptions)
     target: ReuseTarget = ReuseTarget.FIXED
     max_drift: float = 0.05
