@@ -16,7 +16,6 @@ as `ucm` does.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from ucm.engine.request import RequestResult
 from ucm.engine.sampling import SamplingParams
 from ucm.engine.tokenizer import Tokenizer
 from ucm.errors import UcmError
-from ucm.reuse.encoding_context import sample_context
+from ucm.reuse.encoding_context import CONTEXT_TOKENS, sample_context
 from ucm.reuse.options import BlendOptions, ReuseOptions
 from ucm.text_files import TextFile, find_files, read_text
 
@@ -71,8 +70,8 @@ def context(file: Path, texts: list[TextFile], tokenizer: Tokenizer) -> list[int
     if not file.exists():
         tokens = sample_context([tokenizer.encode_plain(text.text) for text in texts])
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(tokens))
-    return list(json.loads(file.read_text()))
+        file.write_text(tokenizer.decode(tokens), encoding="utf-8")
+    return tokenizer.encode_plain(file.read_text(encoding="utf-8"))[-CONTEXT_TOKENS:]
 
 
 class Retriever:
@@ -100,7 +99,7 @@ def main(arguments: argparse.Namespace) -> None:
     if not texts:
         sys.exit(f"there is no text in {arguments.folder}")
     # The same for all prompts: chunks are encoded behind its opening, and text of their kind.
-    sample = context(Path(f"{arguments.store}.context.json"), texts, loaded.tokenizer)
+    sample = context(Path(f"{arguments.store}.context.txt"), texts, loaded.tokenizer)
     prompts = ChunkPrompts(loaded.tokenizer, context=sample)
     reuse = ReuseOptions(
         sink_tokens=prompts.sink_tokens, blend=BlendOptions(budget=arguments.recompute)
