@@ -99,7 +99,8 @@ class Client:
         lease = self._cache.prepare_load(self._handle.id, keys, timeout_s=CALL_TIMEOUT_S)
         try:
             blocks = tuple(lease.blocks)  # each is made when it is asked for: once is enough
-            if any(block.status in NO_ROOM for block in blocks):
+            lacking = {block.status for block in blocks} - {LoadStatus.READY}
+            if lacking and lacking.issubset(NO_ROOM):
                 return None
             for target, block in zip(self._buffer.blocks, blocks, strict=True):
                 copy_verified(MIB_LAYOUT, block, target)

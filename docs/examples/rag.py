@@ -69,8 +69,12 @@ def context(file: Path, texts: list[TextFile], tokenizer: Tokenizer) -> list[int
     """
     if not file.exists():
         tokens = sample_context([tokenizer.encode_plain(text.text) for text in texts])
+        if not tokens:  # too little text as yet: none, until there is more
+            return []
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(tokenizer.decode(tokens), encoding="utf-8")
+        fresh = file.with_suffix(".tmp")
+        fresh.write_text(tokenizer.decode(tokens), encoding="utf-8")
+        fresh.replace(file)
     return tokenizer.encode_plain(file.read_text(encoding="utf-8"))[-CONTEXT_TOKENS:]
 
 

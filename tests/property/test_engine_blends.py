@@ -27,10 +27,11 @@ from ucm.engine.model import LlamaModel
 from ucm.engine.sampling import SamplingParams
 from ucm.engine.scheduler import SchedulerOptions
 from ucm.reuse.dense_rows import encode_chunk
-from ucm.reuse.options import BlendOptions, RecomputePolicy
+from ucm.reuse.options import BlendOptions, RecomputePolicy, ReuseOptions
 from ucm.reuse.segments import Chunk, SegmentedPrompt
 from ucm.testing.blend_engines import (
     BLOCK_TOKENS,
+    SINK,
     ask,
     new_engine,
     prompt_of,
@@ -42,7 +43,9 @@ from ucm.testing.models import write_tiny_model
 from ucm.types import LoadOrder
 
 CHUNKS = (text_of(1, 8), text_of(2, 14), text_of(3, 20))
-PREFIXES = (text_of(7, 6), text_of(8, 9), (5, 6, 7, 8, 9))
+SINKS = (SINK, (*SINK, *text_of(9, 13)))
+"""The second holds full blocks, which its chunks and prompts that begin with it share."""
+PREFIXES = (text_of(7, 6), text_of(8, 9), *SINKS)
 QUERIES = (text_of(9, 3), text_of(10, 5))
 PARAMS = tuple(
     SamplingParams(max_tokens=count, n=n, ignore_eos=True) for count, n in ((3, 1), (9, 1), (4, 2))
@@ -111,15 +114,20 @@ class Blends(RuleBasedStateMachine):
         num_blocks=st.integers(20, 90),
         policy=st.sampled_from([RecomputePolicy.FULL, RecomputePolicy.PROGRESSIVE]),
         chunk=st.sampled_from([3, 8, 40]),
+        sink=st.sampled_from(SINKS),
     )
-    def start(self, num_blocks: int, policy: RecomputePolicy, chunk: int) -> None:
+    def start(
+        self, num_blocks: int, policy: RecomputePolicy, chunk: int, sink: tuple[int, ...]
+    ) -> None:
         self.clock = SimClock()
         self.scripts: list[LoadScript] = []
         self.hook = FakeLoadingHook(self.clock, self.next_script, deadline_us=50_000)
         self.policy = policy
         self.engine = new_engine(
             tiny_model(),
-            BlendOptions(policy=policy, budget=0.3, slice_tokens=6),
+            reuse=ReuseOptions(
+                sink_tokens=sink, blend=BlendOptions(policy=policy, budget=0.3, slice_tokens=6)
+            ),
             hook=self.hook,
             clock=self.clock,
             num_blocks=num_blocks,
