@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ucm.errors import ConfigError
-from ucm.reuse.encoding_context import CONTEXT_TOKENS, piece_lengths
+from ucm.reuse.encoding_context import CONTEXT_TOKENS, piece_lengths, sample_context
 
 from .gsa_documents import Document, Encoder
 from .rag_facts import Fact, Question, ask, asked, make_facts
@@ -135,10 +135,10 @@ class PromptMaker:
         """
         start = encoder.encode("")
         self._encoder = PlainEncoder(encoder)
-        lengths = [len(text.token_ids) for text in texts]
-        spare = [length if length >= LONG_TEXT else 0 for length in lengths]
-        pieces = piece_lengths(spare, options.context_tokens)
-        context = [token for i, count in pieces.items() for token in texts[i].token_ids[-count:]]
+        tokens = [text.token_ids for text in texts]
+        spare = [each if len(each) >= LONG_TEXT else () for each in tokens]
+        pieces = piece_lengths([len(each) for each in spare], options.context_tokens)
+        context = sample_context(spare, options.context_tokens)
         self._sink = (*start, *self._encoder.encode(SINK), *context)
         self._prefixes = [(*start, *self._encoder.encode(prefix)) for prefix in PREFIXES]
         self._newlines = frozenset(self._encoder.encode(line)[-1] for line in ("a\n", "a\n\n"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ucm.engine.engine import Engine, EngineOptions
 from ucm.engine.model import LlamaModel
 from ucm.engine.scheduler import SchedulerOptions
 from ucm.reuse.options import ReuseOptions
@@ -23,14 +22,12 @@ A, B, C = text_of(1, 16), text_of(2, 22), text_of(3, 12)
 
 def test_the_context_of_chunks_is_computed_once(model: LlamaModel) -> None:
     sink = (*SINK, *text_of(7, 21))
-    reuse = ReuseOptions(sink_tokens=sink, blend=NONE)
-    options = EngineOptions(
+    engine = new_engine(
+        model,
         num_blocks=96,
-        block_tokens=BLOCK_TOKENS,
-        reuse=reuse,
+        reuse=ReuseOptions(sink_tokens=sink, blend=NONE),
         scheduler=SchedulerOptions(prefill_chunk_tokens=8),
     )
-    engine = Engine(model, None, options)
     num_shared = len(sink) // BLOCK_TOKENS * BLOCK_TOKENS
     ask(engine, prompt_of(engine, A, C))
     before, prompt = engine.stats.computed_tokens, prompt_of(engine, B)

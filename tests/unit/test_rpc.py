@@ -11,7 +11,7 @@ from ucm.rpc import MIN_RPC_S, patiently
 
 
 class Refusals:
-    """A daemon that refuses `count` times, and every call takes what it may at least."""
+    """A daemon that refuses `count` times, and then answers."""
 
     def __init__(self, count: int, *, retry_after_s: float) -> None:
         self.left_s: list[float] = []

@@ -23,14 +23,11 @@ RECOMPUTE_HELP = (
     "quality (as little as keeps the drift low), or latency (what half a second allows). "
     "Default: 0.18."
 )
-
-
 CONTEXT_HELP = (
     "A text file like the documents: chunks are encoded behind the end of it, at most 1,024 "
     "tokens, which brings them closer to what is computed in full. The same one for "
     "`ucm collection add` and `ucm generate`. Default: none."
 )
-"""With another context chunks have other names: they are not found."""
 
 
 def chunk_texts(flags: GenerateOptions) -> list[str]:
