@@ -26,6 +26,7 @@ options = st.builds(
     decay=st.floats(0, 3),
     theta=st.floats(0, 0.5),
     num_queries=st.integers(1, 40),
+    narrow_share=st.floats(0, 1),
     importance_layers=st.none() | st.integers(1, 8),
     guard_tokens=st.integers(0, 6),
     slice_tokens=st.integers(1, 300),
@@ -89,7 +90,11 @@ def test_slices_of_any_size_give_the_same_rows(chosen: BlendOptions, size: int) 
     for slice_tokens in (chosen.slice_tokens, size):
         rows = setup.rows.copy()
         sliced = BlendOptions(
-            policy=chosen.policy, budget=chosen.budget, theta=0.0, slice_tokens=slice_tokens
+            policy=chosen.policy,
+            budget=chosen.budget,
+            theta=0.0,
+            narrow_share=chosen.narrow_share,
+            slice_tokens=slice_tokens,
         )
         run_to_end(blend(setup.model, rows, setup.plan, sliced))
         results.append(rows.kv_L2GTD)

@@ -141,6 +141,7 @@ def test_a_policy_goes_by_its_name(setup: BlendSetup) -> None:
         ({"theta": math.nan}, "theta"),
         ({"guard_limit": -1.0}, "guard_limit"),
         ({"decay": math.inf}, "decay"),
+        ({"narrow_share": -0.1}, "narrow_share"),
         ({"num_queries": 0}, "num_queries"),
         ({"importance_layers": 0}, "importance_layers"),
         ({"guard_tokens": -1}, "guard_tokens"),
@@ -168,6 +169,28 @@ def test_more_budget_brings_the_query_closer_to_a_full_prefill(setup: BlendSetup
 
     far, near, nearer = distance(0.0), distance(0.4), distance(0.8)
     assert far > near > nearer > 1e-3
+
+
+@pytest.mark.parametrize("policy", [RecomputePolicy.PROGRESSIVE, RecomputePolicy.QUERY])
+def test_only_progressive_leaves_out_what_was_not_chosen(
+    setup: BlendSetup, policy: RecomputePolicy
+) -> None:
+    """A share above 1 makes every layer narrow."""
+    wide, narrow = (
+        blend_copy(setup, BlendOptions(policy=policy, budget=0.3, narrow_share=share, theta=0.0))
+        for share in (0.0, 2.0)
+    )
+    is_same = policy is RecomputePolicy.QUERY
+    assert torch.equal(wide[0].kv_L2GTD, narrow[0].kv_L2GTD) is is_same
+    assert narrow[1].cost <= 0.3
+
+
+def test_nothing_is_narrow_where_the_query_looks_at_everything(setup: BlendSetup) -> None:
+    """The tiny model's attention is nearly even."""
+    wide, narrow = (
+        blend_copy(setup, BlendOptions(budget=0.3, narrow_share=share))[0] for share in (0.0, 0.015)
+    )
+    assert torch.equal(wide.kv_L2GTD, narrow.kv_L2GTD)
 
 
 def test_the_set_shrinks_with_depth_and_faster_with_more_decay(setup: BlendSetup) -> None:

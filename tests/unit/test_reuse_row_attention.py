@@ -71,6 +71,24 @@ def test_parts_are_merged_alike_with_and_without_the_kernel(
     torch.testing.assert_close(found.double(), exact, atol=error, rtol=0)
 
 
+@pytest.mark.parametrize("num_rows", [1, 5 * MASKED_ROWS])
+@pytest.mark.parametrize("num_before", [0, 1, WIDE])
+def test_more_columns_are_seen_by_every_row(num_rows: int, num_before: int) -> None:
+    torch.manual_seed(num_before)
+    positions = torch.randperm(WIDE)[:num_rows].sort().values
+    q_SHD = torch.randn(num_rows, 6, 16)
+    kv_2GAD = torch.randn(2, 3, num_before + WIDE, 16)
+    before_2GUD, kv_2GTD = kv_2GAD[:, :, :num_before], kv_2GAD[:, :, num_before:]
+
+    found = attend_rows(q_SHD, kv_2GTD, positions, before_2GUD)
+
+    torch.testing.assert_close(
+        found, attend_rows(q_SHD, kv_2GAD, positions + num_before), atol=3e-6, rtol=0
+    )
+
+
 def test_no_rows_attend_to_nothing() -> None:
     none = torch.empty(0, dtype=torch.int64)
-    assert attend_rows(torch.empty(0, 6, 8), torch.randn(2, 3, 5, 8), none).shape == (0, 6, 8)
+    kv_2GTD = torch.randn(2, 3, 5, 8)
+    assert attend_rows(torch.empty(0, 6, 8), kv_2GTD, none).shape == (0, 6, 8)
+    assert attend_rows(torch.empty(0, 6, 8), kv_2GTD, none, kv_2GTD).shape == (0, 6, 8)

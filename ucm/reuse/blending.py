@@ -24,6 +24,7 @@ from .candidates import Allowance, CandidateRows, fresh_positions
 from .drift import relative_drift
 from .guard import KeptAttention, choose_probes, median_drifts
 from .importance import Importance
+from .narrow_attention import AttendFn, NarrowAttention
 from .options import BlendOptions, RecomputePolicy
 from .policies import (
     CacheBlend,
@@ -106,6 +107,7 @@ class _Blend:
         self._is_whole = whole.constant_rows >= len(self._candidates)
         self._allowance, self._is_probe = self._draw_probes(whole)
         self._kept = KeptAttention(self._candidates)
+        self._narrow: NarrowAttention | None = None
         self._drift: tuple[float, ...] = ()
         self._num_read = 0
         self._spent = 0.0
@@ -116,7 +118,13 @@ class _Blend:
     def run(self) -> Steps:
         """All layers."""
         policy, importance = yield from self._choose()
-        current = self._enter(policy.first() | self._is_probe)
+        chosen = policy.first() | self._is_probe
+        # The rules of the literature attend to everything, and are measured as published.
+        if importance is not None and self._options.policy is RecomputePolicy.PROGRESSIVE:
+            self._narrow = NarrowAttention(
+                self._plan, self._candidates, chosen, importance.masses, self._options.narrow_share
+            )
+        current = self._enter(chosen)
         for layer in range(self._model.num_layers):
             if importance is not None:
                 yield from self._look_ahead(importance, layer)
@@ -248,14 +256,21 @@ class _Blend:
         q_SHD = queries if kept is entered else queries.index_select(0, at)
         num_kept = int((kept.indexes >= 0).sum())
         self._rows_per_layer.append(num_kept)
+        attend = self._attention(layer, kv_2GTD)
         done = []
         for rows in _slices(len(kept.positions), self._options.slice_tokens):
-            attended = attend_rows(q_SHD[rows], kv_2GTD, kept.positions[rows])
+            attended = attend(q_SHD[rows], kept.positions[rows])
             done.append(self._model.finish(layer, kept.x[rows], attended))
             share = 1 - self._model.projection_share
             self._account(kept.indexes[rows], share)
             yield self._step()
         return replace(kept, x=_joined(done)) if done else kept
+
+    def _attention(self, layer: int, kv_2GTD: Tensor) -> AttendFn:
+        """How rows attend to a layer."""
+        if self._narrow is not None and self._narrow.is_narrow(layer):
+            return self._narrow.over(kv_2GTD)
+        return lambda q_SHD, positions: attend_rows(q_SHD, kv_2GTD, positions)
 
     def _project(
         self, layer: int, rows: _RowSet

@@ -55,7 +55,8 @@ class Importance:
         self._x_SC = model.embed([plan.token_ids[i] for i in self._positions.tolist()])
         self._mask = _mask(queries, plan.stop, absent)
         self.masses: list[Tensor] = []
-        """[N] fp32 for each layer that is known: attention on each candidate."""
+        """[N] fp32 for each layer that is known: the share of the queries' attention that each
+        candidate gets."""
 
     @property
     def num_queries(self) -> int:
@@ -106,7 +107,7 @@ def _mask(queries: Tensor, num_columns: int, absent: Tensor) -> Tensor:
 def _attend(
     q_QHD: Tensor, kv_2GTD: Tensor, own_2GQD: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention [Q, H, D], and the mass on each of the T columns, [T] fp32."""
+    """Attention [Q, H, D], and each of the T columns' share of it, [T] fp32."""
     num_queries, heads, dim = q_QHD.shape
     kv_heads, num_columns = kv_2GTD.shape[1:3]
     num_all = num_columns + num_queries
@@ -125,4 +126,5 @@ def _attend(
     past_GXT, own_GXT = wide_GXT.to(q_QHD.dtype).split_with_sizes([num_columns, num_queries], 2)
     out_GXD = past_GXT @ kv_2GTD[1] + own_GXT @ own_2GQD[1]
     out_GRQD = out_GXD.view(kv_heads, -1, num_queries, dim)
+    mass_T /= heads * num_queries
     return out_GRQD.permute(2, 0, 1, 3).reshape(num_queries, heads, dim), mass_T

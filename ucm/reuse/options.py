@@ -42,6 +42,9 @@ class BlendOptions:
     """Relative drift below which a row leaves the set."""
     num_queries: int = 16
     """Last query tokens whose attention says which rows matter; fewer where the budget is low."""
+    narrow_share: float = 0.015
+    """Of the query's attention: in layers where all rows that were not chosen get less, recomputed
+    rows leave out those of other chunks (PROGRESSIVE only); 0: they see everything everywhere."""
     importance_layers: int | None = None
     """How many layers that attention runs ahead of the recompute; None: all of them first."""
     guard_tokens: int = 0
@@ -64,7 +67,7 @@ class BlendOptions:
         object.__setattr__(self, "policy", policy)
         if not 0 <= self.budget <= 1:
             raise ConfigError(f"reuse: a blend's budget is {self.budget}; it is a share, 0 to 1")
-        for name in ("decay", "theta", "guard_limit"):
+        for name in ("decay", "theta", "narrow_share", "guard_limit"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"reuse: {name} is {getattr(self, name)}, must be >= 0")
         least = {"num_queries": 1, "guard_tokens": 0, "slice_tokens": 1}

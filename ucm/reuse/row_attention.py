@@ -32,13 +32,16 @@ MASKED_ROWS = 32
 """So few rows are not halved, however far apart they stand."""
 
 
-def attend_rows(q_SHD: Tensor, kv_2GTD: Tensor, positions: Tensor) -> Tensor:
+def attend_rows(
+    q_SHD: Tensor, kv_2GTD: Tensor, positions: Tensor, before_2GUD: Tensor | None = None
+) -> Tensor:
     """What each row attends to: the columns up to its own position.
 
     Args:
         q_SHD: queries, rotated, not scaled.
         kv_2GTD: keys and values of positions 0 .. T - 1, the rows' own among them.
         positions: [S] int64, ascending, below T.
+        before_2GUD: U more columns, any number, all of which every row sees.
 
     Returns:
         [S, H, D].
@@ -47,6 +50,8 @@ def attend_rows(q_SHD: Tensor, kv_2GTD: Tensor, positions: Tensor) -> Tensor:
         return q_SHD.new_empty(q_SHD.shape)
     attention = _RowAttention(q_SHD, kv_2GTD, positions)
     attention.run(0, len(q_SHD), 0)
+    if before_2GUD is not None and before_2GUD.shape[2]:
+        attention.add(0, len(q_SHD), before_2GUD)
     return attention.result()
 
 
@@ -81,7 +86,15 @@ class _RowAttention:
         seen = self._where[middle]
         self.run(first, middle, begin)
         self.run(middle, stop, seen)
-        self._add(middle, stop, begin, seen)
+        self.add(middle, stop, self._kv_2GTD[:, :, begin:seen])
+
+    def add(self, first: int, stop: int, kv_2GUD: Tensor) -> None:
+        """Columns that each of these rows sees, merged with what is known."""
+        x = slice(first * self._repeat, stop * self._repeat)
+        part, part_lse = attend_folded(self._q_GXD[:, x], kv_2GUD)
+        out, lse = self._out_GXD[:, x], self._lse_GX[:, x]
+        out.lerp_(part.to(out.dtype), torch.sigmoid(part_lse - lse).unsqueeze(-1))
+        torch.logaddexp(lse, part_lse, out=lse)
 
     def result(self) -> Tensor:
         """[S, H, D]: what is known; after `run`."""
@@ -97,11 +110,3 @@ class _RowAttention:
         mask = mask_ST.unsqueeze(1).expand(-1, self._repeat, -1).flatten(0, 1)
         kv = self._kv_2GTD[:, :, begin:end]
         self._out_GXD[:, x], self._lse_GX[:, x] = attend_folded(self._q_GXD[:, x], kv, mask)
-
-    def _add(self, first: int, stop: int, begin: int, end: int) -> None:
-        """Columns that each of these rows sees, merged with what is known."""
-        x = slice(first * self._repeat, stop * self._repeat)
-        part, part_lse = attend_folded(self._q_GXD[:, x], self._kv_2GTD[:, :, begin:end])
-        out, lse = self._out_GXD[:, x], self._lse_GX[:, x]
-        out.lerp_(part.to(out.dtype), torch.sigmoid(part_lse - lse).unsqueeze(-1))
-        torch.logaddexp(lse, part_lse, out=lse)
