@@ -94,6 +94,32 @@ def test_a_prompt_that_is_none(
     assert "prompt" in err
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file or directory; name a text file"),
+        (b"caf\xe9", "it is not UTF-8; convert it first"),
+    ],
+    ids=["missing", "latin-1"],
+)
+def test_a_prompt_file_that_cannot_be_read(
+    content: bytes | None,
+    words: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "prompt"
+    if content is not None:
+        path.write_bytes(content)
+    arguments = ["generate", "--model", str(tiny), "--prompt-file", str(path)]
+    code, _, err = run_cli(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert words in " ".join(err.split())
+    assert "Errno" not in err
+
+
 def test_a_dtype_that_is_not_supported(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

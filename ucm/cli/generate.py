@@ -13,6 +13,7 @@ import typer
 
 from ucm import model_hub
 from ucm.errors import ConfigError
+from ucm.path_errors import path_error
 from ucm.plurals import counted
 from ucm.types import SummaryKind
 
@@ -178,7 +179,8 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The prompt's text.
 
     Raises:
-        ConfigError: not exactly one source, an unreadable file, or an empty prompt.
+        ConfigError: not exactly one source, a file that is no text, or an empty prompt.
+        UcmError: it cannot be read.
     """
     if (prompt is None) == (prompt_file is None):
         raise ConfigError("give the prompt with either --prompt or --prompt-file")
@@ -186,8 +188,13 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         try:
             is_stdin = str(prompt_file) == "-"
             prompt = sys.stdin.read() if is_stdin else prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the prompt from {prompt_file}: {error}") from error
+        except OSError as error:
+            advice = "name a text file, or - for standard input"
+            raise path_error(error, f"cannot read the prompt from {prompt_file}", advice) from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"cannot read the prompt from {prompt_file}: it is not UTF-8; convert it first"
+            ) from error
     assert prompt is not None
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
